@@ -1,0 +1,1 @@
+"""What crosses between rollout and learner, and how old it may be."""

@@ -1,0 +1,56 @@
+"""Settings of the buffer, and what its service process is started with."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+StalePolicy = Literal["trim", "requeue", "drop"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class BufferConfig(Settings):
+    """`[buffer]`: how old a trained token may be, and what happens to those that are older."""
+
+    max_staleness_steps: Annotated[float, Field(ge=0, le=64)] = 1
+    """S. Every trained token's lag lies in [0, ceil(S)]. 0 is synchronous RL; 1 overlaps
+    generation with training; a fraction scales admission only."""
+    stale: StalePolicy = "trim"
+    """What becomes of a trajectory over the bound after the wait: `trim` keeps it as context with
+    zero weight on the stale prefix, `requeue` issues the prompt again, `drop` removes it (trains on
+    short answers: the length bias in the proof line shows it)."""
+    straggler_wait_s: Annotated[float, Field(ge=0)] = 30.0
+    """How long a step waits for samples in flight that it would push over the bound."""
+    drop_no_signal: bool = True
+    """Whether groups whose samples all got one reward leave the batch and are refilled. Has no
+    effect with one sample per prompt."""
+    lease_s: Annotated[float, Field(gt=0)] = 60.0
+    """Without a heartbeat for so long, a worker's samples are issued to another."""
+    max_waiting_prompts: Annotated[int, Field(ge=1)] = 1024
+    """Back-pressure on the feeder: prompts put but not yet claimed."""
+    take_deadline_s: Annotated[float, Field(gt=0)] = 600.0
+    """A learner step that waits longer for its batch ends the run and says who waited on whom."""
+
+
+class ServiceSpec(Settings):
+    """What the launcher tells the buffer service process."""
+
+    run_id: str
+    run_dir: Path
+    endpoint: str
+    """`ipc://...`; the service binds it."""
+    config: BufferConfig
+    prompts_per_step: int
+    """P."""
+    samples_per_prompt: int
+    branch: int
+    branch_parents: dict[int, tuple[int, int]] = {}
+    """branch -> (parent branch, step at which it left); empty for a fresh run."""
+    resume_from: tuple[int, int] | None = None
+    """(branch, step) of the checkpoint the live branch starts from; later takes are undone."""

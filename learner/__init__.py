@@ -1,0 +1,1 @@
+"""From trajectory groups to batches, losses and published weights."""
