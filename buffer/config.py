@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-
 StalePolicy = Literal["trim", "requeue", "drop"]
 
 

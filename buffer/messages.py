@@ -13,7 +13,6 @@ from .records import (
     Record,
     SamplingParams,
     Score,
-    SizingDecision,
     Ticket,
     Trajectory,
     TrajectoryGroup,

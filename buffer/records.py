@@ -4,7 +4,7 @@ Shape suffixes: L tokens of a whole trajectory (prompt included), N tokens the p
 Arrays are numpy so that this module, and every process without a model, runs without torch.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, dataclass_transform
 
 import msgspec
 import numpy as np
@@ -22,7 +22,14 @@ DropReason = Literal["stale", "expired", "orphaned", "no_signal", "reward_failed
 REISSUED: frozenset[DropReason] = frozenset({"stale", "expired", "orphaned"})
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(msgspec.field,))
+class _RecordMeta(type(msgspec.Struct)):
+    """Tells type checkers that the subclasses are frozen and keyword-only, too."""
+
+
+class Record(
+    msgspec.Struct, metaclass=_RecordMeta, frozen=True, kw_only=True, forbid_unknown_fields=True
+):
     """Base of the records: immutable, slotted, keyword-only, and strict when decoded."""
 
 

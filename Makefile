@@ -1,0 +1,60 @@
+# `make run` and `make test` do everything from a fresh clone: environment, installation, go.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+FOLDERS := buffer configs kernels learner rollout
+CODE := $(FOLDERS) tests
+
+INSTALLED := $(VENV)/.installed
+LINKS := $(VENV)/pyright/slipstream/.linked
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test test-long check format docs clean
+
+help:  ## this list
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## make .venv with everything in it (again only when pyproject.toml changed)
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# The pip that comes with Python 3.11 knows no --group.
+$(INSTALLED): pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[gguf]' --group dev
+	touch $@
+
+# What `import slipstream.x` means, for pyright (see pyproject.toml).
+$(LINKS):
+	mkdir -p $(@D)
+	for folder in $(FOLDERS); do ln -sfn ../../../$$folder $(@D)/$$folder; done
+	touch $@
+
+run: $(INSTALLED)  ## train the quickstart: asynchronous RL on this machine in minutes
+	$(BIN)/slipstream run quickstart
+
+test: $(INSTALLED)  ## the whole suite but what is marked slow
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-long: $(INSTALLED)  ## the whole suite
+	$(BIN)/pytest -m "not gpu"
+
+check: $(INSTALLED) $(LINKS)  ## formatting, lint, types, and who may import whom
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/pyright
+	$(BIN)/pytest -q tests/test_layers.py
+
+format: $(INSTALLED)  ## format, and mend what lint can
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+docs: $(INSTALLED)  ## write docs/config.md from the schema
+	$(BIN)/python -m slipstream.configs.reference > docs/config.md
+
+bench-%: $(INSTALLED)  ## run tests/bench/bench_NAME.py; prints one JSON object a line
+	$(BIN)/python tests/bench/bench_$(subst -,_,$*).py
+
+clean:  ## remove the environment and caches, never runs/
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

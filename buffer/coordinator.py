@@ -1,0 +1,396 @@
+"""What each request does: the buffer service without its sockets.
+
+`answer` returns a reply, or None for a request that has to wait; its caller asks again when
+something has changed, and with `final=True` once the request's own wait is over. Nothing is durable
+before `commit`; replies leave only after it.
+"""
+
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from . import messages
+from .config import ServiceSpec
+from .errors import CorruptData, Refused
+from .evaluations import Evaluations
+from .events import BranchOpened, Decision, Dropped
+from .journal import Journal
+from .mailbox import Mailbox, check_present
+from .messages import Claim, Done, NotYet, ProofLine, RefusedReply, Reply, Request
+from .records import Ticket, TrainingSample, Trajectory, TrajectoryGroup, WeightsManifest
+from .replay import Replay
+from .staleness import capacity, proof_line
+from .state import Group, Lengths
+from .take import TakePlan
+
+REPORTED_ATTEMPTS = 3
+"""A prompt on its fourth attempt is named in the stats: it may never fit the bound."""
+
+
+class Coordinator:
+    """States, journal, mailbox and evaluations of one run, behind one request at a time."""
+
+    def __init__(self, spec: ServiceSpec, now: float) -> None:
+        """Open the journal and fold it; open the spec's branch unless it is the live one already.
+
+        Args:
+            spec: which run and branch.
+            now: the clock that `answer` will be given.
+        Raises:
+            CorruptData: the journal cannot be read, or belongs to another run.
+        """
+        self.spec = spec
+        self.journal = Journal(spec.run_dir)
+        self.replay = Replay(spec.config, spec.prompts_per_step)
+        self.mailbox = Mailbox()
+        self.evaluations = Evaluations(self.mailbox)
+        self.closing = ""
+        self.refused = 0
+        self._pids: dict[str, int] = {}
+        self._stats: dict[str, dict[str, float]] = {}
+        self._tickets: dict[int, Ticket] = {}
+        self._proofs: list[ProofLine] = []
+        self._check_same_run()
+        self._open_branch(now)
+        self.commit()
+
+    def _check_same_run(self) -> None:
+        """The journal's first facts: another run, or another P, would break the arithmetic."""
+        for key, value in (
+            ("run_id", self.spec.run_id),
+            ("prompts_per_step", str(self.spec.prompts_per_step)),
+        ):
+            stored = self.journal.remember(key, value)
+            if stored != value:
+                self.journal.close()
+                raise CorruptData(
+                    f"{self.spec.run_dir}: the journal has {key} = {stored}, not {value}; a run "
+                    "keeps it for life, start a new one to change it"
+                )
+
+    def _open_branch(self, now: float) -> None:
+        """Fold the journal and go on where it ends, or as a new branch."""
+        stored, spec = self.journal.events(), self.spec
+        self.replay.restore(stored, now)
+        branches = [event.branch for event in stored if isinstance(event, BranchOpened)]
+        self.journal.branch = spec.branch
+        if branches and spec.branch < branches[-1]:
+            raise CorruptData(f"branch {spec.branch} is behind the journal's {branches[-1]}")
+        if not branches or spec.branch > branches[-1]:
+            parents = dict(spec.branch_parents)
+            if spec.resume_from is not None:
+                parents[spec.branch] = spec.resume_from
+            self.replay.open_branch(spec.branch, parents, self.journal.intact)
+        for manifest in self.replay.state.manifests.values():
+            self.mailbox.add(manifest)
+        self.replay.state.finalize_branch()
+
+    def commit(self) -> int:
+        """Make everything decided so far durable; then the proof lines are for people to read."""
+        sequence = self.journal.commit(self.replay.outbox)
+        for event in self.replay.outbox:
+            if isinstance(event, Dropped):
+                self._tickets.pop(event.uid, None)
+        self.replay.outbox.clear()
+        if self._proofs:
+            with (self.spec.run_dir / "proof.jsonl").open("ab") as file:
+                for proof in self._proofs:
+                    where = {"branch": self.spec.branch, "time": round(time.time(), 3)}
+                    file.write(msgspec.json.encode(where | msgspec.to_builtins(proof)) + b"\n")
+            self._proofs.clear()
+        return sequence
+
+    def close(self) -> None:
+        """End with everything durable."""
+        self.commit()
+        self.journal.close()
+
+    @property
+    def sequence(self) -> int:
+        """What the next commit will have reached."""
+        return self.journal.sequence + len(self.replay.outbox)
+
+    def tick(self, now: float) -> None:
+        """Expire the leases of silent workers."""
+        self.replay.expire(now)
+        for worker in self.evaluations.workers():
+            seen = self.replay.last_seen.setdefault(worker, now)
+            if now - seen > self.spec.config.lease_s:
+                self.evaluations.expire_worker(worker)
+
+    def answer(self, request: Request, now: float, *, final: bool) -> Reply | None:
+        """Carry a request out.
+
+        Args:
+            request: any; a refused one changes nothing (but see `Replay.finish`).
+            now: monotonic seconds.
+            final: the request has waited long enough: answer now.
+        Returns:
+            The reply; None while the request has to wait, only when not `final`.
+        """
+        try:
+            reply = self._dispatch(request, now, final)
+        except Refused as refusal:
+            self.refused += 1
+            return RefusedReply(reason=str(refusal))
+        return reply
+
+    def _dispatch(self, request: Request, now: float, final: bool) -> Reply | None:
+        match request:
+            case messages.PutPrompts():
+                return self._put_prompts(request, final)
+            case messages.ClaimSamples():
+                return self._claim(request, now, final)
+            case messages.TakeGroups():
+                return self._take(request, now, final)
+            case messages.AwaitVersion():
+                return self._await_version(request, final)
+            case messages.AwaitEvaluation():
+                return self._await_evaluation(request, final)
+            case messages.Hello():
+                return self._hello(request)
+            case messages.GetStats():
+                return self._get_stats(now)
+            case _:
+                self._carry_out(request, now)
+                return Done(journal_sequence=self.sequence)
+
+    def _carry_out(self, request: Request, now: float) -> None:
+        """The requests that are answered at once with `Done`."""
+        match request:
+            case messages.FinishSample(trajectory=trajectory, lease_id=lease_id):
+                store = self.journal.append
+                self.replay.finish(trajectory, lease_id, lambda: store(trajectory), now)
+            case messages.ReleaseSamples():
+                self.replay.release(
+                    request.uid,
+                    request.attempt,
+                    request.indices,
+                    request.lease_id,
+                    request.reason,
+                )
+            case messages.Heartbeat():
+                self.replay.heartbeat(request.worker, now)
+                self._stats[request.worker] = dict(request.stats) | (
+                    {"serving": float(request.serving.step)} if request.serving else {}
+                )
+            case messages.PublishVersion(manifest=manifest):
+                check_present(manifest)
+                self.replay.publish(manifest)
+                self.mailbox.add(manifest)
+            case messages.CheckpointSaved(version=version):
+                self.replay.checkpoint(version)
+            case messages.PutEvaluation():
+                self.evaluations.put(request)
+            case messages.FinishEvaluation():
+                self.evaluations.finish(request)
+            case messages.CloseRun(reason=reason):
+                self.closing = self.closing or reason or "closed"
+            case _:
+                raise Refused(f"{type(request).__name__} is not served")
+
+    def _hello(self, request: messages.Hello) -> Reply:
+        """Welcome a process; a new one under an old name inherits no leases."""
+        if request.run_id != self.spec.run_id:
+            raise Refused(f"this is run {self.spec.run_id}, {request.name} is of {request.run_id}")
+        if self._pids.get(request.name) != request.pid:
+            self._pids[request.name] = request.pid
+            self.replay.expire_worker(request.name)
+            self.evaluations.expire_worker(request.name)
+        return messages.Welcome(
+            run_id=self.spec.run_id, branch=self.spec.branch, next_uid=self.replay.state.next_uid
+        )
+
+    def _put_prompts(self, request: messages.PutPrompts, final: bool) -> Reply | None:
+        count = 0
+        for ticket in request.tickets if not self.closing else ():
+            prompt = ticket.prompt
+            if not self.replay.put(
+                prompt.uid, ticket.sizing.num_samples, lambda t=ticket: self.journal.append(t)
+            ):
+                break
+            if self.replay.state.groups[prompt.uid].state == "WAITING":
+                self._tickets[prompt.uid] = ticket
+            count += 1
+        if count or not request.tickets or self.closing or final:
+            return messages.Accepted(count=count, closing=bool(self.closing))
+        return None
+
+    def _claim(self, request: messages.ClaimSamples, now: float, final: bool) -> Reply | None:
+        self.replay.heartbeat(request.worker, now)
+        if self.closing:
+            return messages.Claims(newest=self._newest(), closing=True)
+        leases = self.replay.claim(
+            request.worker, request.serving, request.max_samples, request.request_id, now
+        )
+        claims = tuple(
+            Claim(
+                lease_id=lease_id,
+                ticket=self._ticket(self.replay.state.groups[lease.uid]),
+                attempt=lease.attempt,
+                indices=lease.indices,
+                lease_s=self.spec.config.lease_s,
+            )
+            for lease_id, lease in leases
+        )
+        evaluations = self.evaluations.claim(request.worker)
+        if claims or evaluations or final:
+            return messages.Claims(claims=claims, evaluations=evaluations, newest=self._newest())
+        return None
+
+    def _newest(self) -> WeightsManifest | None:
+        manifests = self.replay.state.manifests
+        return manifests[next(reversed(manifests))] if manifests else None
+
+    def _ticket(self, group: Group) -> Ticket:
+        if group.uid not in self._tickets:
+            self._tickets[group.uid] = self.journal.read(group.ticket, Ticket)
+        return self._tickets[group.uid]
+
+    def _await_version(self, request: messages.AwaitVersion, final: bool) -> Reply | None:
+        newest = self._newest()
+        known = request.after
+        newer = newest is not None and (
+            known is None
+            or (newest.version.branch, newest.version.step) > (known.branch, known.step)
+        )
+        if newer or final or self.closing:
+            return messages.Newest(manifest=newest, closing=bool(self.closing))
+        return None
+
+    def _await_evaluation(self, request: messages.AwaitEvaluation, final: bool) -> Reply | None:
+        results = self.evaluations.results(request.job_id)
+        if not isinstance(results, str):
+            return results
+        if final or self.closing:
+            return NotYet(waiting_on=results, closing=bool(self.closing))
+        return None
+
+    def _take(self, request: messages.TakeGroups, now: float, final: bool) -> Reply | None:
+        step, state = request.step, self.replay.state
+        taken = state.steps.get(step)
+        if taken is not None and taken.request_id == request.request_id:
+            plan = TakePlan(
+                step=step,
+                groups=tuple((uid, state.groups[uid].decisions) for uid in state.taken[step]),
+            )
+            return self._batch(plan, self._load_all(plan), taken.proof)
+        if self.closing:
+            return NotYet(waiting_on=f"the run is closing: {self.closing}", closing=True)
+        while not isinstance(plan := self.replay.plan_take(step, now), str):
+            groups = self._load_all(plan)
+            if len(groups) == len(plan.groups):
+                proof = self._prove(plan, groups)
+                self.replay.commit_take(plan, request.request_id, proof)
+                self._proofs.append(proof)
+                return self._batch(plan, groups, proof)
+        return NotYet(waiting_on=plan) if final else None
+
+    def _batch(
+        self, plan: TakePlan, groups: Sequence[TrajectoryGroup], proof: ProofLine
+    ) -> messages.Batch:
+        for uid, _ in plan.groups:
+            self._tickets.pop(uid, None)
+        return messages.Batch(
+            step=plan.step, groups=tuple(groups), proof=proof, journal_sequence=self.sequence
+        )
+
+    def _load_all(self, plan: TakePlan) -> list[TrajectoryGroup]:
+        """The plan's groups from disk; fewer when one is unreadable, and then it is issued again.
+
+        Raises:
+            CorruptData: a group that is TAKEN already is unreadable.
+        """
+        groups: list[TrajectoryGroup] = []
+        for uid, decisions in plan.groups:
+            group = self.replay.state.groups[uid]
+            loaded = self._load(group, decisions)
+            if loaded is None and group.state != "READY":
+                raise CorruptData(f"uid {uid} was TAKEN by step {plan.step} and is unreadable now")
+            if loaded is not None:
+                groups.append(loaded)
+        return groups
+
+    def _load(self, group: Group, decisions: tuple[Decision, ...]) -> TrajectoryGroup | None:
+        """One group; None (and counted as lost) when its bytes are not those written."""
+        try:
+            ticket = self._ticket(group)
+        except CorruptData:
+            self.replay.quarantine(group.uid)
+            return None
+        samples: list[TrainingSample] = []
+        for decision in decisions:
+            payload = group.samples[decision.index].payload
+            assert payload is not None
+            try:
+                trajectory = self.journal.read(payload, Trajectory)
+            except CorruptData:
+                if group.state == "READY":
+                    self.replay.lose(group.uid, decision.index)
+                return None
+            samples.append(
+                TrainingSample(
+                    trajectory=trajectory,
+                    trained=decision.trained,
+                    stale_prefix=decision.stale_prefix,
+                    drop_reason=decision.drop_reason,
+                )
+            )
+        return TrajectoryGroup(
+            prompt=ticket.prompt,
+            attempt=group.attempt,
+            sizing=ticket.sizing,
+            samples=tuple(samples),
+        )
+
+    def _prove(self, plan: TakePlan, groups: list[TrajectoryGroup]) -> ProofLine:
+        """The proof line, from the samples themselves and not from the decisions on their facts."""
+        state = self.replay.state
+        samples = [sample for group in groups for sample in group.samples]
+        dropped = state.dropped_since.copy()
+        dropped.update(s.drop_reason for s in samples if s.drop_reason and not s.trained)
+        trained = Lengths(state.trained.trajectories, state.trained.tokens)
+        for sample in samples:
+            if sample.trained:
+                trained.add(sample.trajectory.num_policy_tokens)
+        issued_mean = state.finished.mean
+        return proof_line(
+            samples,
+            step=plan.step,
+            max_staleness_steps=self.spec.config.max_staleness_steps,
+            path=state.path,
+            dropped=dropped,
+            length_bias=trained.mean / issued_mean if issued_mean else 1.0,
+        )
+
+    def _get_stats(self, now: float) -> Reply:
+        """What displays show; the service adds the waits it has parked."""
+        replay, state = self.replay, self.replay.state
+        lags: dict[int, int] = {}
+        for uid in state.uids("READY"):
+            age = state.next_step - 1 - (state.oldest_step(state.groups[uid]) or 0)
+            lags[age] = lags.get(age, 0) + 1
+        ages = [now - replay.claimed_at.get(name, now) for name in state.leases]
+        law = (replay.config.max_staleness_steps, replay.prompts_per_step)
+        return messages.Stats(
+            counts={word: number for word, number in state.counts.items() if number},
+            dropped=dict(state.dropped),
+            newest=state.newest,
+            lags=dict(sorted(lags.items())),
+            oldest_inflight_s=max(ages, default=0.0),
+            capacity_groups=capacity(state.newest.step, *law) if state.newest else 0,
+            workers=self._stats,
+            waits=self._often_issued(),
+            evaluation=self.evaluations.describe(),
+        )
+
+    def _often_issued(self) -> list[str]:
+        """Name the open prompts that had to be issued again and again."""
+        groups = self.replay.state.groups
+        open_uids = self.replay.state.uids("INFLIGHT") + self.replay.state.uids("READY")
+        return [
+            f"uid {uid} is at attempt {groups[uid].attempt}: it may never fit the bound"
+            for uid in open_uids
+            if groups[uid].attempt >= REPORTED_ATTEMPTS
+        ]

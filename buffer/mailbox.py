@@ -1,0 +1,130 @@
+"""Published weights: written once, digested, verified by whoever loads them, deleted when retired.
+
+The learner calls `publish_file`, sends the manifest to the buffer service, and engines `verify` and
+map the files. The service keeps the two newest versions and those pinned by evaluations; a file is
+deleted by unlinking, so an engine that has it mapped is not disturbed.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import xxhash
+
+from .errors import CorruptData, Refused
+from .records import Shard, Version, WeightsManifest
+
+KEPT_VERSIONS = 2
+"""The newest, and the one before: an engine may be loading it right now."""
+_CHUNK_BYTES = 1 << 22
+
+
+def file_digest(path: Path) -> tuple[int, str]:
+    """(bytes, xxh3-128 hex digest) of a file.
+
+    Raises:
+        CorruptData: it cannot be read.
+    """
+    hasher = xxhash.xxh3_128()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                hasher.update(chunk)
+            return file.tell(), hasher.hexdigest()
+    except OSError as error:
+        raise CorruptData(f"weights {path} cannot be read: {error}") from error
+
+
+def publish_file(
+    directory: Path, version: Version, write: Callable[[Path], object]
+) -> WeightsManifest:
+    """Write one shard under a temporary name, digest it, rename it into place.
+
+    Args:
+        directory: on tmpfs when the weights fit; made when missing.
+        version: its digest is the tensors' own, the shard's is of the file's bytes.
+        write: writes a safetensors file to the path it is given.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory.resolve() / f"weights-{version.branch}.{version.step}.safetensors"
+    temporary = path.with_suffix(".partial")
+    write(temporary)
+    num_bytes, digest = file_digest(temporary)
+    os.replace(temporary, path)
+    shard = Shard(path=str(path), num_bytes=num_bytes, digest=digest)
+    return WeightsManifest(version=version, shards=(shard,))
+
+
+def verify(manifest: WeightsManifest) -> None:
+    """Compare every shard with its digest.
+
+    Raises:
+        CorruptData: a shard is missing or its bytes differ.
+    """
+    for shard in manifest.shards:
+        found = file_digest(Path(shard.path))
+        if found != (shard.num_bytes, shard.digest):
+            raise CorruptData(
+                f"weights {manifest.version}: {shard.path} has {found[0]} bytes, digest "
+                f"{found[1]}; published were {shard.num_bytes} bytes, {shard.digest}"
+            )
+
+
+class Mailbox:
+    """The manifests that can still be loaded, and the deletion of the others."""
+
+    def __init__(self) -> None:
+        self._held: dict[Version, WeightsManifest] = {}
+        self._pins: dict[str, Version] = {}
+
+    def add(self, manifest: WeightsManifest) -> None:
+        """Hold a new version; what it retires is deleted."""
+        self._held[manifest.version] = manifest
+        self._retire()
+
+    def find(self, version: Version) -> WeightsManifest:
+        """The manifest of a version by (branch, step).
+
+        Raises:
+            Refused: the version is unknown or retired.
+        """
+        for held, manifest in self._held.items():
+            if (held.branch, held.step) == (version.branch, version.step):
+                return manifest
+        names = ", ".join(str(held) for held in self._held) or "none"
+        raise Refused(f"version {version} is not held (any more); held: {names}")
+
+    def pin(self, owner: str, version: Version) -> WeightsManifest:
+        """Keep a version until `unpin`, however old it gets.
+
+        Raises:
+            Refused: the version is unknown or retired.
+        """
+        manifest = self.find(version)
+        self._pins[owner] = manifest.version
+        return manifest
+
+    def unpin(self, owner: str) -> None:
+        """Let a pinned version go."""
+        self._pins.pop(owner, None)
+        self._retire()
+
+    def _retire(self) -> None:
+        kept = set(list(self._held)[-KEPT_VERSIONS:]) | set(self._pins.values())
+        for version in [held for held in self._held if held not in kept]:
+            for shard in self._held.pop(version).shards:
+                path = Path(shard.path)
+                if path.suffix == ".safetensors":  # a manifest cannot make us delete other things
+                    path.unlink(missing_ok=True)
+
+
+def check_present(manifest: WeightsManifest) -> None:
+    """Refuse a manifest whose files are not there; digests are the loader's business.
+
+    Raises:
+        Refused: a shard is missing or has another size.
+    """
+    for shard in manifest.shards:
+        path = Path(shard.path)
+        if not path.is_file() or path.stat().st_size != shard.num_bytes:
+            raise Refused(f"weights {manifest.version}: {shard.path} is missing or incomplete")

@@ -1,0 +1,394 @@
+"""The decisions of the buffer: what a request may do to the state, as events.
+
+Each method checks a request against the law and the state, raises `Refused` before anything has
+changed, and otherwise emits events: applied at once, and left in `outbox` for the journal. Pure but
+for that: no input or output, time is passed in, equal calls give equal events.
+
+Attempts are counted per sample: when a lease expires only the lost samples are issued again, under
+the next attempt number, and finished siblings stay; a stale group that is issued again as a whole
+gets the next number on all samples. What a crash undid keeps its number: the lineage in which it
+was claimed no longer exists, and with the same number the same random numbers make the same sample.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+from . import events
+from .config import BufferConfig
+from .errors import Refused
+from .events import AnyEvent, Facts, Ref
+from .records import REISSUED, DropReason, Trajectory, Version, WeightsManifest
+from .staleness import admits, capacity
+from .state import Group, Lease, State
+from .take import TakePlan, plan_take
+
+
+class Replay:
+    """The state machine WAITING -> INFLIGHT -> READY -> TAKEN -> TRAINED, DROPPED(reason)."""
+
+    def __init__(self, config: BufferConfig, prompts_per_step: int) -> None:
+        """Start empty; `restore` folds a journal in.
+
+        Args:
+            config: the law's settings.
+            prompts_per_step: P.
+        """
+        self.config, self.prompts_per_step = config, prompts_per_step
+        self.state = State()
+        self.outbox: list[AnyEvent] = []
+        self.last_seen: dict[str, float] = {}
+        """worker -> when it last showed life, in the caller's clock."""
+        self.claimed_at: dict[str, float] = {}
+        """lease -> when it was granted, in the caller's clock."""
+        self.blocked: tuple[int, float] = (0, 0.0)
+        """(step, since when): it could begin but for samples that it would push over the bound."""
+
+    def _emit(self, event: AnyEvent) -> None:
+        self.state.apply(event)
+        self.outbox.append(event)
+
+    def put(self, uid: int, num_samples: int, ticket: Callable[[], Ref]) -> bool:
+        """Put a prompt WAITING; False when the queue is full. A repeat is put already.
+
+        Args:
+            uid: the next of the stream; a gap would be a lost prompt.
+            num_samples: G of this prompt.
+            ticket: stores the ticket and says where; called only for a new prompt.
+        Raises:
+            Refused: a gap in the uids, or no samples.
+        """
+        if uid < self.state.next_uid:
+            return True
+        if uid > self.state.next_uid or num_samples < 1:
+            raise Refused(
+                f"uid {uid} with {num_samples} samples cannot be put: the next is "
+                f"{self.state.next_uid}, and a prompt needs at least one sample"
+            )
+        if self.state.counts["WAITING"] >= self.config.max_waiting_prompts:
+            return False
+        self._emit(events.Put(uid=uid, num_samples=num_samples, ticket=ticket()))
+        return True
+
+    def claim(
+        self, worker: str, serving: Version, max_samples: int, request_id: str, now: float
+    ) -> list[tuple[str, Lease]]:
+        """Lease up to `max_samples` samples to a worker; empty when the law admits none.
+
+        Samples left over in an opened group go first. A repeat gets the same leases.
+
+        Raises:
+            Refused: the version is off the live path or newer than the newest.
+        """
+        self.last_seen[worker] = now
+        if request_id in self.state.requests:
+            names = self.state.requests[request_id]
+            return [(name, self.state.leases[name]) for name in names if name in self.state.leases]
+        self._check_serving(serving)
+        granted: list[str] = []
+        while max_samples > 0 and (choice := self._choose(serving)) is not None:
+            group, attempt, indices = choice
+            lease_id = f"{self.state.path.branch}.{self.state.leases_issued}"
+            claimed = events.Claimed(
+                uid=group.uid,
+                attempt=attempt,
+                indices=tuple(indices[:max_samples]),
+                lease_id=lease_id,
+                worker=worker,
+                branch=serving.branch,
+                step=serving.step,
+                request_id=request_id,
+            )
+            self._emit(claimed)
+            self.claimed_at[lease_id] = now
+            granted.append(lease_id)
+            max_samples -= len(claimed.indices)
+        return [(lease_id, self.state.leases[lease_id]) for lease_id in granted]
+
+    def _check_serving(self, serving: Version) -> None:
+        newest = self.state.newest
+        if newest is None or serving not in self.state.path or serving.step > newest.step:
+            raise Refused(
+                f"version {serving} gets no work: the live branch is {self.state.path.branch} and "
+                f"its newest version {newest}; load that one"
+            )
+
+    def _choose(self, serving: Version) -> tuple[Group, int, list[int]] | None:
+        """The samples to hand out next under a version: (group, attempt, indices)."""
+        state = self.state
+        newest = state.newest
+        law = (serving.step, self.config.max_staleness_steps, self.prompts_per_step)
+        if newest is None or (self.config.max_staleness_steps == 0 and serving.step < newest.step):
+            return None
+        # An opened group counts already; under an older version its place must be admitted again.
+        if state.num_admitted <= capacity(*law):
+            for uid in state.uids("INFLIGHT"):
+                if indices := state.groups[uid].indices("WAITING"):
+                    return _same_attempt(state.groups[uid], indices)
+        uid = state.first_waiting()
+        if uid is None or not admits(state.num_admitted, *law):
+            return None
+        return _same_attempt(state.groups[uid], state.groups[uid].indices("WAITING"))
+
+    def finish(
+        self, trajectory: Trajectory, lease_id: str, payload: Callable[[], Ref], now: float
+    ) -> None:
+        """Accept one trajectory; an exact repeat changes nothing.
+
+        Args:
+            trajectory: its attempt and index must be those of the lease.
+            lease_id: from the claim.
+            payload: stores the trajectory and says where; called only when it is accepted.
+            now: the caller's clock.
+        Raises:
+            Refused: the lease is not (or no longer) for this sample, or a token's version is off
+                the live path; in that case the sample is issued again.
+        """
+        group = self._leased(trajectory, lease_id)
+        if group is None:
+            return
+        self.last_seen[self.state.leases[lease_id].worker] = now
+        spans = [span for span in trajectory.versions if span.length]
+        newest = self.state.newest
+        assert newest is not None, "there are leases, so there was a version"
+        for span in spans:
+            if span.version not in self.state.path or span.version.step > newest.step:
+                self._return(group, (trajectory.index,), "orphaned")
+                raise Refused(
+                    f"version {span.version} of a token is not one of this run's; orphaned"
+                )
+        value = trajectory.score.value if trajectory.score.status == "scored" else None
+        facts = Facts(
+            spans=tuple((s.version.branch, s.version.step, s.length) for s in spans),
+            reward=value if value is not None and math.isfinite(value) else None,
+        )
+        self._emit(
+            events.Finished(uid=group.uid, index=trajectory.index, payload=payload(), facts=facts)
+        )
+        self._settle(group)
+
+    def release(
+        self, uid: int, attempt: int, indices: Sequence[int], lease_id: str, reason: DropReason
+    ) -> None:
+        """Give samples back, to be issued again (`expired` ...) or as impossible (the others).
+
+        What the lease no longer holds was finished or given back before, and stays as it is.
+
+        Raises:
+            Refused: the lease is for another attempt.
+        """
+        lease = self.state.leases.get(lease_id)
+        if lease is None:
+            return
+        if (lease.uid, lease.attempt) != (uid, attempt):
+            raise Refused(f"lease {lease_id} is for uid {lease.uid}, attempt {lease.attempt}")
+        group, held = self.state.groups[uid], tuple(i for i in indices if i in lease.open)
+        if held and reason in REISSUED:
+            self._return(group, held, reason)
+        elif held:
+            step = self.state.next_step
+            self._emit(events.Voided(uid=uid, indices=held, reason=reason, step=step))
+            self._settle(group)
+
+    def _leased(self, trajectory: Trajectory, lease_id: str) -> Group | None:
+        """The group of a sample that is INFLIGHT under a lease; None when it was accepted before.
+
+        Raises:
+            Refused: naming what became of the sample.
+        """
+        uid, index, attempt = trajectory.uid, trajectory.index, trajectory.attempt
+        group = self.state.groups.get(uid)
+        if group is None or index < 0:
+            raise Refused(f"uid {uid}, sample {index}: never put")
+        if index >= len(group.samples):
+            raise Refused(f"uid {uid} has no sample {index} (any more); it is {group.state}")
+        sample = group.samples[index]
+        if sample.lease_id == lease_id and sample.attempt == attempt:
+            if sample.state == "READY":
+                return None
+            if sample.state == "INFLIGHT" and lease_id in self.state.leases:
+                return group
+        raise Refused(
+            f"uid {uid}, sample {index}, attempt {attempt}: lease {lease_id} has ended; the group "
+            f"is {group.state}, the sample {sample.state} in attempt {sample.attempt}"
+        )
+
+    def _return(self, group: Group, indices: tuple[int, ...], reason: str) -> None:
+        """Issue samples again, under the next attempt number."""
+        for index in indices:
+            attempt = group.samples[index].attempt + 1
+            self._emit(
+                events.Returned(uid=group.uid, indices=(index,), attempt=attempt, reason=reason)
+            )
+
+    def _settle(self, group: Group) -> None:
+        """Drop a group that has just become READY when there is nothing to learn from it."""
+        if group.state != "READY":
+            return
+        rewards = [
+            sample.facts.reward
+            for sample in group.samples
+            if sample.facts is not None and sample.facts.reward is not None
+        ]
+        reason: DropReason | None = None
+        if len(rewards) < min(2, len(group.samples)):
+            reason = _why_unusable(group)
+        elif self.config.drop_no_signal and len(group.samples) > 1 and len(set(rewards)) == 1:
+            reason = "no_signal"
+        if reason is not None:
+            step = self.state.next_step
+            self._emit(events.Dropped(uid=group.uid, reason=reason, step=step))
+
+    def heartbeat(self, worker: str, now: float) -> None:
+        """Renew all leases of a worker."""
+        self.last_seen[worker] = now
+
+    def expire(self, now: float) -> int:
+        """Issue again what silent workers hold; return how many samples."""
+        silent = {
+            lease.worker
+            for lease in self.state.leases.values()
+            if now - self.last_seen.setdefault(lease.worker, now) > self.config.lease_s
+        }
+        return sum(self.expire_worker(worker) for worker in sorted(silent))
+
+    def expire_worker(self, worker: str) -> int:
+        """Issue again what one worker holds; return how many samples."""
+        held = [lease for lease in self.state.leases.values() if lease.worker == worker]
+        lost = [(self.state.groups[lease.uid], tuple(sorted(lease.open))) for lease in held]
+        for group, indices in lost:
+            self._return(group, indices, "expired")
+        self.claimed_at = {k: v for k, v in self.claimed_at.items() if k in self.state.leases}
+        return sum(len(indices) for _, indices in lost)
+
+    def publish(self, manifest: WeightsManifest) -> None:
+        """Make a version the newest; a repeat changes nothing.
+
+        Raises:
+            Refused: another branch, or not the step after the newest.
+        """
+        version, newest = manifest.version, self.state.newest
+        if version == newest:
+            return
+        first = self.state.path.parents.get(self.state.path.branch, (0, 0))[1]
+        expected = newest.step + 1 if newest else first
+        if version.branch != self.state.path.branch or version.step != expected:
+            raise Refused(
+                f"version {version} does not extend the live branch: expected "
+                f"{self.state.path.branch}.{expected}"
+            )
+        self._emit(events.Published(manifest=manifest))
+
+    def plan_take(self, step: int, now: float) -> TakePlan | str:
+        """The batch of a step, or in words what it waits for.
+
+        Groups too stale to be trained at this step or any later one are issued again on the way.
+
+        Raises:
+            Refused: not the step after the newest version.
+        """
+        newest = self.state.newest
+        if newest is None or step != newest.step + 1 or step in self.state.steps:
+            held = f"holds version {newest}" if newest else "has not published a version"
+            taken = (
+                " and is TAKEN already under another request" if step in self.state.steps else ""
+            )
+            raise Refused(f"step {step} cannot be taken: the learner {held}, the step{taken}")
+        return plan_take(self, step, now)
+
+    def quarantine(self, uid: int) -> None:
+        """Drop a prompt whose ticket is unreadable: nobody can be asked it again."""
+        step = self.state.next_step
+        self._emit(events.Dropped(uid=uid, reason="quarantined", step=step))
+
+    def reopen(self, uid: int, reason: DropReason) -> None:
+        """Drop a READY group's attempt and issue the prompt again as the next one."""
+        attempt = self.state.groups[uid].attempt + 1
+        self._emit(events.Reopened(uid=uid, attempt=attempt, reason=reason))
+
+    def lose(self, uid: int, index: int) -> None:
+        """A READY sample's payload is unreadable: issue it again, counted as `lost`."""
+        attempt = self.state.groups[uid].samples[index].attempt
+        self._emit(events.Returned(uid=uid, indices=(index,), attempt=attempt, reason="lost"))
+
+    def commit_take(self, plan: TakePlan, request_id: str, proof: events.ProofLine) -> None:
+        """Carry a plan out, in the same transaction as its proof line."""
+        for uid, decisions in plan.groups:
+            self._emit(events.Taken(uid=uid, step=plan.step, decisions=decisions))
+        self._emit(events.StepTaken(step=plan.step, request_id=request_id, proof=proof))
+        self.blocked = (0, 0.0)
+
+    def checkpoint(self, version: Version) -> None:
+        """Groups TAKEN at or below a version's step are TRAINED.
+
+        Raises:
+            Refused: the version is not on the live path, or still to come.
+        """
+        newest = self.state.newest
+        if newest is None or version not in self.state.path or version.step > newest.step:
+            raise Refused(
+                f"checkpoint {version} is not of this run; the newest version is {newest}"
+            )
+        if any(step <= version.step for step in self.state.taken):
+            self._emit(events.Checkpointed(step=version.step))
+
+    def open_branch(
+        self,
+        branch: int,
+        parents: dict[int, tuple[int, int]],
+        intact: Callable[[Ref], bool],
+    ) -> None:
+        """Go on as a new branch after a crash, or start a fresh run as branch 0.
+
+        Takes and drops after the checkpoint are undone; samples stay READY when every token's
+        version is on the new path and the payload verifies, and are issued again otherwise, under
+        the attempt number they had.
+
+        Args:
+            branch: a number no branch had before.
+            parents: branch -> (parent, step at which it left), the new branch's included.
+            intact: whether a stored payload verifies.
+        """
+        resumed_at = parents[branch][1] if branch in parents else 0
+        self._emit(events.BranchOpened(branch=branch, parents=parents, resumed_at=resumed_at))
+        for group in list(self.state.groups.values()):
+            if group.state in ("WAITING", "INFLIGHT", "READY"):
+                if not intact(group.ticket):
+                    self.quarantine(group.uid)
+                    continue
+                self._keep_intact(group, intact)
+                self._settle(group)
+
+    def _keep_intact(self, group: Group, intact: Callable[[Ref], bool]) -> None:
+        """Return the READY samples of a group that are off the path or unreadable."""
+        for index in group.indices("READY"):
+            sample = group.samples[index]
+            assert sample.payload is not None
+            on_path = all(span.version in self.state.path for span in self.state.spans(sample))
+            if not on_path or not intact(sample.payload):
+                reason = "lost" if on_path else "orphaned"
+                self._emit(
+                    events.Returned(
+                        uid=group.uid, indices=(index,), attempt=sample.attempt, reason=reason
+                    )
+                )
+
+    def restore(self, stored: Sequence[AnyEvent], now: float) -> None:
+        """Fold a journal in; leases that were open run anew from `now`."""
+        for event in stored:
+            self.state.apply(event)
+        self.last_seen = {lease.worker: now for lease in self.state.leases.values()}
+        self.claimed_at = dict.fromkeys(self.state.leases, now)
+
+
+def _same_attempt(group: Group, indices: list[int]) -> tuple[Group, int, list[int]]:
+    """The first of the samples, with those of its attempt: a claim has one attempt number."""
+    attempt = group.samples[indices[0]].attempt
+    return group, attempt, [i for i in indices if group.samples[i].attempt == attempt]
+
+
+def _why_unusable(group: Group) -> DropReason:
+    """Why a complete group has too few rewards: the first reason a worker gave, if any did."""
+    for sample in group.samples:
+        if sample.voided is not None:
+            return sample.voided[0]
+    return "reward_failed"

@@ -1,0 +1,114 @@
+"""Append-only files of checksummed payloads, addressed by (segment, offset, length, digest).
+
+    segments/000001.seg    [magic, length, xxh3-64][payload] [magic, length, xxh3-64][payload] ...
+
+A process never appends to a file of an earlier one: what a crash tore stays where it is, and
+nothing refers to it.
+"""
+
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import xxhash
+
+from .codec import Frame
+from .errors import CorruptData
+from .events import Ref
+
+SEGMENT_BYTES = 256 << 20
+"""A new file is begun after so many bytes."""
+_HEADER = struct.Struct("<4sIQ")
+_MAGIC = b"SLP1"
+
+
+class Segments:
+    """The payloads of one run folder: append, sync, read."""
+
+    def __init__(self, folder: Path, *, writable: bool = True) -> None:
+        """Open the folder; files are made on the first append.
+
+        Args:
+            folder: `segments/` of the run folder.
+            writable: False for readers of a run that may be alive.
+        """
+        self.folder, self.writable = folder, writable
+        if writable:
+            folder.mkdir(parents=True, exist_ok=True)
+        numbers = [int(path.stem) for path in folder.glob("*.seg") if path.stem.isdecimal()]
+        self._number = max(numbers, default=0)
+        self._write_fd = -1
+        self._size = 0
+        self._dirty = False
+        self._read_fds: dict[int, int] = {}
+        self.synced: dict[int, int] = {}
+        """segment -> bytes of it that survive a power loss."""
+
+    def append(self, chunks: Sequence[Frame]) -> Ref:
+        """Write a payload, given in pieces; it is durable after the next `sync`."""
+        assert self.writable
+        payload = b"".join(chunks)
+        digest = xxhash.xxh3_64_intdigest(payload)
+        if self._write_fd < 0 or self._size >= SEGMENT_BYTES:
+            self._begin_file()
+        ref = Ref(segment=self._number, offset=self._size, length=len(payload), digest=digest)
+        record = memoryview(_HEADER.pack(_MAGIC, len(payload), digest) + payload)
+        while record:
+            record = record[os.write(self._write_fd, record) :]
+        self._size += _HEADER.size + len(payload)
+        self._dirty = True
+        return ref
+
+    def _begin_file(self) -> None:
+        """Start the next segment; its name is durable before anything in it can be."""
+        self.sync()
+        if self._write_fd >= 0:
+            os.close(self._write_fd)
+        self._number += 1
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
+        self._write_fd = os.open(self._path(self._number), flags, 0o644)
+        self._size = 0
+        folder_fd = os.open(self.folder, os.O_RDONLY)
+        os.fsync(folder_fd)
+        os.close(folder_fd)
+
+    def sync(self) -> None:
+        """Make everything appended so far durable."""
+        if self._dirty:
+            os.fdatasync(self._write_fd)
+            self._dirty = False
+            self.synced[self._number] = self._size
+
+    def read(self, ref: Ref) -> bytes:
+        """Return a payload.
+
+        Raises:
+            CorruptData: the file is missing or short, or the bytes are not those written.
+        """
+        where = f"{self._path(ref.segment)} at {ref.offset}"
+        try:
+            if ref.segment not in self._read_fds:
+                self._read_fds[ref.segment] = os.open(self._path(ref.segment), os.O_RDONLY)
+            fd = self._read_fds[ref.segment]
+            record = os.pread(fd, _HEADER.size + ref.length, ref.offset)
+        except OSError as error:
+            raise CorruptData(f"{where} cannot be read: {error}") from error
+        payload = record[_HEADER.size :]
+        if record[: _HEADER.size] != _HEADER.pack(_MAGIC, ref.length, ref.digest):
+            raise CorruptData(f"{where}: the record's header is not the one that was written")
+        if len(payload) != ref.length or xxhash.xxh3_64_intdigest(payload) != ref.digest:
+            raise CorruptData(f"{where}: the payload's checksum does not match")
+        return payload
+
+    def close(self) -> None:
+        """Sync and let go of the files."""
+        self.sync()
+        for fd in [*self._read_fds.values(), self._write_fd]:
+            if fd >= 0:
+                os.close(fd)
+        self._read_fds.clear()
+        self._write_fd = -1
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.seg"

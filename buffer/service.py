@@ -1,0 +1,210 @@
+"""The buffer service process: a zmq ROUTER around the coordinator.
+
+    poll -> receive all that is there -> answer each -> ask the parked ones again -> commit -> reply
+
+One commit serves all requests of a turn (group commit), and no reply leaves before it. A request
+that has to wait is parked until something changes or its patience ends. Run as
+`python -m slipstream.buffer.service SPEC.json`.
+"""
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import parse_monitor_message
+
+from . import codec
+from .config import ServiceSpec
+from .coordinator import Coordinator
+from .errors import ConfigError, WireError
+from .messages import RefusedReply, Reply, Request, Stats
+from .process import run_process
+from .waits import Wait
+
+TURN_MESSAGES = 256
+"""At most so many requests share a commit: bounds the time until the first reply."""
+TICK_MS = 100
+"""Parked requests' deadlines, lease expiry and straggler waits are looked at so often."""
+KEPT_REPLIES = 4096
+"""Small replies kept for repeats of requests whose reply was lost."""
+KEPT_REPLY_BYTES = 65_536
+CLOSE_SILENCE_S = 60.0
+"""A closed run whose clients neither speak nor leave ends after this long."""
+MAX_IPC_PATH = 107
+"""Bytes of a socket path that Linux accepts."""
+
+Address = tuple[bytes, int]
+"""(client identity, request number)."""
+
+
+@dataclass(slots=True)
+class Parked:
+    """A request that waits."""
+
+    request: Request
+    wait: Wait
+
+
+class BufferService:
+    """Serves one run until it is closed and everybody has left, or until cancelled."""
+
+    def __init__(self, spec: ServiceSpec) -> None:
+        """Open the journal; `serve` binds the endpoint.
+
+        Args:
+            spec: which run, branch and endpoint.
+        Raises:
+            CorruptData: the journal cannot be read, or belongs to another run.
+        """
+        self.spec = spec
+        self.coordinator = Coordinator(spec, time.monotonic())
+        self.malformed = 0
+        self._parked: dict[Address, Parked] = {}
+        self._replies: OrderedDict[Address, list[codec.Frame]] = OrderedDict()
+        self._names: dict[bytes, str] = {}
+        self._connections = 0
+        self._last_heard = time.monotonic()
+
+    async def serve(self) -> None:
+        """Bind and serve; on return, or when cancelled, everything acknowledged is durable."""
+        context = zmq.asyncio.Context()
+        socket = context.socket(zmq.ROUTER)
+        monitor = socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        watcher = asyncio.create_task(self._count_connections(monitor))
+        try:
+            self._bind(socket)
+            while not self._finished():
+                await self._turn(socket)
+        finally:
+            watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watcher
+            socket.disable_monitor()
+            monitor.close(linger=0)
+            socket.close(linger=1000)  # milliseconds: the last replies may still leave
+            context.term()
+            self.coordinator.close()
+
+    def _bind(self, socket: zmq.asyncio.Socket) -> None:
+        """Bind a private socket.
+
+        Raises:
+            ConfigError: the path is longer than Linux accepts.
+        """
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, codec.MAX_TOTAL_BYTES)
+        path = Path(self.spec.endpoint.removeprefix("ipc://"))
+        if self.spec.endpoint.startswith("ipc://"):
+            if len(os.fsencode(path)) > MAX_IPC_PATH:
+                raise ConfigError(f"endpoint {self.spec.endpoint}: over {MAX_IPC_PATH} bytes")
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        socket.bind(self.spec.endpoint)
+        if self.spec.endpoint.startswith("ipc://"):
+            path.chmod(0o600)
+
+    def _finished(self) -> bool:
+        """Whether the run is closed and nobody is left who could ask."""
+        if not self.coordinator.closing:
+            return False
+        silent_s = time.monotonic() - self._last_heard
+        return self._connections <= 0 or silent_s > CLOSE_SILENCE_S
+
+    async def _count_connections(self, monitor: zmq.asyncio.Socket) -> None:
+        while True:
+            event = parse_monitor_message(await monitor.recv_multipart())["event"]
+            self._connections += 1 if event == zmq.EVENT_ACCEPTED else -1
+
+    async def _turn(self, socket: zmq.asyncio.Socket) -> None:
+        """One round: everything that has arrived, one commit, then the replies."""
+        replies: list[tuple[Address, list[codec.Frame]]] = []
+        if await socket.poll(TICK_MS):
+            for _ in range(TURN_MESSAGES):
+                try:
+                    message = await socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                except zmq.Again:
+                    break
+                replies += self._receive([frame.buffer for frame in message])
+        now = time.monotonic()
+        self.coordinator.tick(now)
+        replies += self._ask_parked(now)
+        self.coordinator.commit()
+        for (identity, _), frames in replies:
+            await socket.send_multipart([identity, *frames], copy=False)
+
+    def _receive(self, message: list[memoryview]) -> list[tuple[Address, list[codec.Frame]]]:
+        """Answer or park one message; what is malformed is refused, or dropped without a number."""
+        self._last_heard = now = time.monotonic()
+        identity, frames = bytes(message[0]), message[1:]
+        address = (identity, 0)
+        try:
+            envelope = codec.open_envelope(frames)
+            address = (identity, envelope.request_number)
+            if address in self._parked:
+                return [(address, codec.encode(codec.PARKED, envelope.request_number))]
+            if address in self._replies:
+                return [(address, self._replies[address])]
+            request: Request = codec.decode_body(envelope, frames, Request)
+        except WireError as error:
+            self.malformed += 1
+            return [self._reply(address, RefusedReply(reason=str(error)))] if address[1] else []
+        self._learn_name(identity, request)
+        wait_s = getattr(request, "wait_s", 0.0)
+        reply = self.coordinator.answer(request, now, final=wait_s <= 0)
+        if reply is None:
+            self._park(address, request, wait_s, now)
+            return []
+        return [self._reply(address, reply)]
+
+    def _learn_name(self, identity: bytes, request: Request) -> None:
+        name = getattr(request, "name", None) or getattr(request, "worker", None)
+        if name:
+            self._names[identity] = name
+
+    def _park(self, address: Address, request: Request, wait_s: float, now: float) -> None:
+        owner = self._names.get(address[0], "a client")
+        wait = Wait(owner=owner, what=type(request).__name__, since_s=now, deadline_s=wait_s)
+        self._parked[address] = Parked(request=request, wait=wait)
+
+    def _ask_parked(self, now: float) -> list[tuple[Address, list[codec.Frame]]]:
+        """Ask every parked request again, first come first served."""
+        replies: list[tuple[Address, list[codec.Frame]]] = []
+        for address, parked in list(self._parked.items()):
+            final = now - parked.wait.since_s >= parked.wait.deadline_s
+            reply = self.coordinator.answer(parked.request, now, final=final)
+            if reply is not None:
+                del self._parked[address]
+                replies.append(self._reply(address, reply))
+        return replies
+
+    def _reply(self, address: Address, reply: Reply) -> tuple[Address, list[codec.Frame]]:
+        """Encode a reply, and keep it for a repeat when it is small."""
+        if isinstance(reply, Stats):
+            now = time.monotonic()
+            reply.waits.extend(parked.wait.describe(now) for parked in self._parked.values())
+        frames = codec.encode(reply, address[1])
+        if len(frames) == 1 and len(frames[0]) <= KEPT_REPLY_BYTES:
+            self._replies[address] = frames
+            if len(self._replies) > KEPT_REPLIES:
+                self._replies.popitem(last=False)
+        return address, frames
+
+
+def main() -> None:
+    """Serve the run that a spec file describes."""
+    spec = ServiceSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
+
+    async def serve() -> None:
+        await BufferService(spec).serve()
+
+    run_process("buffer", spec.run_dir, serve())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,387 @@
+"""The state of the buffer as a fold of its events. No decisions, no clock, no input or output.
+
+    WAITING -> INFLIGHT -> READY -> TAKEN -> TRAINED        DROPPED(reason)
+
+A trace of one prompt with two samples:
+
+    Put             group WAITING      samples WAITING   WAITING
+    Claimed [0, 1]  group INFLIGHT     samples INFLIGHT  INFLIGHT
+    Finished 0      group INFLIGHT     samples READY     INFLIGHT
+    Returned [1]    group INFLIGHT     samples READY     WAITING     (lease expired: attempt 1)
+    Claimed [1]     group INFLIGHT     samples READY     INFLIGHT
+    Finished 1      group READY        samples READY     READY
+    Taken           group TAKEN, then Checkpointed: TRAINED
+"""
+
+import heapq
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
+from typing import Literal
+
+from . import events
+from .events import AnyEvent, Decision, Facts, Ref
+from .records import DropReason, Version, VersionSpan, WeightsManifest
+from .staleness import LivePath
+
+SampleWord = Literal["WAITING", "INFLIGHT", "READY", "DROPPED"]
+GroupWord = Literal["WAITING", "INFLIGHT", "READY", "TAKEN", "TRAINED", "DROPPED"]
+ADMITTED: tuple[GroupWord, ...] = ("INFLIGHT", "READY", "TAKEN", "TRAINED")
+"""The groups that admission counts."""
+KEPT_REQUESTS = 4096
+"""Claims whose repeat is still answered with the same leases; a client repeats within seconds."""
+
+
+@dataclass(slots=True)
+class Sample:
+    """One place in a group."""
+
+    attempt: int = 0
+    state: SampleWord = "WAITING"
+    lease_id: str = ""
+    """Of the last claim; kept when READY, so that an exact repeat is known."""
+    claimed_step: int = 0
+    payload: Ref | None = None
+    facts: Facts | None = None
+    voided: tuple[DropReason, tuple[int, int]] | None = None
+    """Why the sample cannot be made, and (branch, step) of when that was found."""
+
+
+@dataclass(slots=True)
+class Group:
+    """One prompt and its current attempt."""
+
+    uid: int
+    ticket: Ref
+    samples: list[Sample]
+    state: GroupWord = "WAITING"
+    ended: tuple[int, int] | None = None
+    """(branch, step) that TAKEN or DROPPED belong to."""
+    drop_reason: DropReason | None = None
+    decisions: tuple[Decision, ...] = ()
+
+    @property
+    def attempt(self) -> int:
+        """The newest attempt among its samples."""
+        return max(sample.attempt for sample in self.samples)
+
+    def indices(self, state: SampleWord) -> list[int]:
+        """The samples in a state."""
+        return [i for i, sample in enumerate(self.samples) if sample.state == state]
+
+
+@dataclass(slots=True)
+class Lease:
+    """Samples of one attempt at one worker."""
+
+    uid: int
+    attempt: int
+    worker: str
+    indices: tuple[int, ...]
+    """As granted."""
+    open: set[int]
+    """Not yet finished, released or expired."""
+
+
+@dataclass(slots=True)
+class Lengths:
+    """Number of trajectories and of their policy-written tokens."""
+
+    trajectories: int = 0
+    tokens: int = 0
+
+    def add(self, num_tokens: int) -> None:
+        """Count one trajectory."""
+        self.trajectories += 1
+        self.tokens += num_tokens
+
+    @property
+    def mean(self) -> float:
+        """Tokens per trajectory; 0 without any."""
+        return self.tokens / self.trajectories if self.trajectories else 0.0
+
+
+@dataclass(slots=True)
+class State:
+    """Everything the buffer knows; changed by `apply` alone."""
+
+    path: LivePath = field(default_factory=lambda: LivePath(0))
+    groups: dict[int, Group] = field(default_factory=dict)
+    next_uid: int = 0
+    counts: Counter[GroupWord] = field(default_factory=Counter)
+    """Groups by state; their sum is the prompts put."""
+    open_uids: dict[GroupWord, set[int]] = field(default_factory=dict)
+    """INFLIGHT and READY groups."""
+    waiting: list[int] = field(default_factory=list)
+    """Heap of uids; entries of groups that have left WAITING are skipped."""
+    leases: dict[str, Lease] = field(default_factory=dict)
+    leases_issued: int = 0
+    requests: OrderedDict[str, list[str]] = field(default_factory=OrderedDict)
+    """Recent claim requests -> their lease ids."""
+    manifests: OrderedDict[int, WeightsManifest] = field(default_factory=OrderedDict)
+    """What the live branch published, by step; the last is the newest."""
+    steps: dict[int, events.StepTaken] = field(default_factory=dict)
+    """TAKEN on the live branch since the last checkpoint, and the last one before."""
+    taken: dict[int, list[int]] = field(default_factory=dict)
+    """step -> uids, for the same steps."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Trajectories dropped, by reason, over the whole run."""
+    dropped_since: Counter[str] = field(default_factory=Counter)
+    """The same since the last `StepTaken`."""
+    finished: Lengths = field(default_factory=Lengths)
+    trained: Lengths = field(default_factory=Lengths)
+    dropped_uids: dict[int, list[int]] = field(default_factory=dict)
+    """step -> uids DROPPED on the live branch since the last checkpoint."""
+    final_branch: bool = False
+    """No branch will be opened any more: one from an older checkpoint would make TRAINED groups
+    READY again, until then their samples are kept."""
+
+    @property
+    def newest(self) -> Version | None:
+        """The newest version of the live branch; None before its first."""
+        return self.manifests[next(reversed(self.manifests))].version if self.manifests else None
+
+    @property
+    def next_step(self) -> int:
+        """The step that would be taken next, to which drops are booked."""
+        return self.newest.step + 1 if self.newest else 1
+
+    @property
+    def num_admitted(self) -> int:
+        """Groups INFLIGHT + READY + TAKEN + TRAINED."""
+        return sum(self.counts[word] for word in ADMITTED)
+
+    def uids(self, state: GroupWord) -> list[int]:
+        """uids of the INFLIGHT or READY groups, in order."""
+        return sorted(self.open_uids.get(state, ()))
+
+    def first_waiting(self) -> int | None:
+        """The lowest uid that is WAITING."""
+        while self.waiting and self.groups[self.waiting[0]].state != "WAITING":
+            heapq.heappop(self.waiting)
+        return self.waiting[0] if self.waiting else None
+
+    def spans(self, sample: Sample) -> list[VersionSpan]:
+        """The versions of a READY sample, digests filled in."""
+        assert sample.facts is not None
+        known = self.path.digests
+        return [
+            VersionSpan(version=Version(branch=b, step=s, digest=known.get((b, s), "")), length=n)
+            for b, s, n in sample.facts.spans
+        ]
+
+    def oldest_step(self, group: Group) -> int | None:
+        """The step of the oldest version that wrote or may yet write a token of an open group.
+
+        None while no sample is READY or INFLIGHT.
+        """
+        steps = [
+            min((step for _, step, n in sample.facts.spans if n), default=sample.claimed_step)
+            if sample.facts is not None
+            else sample.claimed_step
+            for sample in group.samples
+            if sample.state in ("READY", "INFLIGHT")
+        ]
+        return min(steps, default=None)
+
+    def apply(self, event: AnyEvent) -> None:
+        """Fold one event in."""
+        match event:
+            case events.Put():
+                self._put(event)
+            case events.Claimed():
+                self._claimed(event)
+            case events.Finished():
+                self._finished(event)
+            case events.Returned():
+                self._returned(event)
+            case events.Voided():
+                self._voided(event)
+            case events.Dropped():
+                self._dropped(event)
+            case events.Reopened():
+                self._reopened(event)
+            case events.Taken():
+                self._taken(event)
+            case events.StepTaken():
+                self.steps[event.step] = event
+                self.dropped_since.clear()
+            case events.Published():
+                self.manifests[event.manifest.version.step] = event.manifest
+                self.path.publish(event.manifest.version)
+            case events.Checkpointed():
+                self._checkpointed(event)
+            case events.BranchOpened():
+                self._branch_opened(event)
+
+    def _move(self, group: Group, state: GroupWord) -> None:
+        """Change a group's state and every count and index that follows from it."""
+        self.counts[group.state] -= 1
+        self.open_uids.get(group.state, set()).discard(group.uid)
+        group.state = state
+        self.counts[state] += 1
+        if state in ("INFLIGHT", "READY"):
+            self.open_uids.setdefault(state, set()).add(group.uid)
+        elif state == "WAITING":
+            heapq.heappush(self.waiting, group.uid)
+
+    def _settle(self, group: Group) -> None:
+        """Derive the state of a group that is not final from its samples."""
+        words = {sample.state for sample in group.samples}
+        if words <= {"READY", "DROPPED"}:
+            state: GroupWord = "READY"
+        elif words & {"READY", "INFLIGHT"}:
+            state = "INFLIGHT"
+        else:
+            state = "WAITING"
+        if state != group.state:
+            self._move(group, state)
+
+    def _close_leases(self, group: Group, indices: tuple[int, ...]) -> None:
+        """Take samples out of their leases."""
+        for index in indices:
+            lease = self.leases.get(group.samples[index].lease_id)
+            if lease is not None and group.samples[index].state == "INFLIGHT":
+                lease.open.discard(index)
+                if not lease.open:
+                    del self.leases[group.samples[index].lease_id]
+
+    def _count_drops(self, reason: str, number: int) -> None:
+        if number:
+            self.dropped[reason] += number
+            self.dropped_since[reason] += number
+
+    def _put(self, event: events.Put) -> None:
+        samples = [Sample() for _ in range(event.num_samples)]
+        group = Group(uid=event.uid, ticket=event.ticket, samples=samples)
+        self.groups[event.uid] = group
+        self.next_uid = event.uid + 1
+        self.counts["WAITING"] += 1
+        heapq.heappush(self.waiting, event.uid)
+
+    def _claimed(self, event: events.Claimed) -> None:
+        group = self.groups[event.uid]
+        for index in event.indices:
+            sample = group.samples[index]
+            sample.state, sample.lease_id = "INFLIGHT", event.lease_id
+            sample.claimed_step = event.step
+        self.leases[event.lease_id] = Lease(
+            uid=event.uid,
+            attempt=event.attempt,
+            worker=event.worker,
+            indices=event.indices,
+            open=set(event.indices),
+        )
+        self.leases_issued += 1
+        self.requests.setdefault(event.request_id, []).append(event.lease_id)
+        while len(self.requests) > KEPT_REQUESTS:
+            self.requests.popitem(last=False)
+        self._settle(group)
+
+    def _finished(self, event: events.Finished) -> None:
+        group = self.groups[event.uid]
+        self._close_leases(group, (event.index,))
+        sample = group.samples[event.index]
+        sample.state, sample.payload, sample.facts = "READY", event.payload, event.facts
+        self.finished.add(event.facts.num_tokens)
+        self._settle(group)
+
+    def _returned(self, event: events.Returned) -> None:
+        group = self.groups[event.uid]
+        self._close_leases(group, event.indices)
+        for index in event.indices:
+            group.samples[index] = Sample(attempt=event.attempt)
+        self._count_drops(event.reason, len(event.indices) if event.reason != "resumed" else 0)
+        self._settle(group)
+
+    def _voided(self, event: events.Voided) -> None:
+        group = self.groups[event.uid]
+        self._close_leases(group, event.indices)
+        for index in event.indices:
+            sample = group.samples[index]
+            sample.state = "DROPPED"
+            sample.voided = (event.reason, (self.path.branch, event.step))
+        self._count_drops(event.reason, len(event.indices))
+        self._settle(group)
+
+    def _dropped(self, event: events.Dropped) -> None:
+        group = self.groups[event.uid]
+        self._close_leases(group, tuple(range(len(group.samples))))
+        self._count_drops(event.reason, len(group.indices("READY")))
+        group.ended, group.drop_reason = (self.path.branch, event.step), event.reason
+        self.dropped_uids.setdefault(event.step, []).append(event.uid)
+        self._move(group, "DROPPED")
+
+    def _reopened(self, event: events.Reopened) -> None:
+        group = self.groups[event.uid]
+        self._count_drops(event.reason, len(group.indices("READY")))
+        group.samples = [Sample(attempt=event.attempt) for _ in group.samples]
+        self._settle(group)
+
+    def _taken(self, event: events.Taken) -> None:
+        group = self.groups[event.uid]
+        group.ended, group.decisions = (self.path.branch, event.step), event.decisions
+        for decision in event.decisions:
+            facts = group.samples[decision.index].facts
+            if decision.trained and facts is not None:
+                self.trained.add(facts.num_tokens)
+            elif decision.drop_reason:
+                self._count_drops(decision.drop_reason, 1)
+        self.taken.setdefault(event.step, []).append(event.uid)
+        self._move(group, "TAKEN")
+
+    def _checkpointed(self, event: events.Checkpointed) -> None:
+        for step in [step for step in self.taken if step <= event.step]:
+            for uid in self.taken[step]:
+                if self.groups[uid].state == "TAKEN":
+                    self._move(self.groups[uid], "TRAINED")
+            if step < event.step:  # the last one stays, its take may be repeated
+                self._forget(self.taken.pop(step))
+                self.steps.pop(step, None)
+        for step in [step for step in self.dropped_uids if step < event.step]:
+            self._forget(self.dropped_uids.pop(step))
+
+    def _forget(self, uids: list[int]) -> None:
+        """Let go of what a resume alone would need, once none can happen in this process."""
+        for uid in uids if self.final_branch else ():
+            del self.groups[uid].samples[1:]
+
+    def finalize_branch(self) -> None:
+        """This process opens no further branch: samples of ended groups are not needed here."""
+        self.final_branch = True
+        live = {uid for uids in [*self.taken.values(), *self.dropped_uids.values()] for uid in uids}
+        ended = [g.uid for g in self.groups.values() if g.state in ("TRAINED", "DROPPED")]
+        self._forget([uid for uid in ended if uid not in live])
+
+    def _branch_opened(self, event: events.BranchOpened) -> None:
+        """Undo what is off the new path: takes and drops of lost steps, and every lease.
+
+        Samples stay READY here; `Replay.open_branch` returns those that are orphaned or lost, as
+        events of their own, because that depends on bytes on disk.
+        """
+        digests = self.path.digests
+        self.path = LivePath(event.branch, event.parents)
+        self.path.digests = digests
+        self.leases.clear()
+        self.requests.clear()
+        self.manifests.clear()
+        self.steps.clear()
+        self.taken.clear()
+        self.dropped_uids.clear()
+        for group in self.groups.values():
+            self._onto_path(group)
+
+    def _onto_path(self, group: Group) -> None:
+        """Bring one group over to the live path as it now is."""
+        if group.ended is not None and self._on_path(group.ended):
+            if group.state == "TAKEN":  # taken at or below the checkpoint: part of its weights
+                self._move(group, "TRAINED")
+            return
+        group.ended, group.drop_reason, group.decisions = None, None, ()
+        for index, sample in enumerate(group.samples):
+            lost_void = sample.voided is not None and not self._on_path(sample.voided[1])
+            if sample.state == "INFLIGHT" or lost_void:
+                group.samples[index] = Sample(attempt=sample.attempt)
+        self._settle(group)
+
+    def _on_path(self, ended: tuple[int, int]) -> bool:
+        return Version(branch=ended[0], step=ended[1]) in self.path

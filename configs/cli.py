@@ -1,0 +1,199 @@
+"""The command line: `slipstream ...`. Each command is one call of a function that scripts can use.
+
+Imports of each command are inside it, so that `--help` and `plan` answer at once.
+"""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..buffer.errors import SlipstreamError
+
+INTERRUPTED_EXIT_CODE = 130
+
+app = typer.Typer(
+    name="slipstream",
+    help="Asynchronous RL post-training for language models.",
+    epilog="Start here: `slipstream run quickstart`. Your own: `slipstream new NAME`.",
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ExperimentArgument = Annotated[
+    str, typer.Argument(metavar="EXPERIMENT", help="A .toml file or a shipped name: quickstart.")
+]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as learner.steps=5.")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Run folder; else one is made in runs_dir.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def start(context: typer.Context) -> None:
+    """Asynchronous RL post-training for language models."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Of the experiment; NAME.toml is written.")],
+    extends: Annotated[str, typer.Option(help="What it starts from.")] = "quickstart",
+) -> None:
+    """Write a commented experiment file."""
+    from .new import write_experiment
+
+    path = write_experiment(Path(name), extends)
+    print(f"wrote {path}; next: slipstream plan {path}")
+
+
+@app.command()
+def plan(
+    experiment: ExperimentArgument,
+    overrides: OverridesArgument = None,
+    all: Annotated[bool, typer.Option("--all", help="Defaults, too.")] = False,
+) -> None:
+    """Say what a run would do: every value and its origin, batches, staleness, memory."""
+    from rich.console import Console
+
+    from .load import load_experiment
+    from .plan import make_plan, plan_text, print_plan
+
+    loaded = load_experiment(experiment, overrides or ())
+    if sys.stdout.isatty():
+        print_plan(make_plan(loaded), Console(), show_all=all)
+    else:
+        print(plan_text(loaded, show_all=all), end="")
+
+
+@app.command()
+def run(
+    experiment: ExperimentArgument,
+    overrides: OverridesArgument = None,
+    seeds: Annotated[str, typer.Option(help="Sibling runs, one after another: 0,1,2.")] = "",
+    output: OutputOption = None,
+) -> None:
+    """Train, evaluate and export."""
+    from . import launch
+    from .load import load_experiment
+
+    numbers, loaded = _seeds(seeds), load_experiment(experiment, overrides or ())
+    runs = launch.run_seeds(loaded, numbers, output) if numbers else [launch.run(loaded, output)]
+    raise typer.Exit(max(each.exit_code for each in runs))
+
+
+def _seeds(text: str) -> list[int]:
+    """`0,1,2` as numbers; none when the option was not given."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} must look like 0,1,2", param_hint="--seeds") from None
+
+
+@app.command()
+def resume(run: RunArgument) -> None:
+    """Continue a run from its last checkpoint, on a new branch."""
+    from . import launch
+
+    raise typer.Exit(launch.resume(run).exit_code)
+
+
+@app.command()
+def stop(run: RunArgument) -> None:
+    """End a running run: it saves a checkpoint first."""
+    from . import launch
+
+    print(launch.stop(run))
+
+
+@app.command()
+def sft(
+    experiment: ExperimentArgument,
+    overrides: OverridesArgument = None,
+    output: OutputOption = None,
+) -> None:
+    """Only the supervised warm start of an experiment, exported as a model folder."""
+    from . import launch
+    from .load import load_experiment
+
+    raise typer.Exit(
+        launch.sft_only(load_experiment(experiment, overrides or ()), output).exit_code
+    )
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Argument(help="The model folder to write.")],
+    checkpoint: Annotated[str, typer.Option(help="Such as step-000010.b0; else the newest.")] = "",
+) -> None:
+    """Write the trained model as a Hugging Face folder and verify it by reloading."""
+    from .exporting import export as export_model
+
+    done = export_model(run, out, checkpoint or None)
+    print(f"export {done.path} ok: logits differ by at most {done.max_logit_difference}")
+
+
+@app.command()
+def audit(run: RunArgument) -> None:
+    """Check that every prompt issued is trained, dropped for a reason, or open."""
+    from .audit import audit_run
+
+    report = audit_run(run)
+    print(report.text)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+class Pick(StrEnum):
+    """Which rollouts `show` shows."""
+
+    BEST = "best"
+    WORST = "worst"
+    STALE = "stale"
+    FAILED = "failed"
+    ALL = "all"
+
+
+@app.command()
+def show(
+    run: RunArgument,
+    step: Annotated[int | None, typer.Option(help="Which learner step; else the newest.")] = None,
+    pick: Annotated[Pick, typer.Option(help="Which rollouts.")] = Pick.BEST,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="One JSON object a line.")] = False,
+) -> None:
+    """Read the rollouts of a step: tokens by version, rewards, advantages, drop reasons."""
+    from .show import show as show_step
+
+    show_step(run, step, pick.value, jsonl=jsonl, limit=limit)
+
+
+def main() -> None:
+    """The `slipstream` script: errors are one clear message and their exit code."""
+    try:
+        app()
+    except SlipstreamError as error:
+        _print_error(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+def _print_error(message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), (message, "red")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The sentences of a plan: batch algebra, what bounds an update, staleness, memory."""
+
+import math
+from collections.abc import Iterator
+
+from ..learner.config import ObjectiveConfig
+from .schema import Experiment
+from .sizes import (
+    ModelSize,
+    bytes_text,
+    checkpoint_bytes,
+    machine_memory,
+    memory_costs,
+    total_bytes,
+)
+
+
+def algebra(experiment: Experiment) -> Iterator[str]:
+    """Yield what a step and the run amount to."""
+    learner, rollout = experiment.learner, experiment.rollout
+    prompts, updates, new = learner.prompts_per_step, learner.updates_per_step, rollout.sampling
+    samples = experiment.samples_per_step
+    yield (
+        f"A step trains {prompts} prompts x {rollout.samples_per_prompt} samples = {samples:,} "
+        f"samples (at most {samples * new.max_new_tokens:,} written tokens) in {updates} optimizer "
+        f"update{'s' if updates > 1 else ''} of {prompts // updates} prompts."
+    )
+    yield (
+        f"Engines may work ahead: (S + 1) x P = ({experiment.buffer.max_staleness_steps:g} + 1) x "
+        f"{prompts} = {experiment.capacity_groups} groups in flight, ready or being trained."
+    )
+    least = learner.steps * prompts
+    refilled = "; groups without signal are refilled" if experiment.buffer.drop_no_signal else ""
+    yield (
+        f"The run: {learner.steps} steps, {learner.steps * updates:,} updates, at least "
+        f"{least:,} prompts{_epochs(experiment, least)} and "
+        f"{least * rollout.samples_per_prompt:,} samples{refilled}."
+    )
+    yield from _before_and_beside(experiment)
+
+
+def _epochs(experiment: Experiment, prompts: int) -> str:
+    if experiment.prompts.source != "reasoning_gym":
+        return ""
+    return f" ({prompts / experiment.prompts.size:.2g} epochs)"
+
+
+def _before_and_beside(experiment: Experiment) -> Iterator[str]:
+    sft, evaluation, steps = experiment.sft, experiment.eval, experiment.learner.steps
+    if sft is not None:
+        updates = -(-sft.examples // sft.batch_size) * sft.epochs
+        yield (
+            f"Before it, a supervised warm start: {sft.examples:,} examples x {sft.epochs} epochs "
+            f"in batches of {sft.batch_size} = {updates:,} updates."
+        )
+    if evaluation.enabled:
+        held_out, every = experiment.prompts.held_out, evaluation.every_steps
+        count = 2 + (len(range(every, steps, every)) if every else 0)
+        samples = held_out * evaluation.samples_per_prompt
+        yield (
+            f"Evaluations: {count} (first, final{f', every {every} steps' if every else ''}), each "
+            f"{held_out} held-out prompts x {evaluation.samples_per_prompt} = {samples:,} samples; "
+            f"the 95% interval of a yes/no reward is at most +-{0.98 / held_out**0.5:.3f}."
+        )
+
+
+def bounds(experiment: Experiment) -> Iterator[str]:
+    """Yield which term of the objective can act in this combination."""
+    objective, updates = experiment.learner.objective, experiment.learner.updates_per_step
+    if updates == 1:
+        yield (
+            "ratio = current / proximal is exactly 1 (U = 1 and the proximal policy is taken at "
+            "the start of the step): clip_low and clip_high cannot act."
+        )
+    else:
+        low, high = 1 - objective.clip_low, 1 + objective.clip_high
+        yield (
+            f"From the second of {updates} updates on, clipping keeps ratio = current / proximal "
+            f"in [{low:g}, {high:g}]."
+        )
+    if experiment.buffer.max_staleness_steps == 0:
+        yield (
+            "correction = proximal / behaviour is 1 but for arithmetic (S = 0: the policy that "
+            "sampled is the one trained); what is left is the gradient norm "
+            f"({experiment.learner.optimizer.max_grad_norm:g}) and the learning rate."
+        )
+    else:
+        yield f"correction = proximal / behaviour {_correction(objective)}."
+    law = "the kept set" if experiment.rollout.ratio_law == "kept_set" else "temperature alone"
+    yield f"Both sides of every ratio are taken under {law}."
+
+
+def _correction(objective: ObjectiveConfig) -> str:
+    low, high = objective.correction_low, objective.correction_high
+    return {
+        "truncate": f"is capped at {high:g} per token: this bounds an update",
+        "mask": f"outside [{low:g}, {high:g}] silences a token: this bounds an update",
+        "none": "is not taken: old samples count as if they were fresh, and nothing bounds them",
+    }[objective.correction]
+
+
+def staleness(experiment: Experiment) -> Iterator[str]:
+    """Yield the bound, and how old samples will be under it."""
+    bound, rollout = experiment.buffer.max_staleness_steps, experiment.rollout
+    if bound == 0:
+        yield (
+            "S = 0: every token is written by the policy that is trained on it; engines wait "
+            "while the learner trains, and the learner while they generate."
+        )
+        return
+    rows, steps = rollout.workers * rollout.max_concurrent_samples, in_flight_steps(experiment)
+    yield (
+        f"Every trained token is at most {math.ceil(bound)} steps old (S = {bound:g}); over it: "
+        f"wait up to {experiment.buffer.straggler_wait_s:g} s, then {experiment.buffer.stale}."
+    )
+    yield (
+        f"{rollout.workers} workers x {rollout.max_concurrent_samples} rows decode up to {rows:,} "
+        f"samples at once, {steps:.2g} steps' worth: a sample's first token is about {steps:.2g} "
+        "steps old when trained if generation is the slower side, and nears S if training is."
+    )
+
+
+def in_flight_steps(experiment: Experiment) -> float:
+    """How many steps' samples are decoded at once (Little's law: also a sample's age in steps)."""
+    rows = experiment.rollout.workers * experiment.rollout.max_concurrent_samples
+    admitted = experiment.capacity_groups * experiment.rollout.samples_per_prompt
+    return min(rows, admitted) / experiment.samples_per_step
+
+
+def memory(experiment: Experiment, size: ModelSize | None) -> Iterator[str]:
+    """Yield what is held in memory, written to disk and published."""
+    if size is None:
+        yield f'The config of model = "{experiment.model}" does not tell its size.'
+        return
+    costs = memory_costs(experiment, size)
+    for cost in costs:
+        yield f"{cost.what}: {bytes_text(cost.num_bytes)} ({cost.how})"
+    checkpoint = checkpoint_bytes(experiment, size)
+    keep = experiment.learner.checkpoint.keep_last
+    yield (
+        f"together about {bytes_text(total_bytes(costs))} of this machine's "
+        f"{bytes_text(machine_memory())}; checkpoints: {bytes_text(checkpoint)} each on disk, "
+        f"{keep} kept"
+    )
+    yield (
+        f"each step publishes {bytes_text(costs[0].num_bytes)}, read by "
+        f"{experiment.rollout.workers} workers"
+    )

@@ -1,0 +1,79 @@
+"""Tries prompts and reward before a run starts, and writes the examples of its warm start.
+
+A process of its own, because a user's code may hang, crash or print at import.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..buffer.errors import ConfigError
+from ..buffer.process import run_process
+from ..buffer.records import Completion, Prompt, Score
+from ..rollout.demonstrations import write_sft_file
+from ..rollout.prompts import PromptSource
+from ..rollout.rewards.pool import RewardPool
+from .specs import PreflightSpec
+
+PROBED_PROMPTS = 2
+
+
+async def preflight(spec: PreflightSpec) -> None:
+    """Check everything that can be checked without a model.
+
+    Raises:
+        ConfigError: no prompts, a reward that cannot be loaded or fails on every probe, or no
+            demonstrations.
+    """
+    source = PromptSource(spec.prompts, spec.seed)
+    await check_reward(spec, [source.prompt(uid) for uid in range(PROBED_PROMPTS)])
+    source.held_out()
+    if spec.sft is not None and spec.sft_file is not None:
+        write_sft_file(spec.prompts, spec.sft, spec.seed, spec.sft_file)
+
+
+async def check_reward(spec: PreflightSpec, prompts: Sequence[Prompt]) -> None:
+    """Let the reward score something once: one answer that it can score is enough.
+
+    Raises:
+        ConfigError: it failed on all of them, or took longer than its time-out.
+    """
+    pool = RewardPool(spec.reward, num_processes=1)
+    failures: list[Score] = []
+    try:
+        for completion, prompt in _probes(prompts):
+            began = time.monotonic()
+            score = await pool.score(completion, prompt)
+            if score.status == "scored":
+                return
+            failures.append(score)
+            if time.monotonic() - began >= spec.reward.timeout_s:
+                break  # it would only take that long again
+    finally:
+        await pool.close()
+    raise ConfigError(
+        f'reward.name = "{spec.reward.name}" could not score any of {len(failures)} trial '
+        f"answers: {failures[0].reason}. Try it alone, and return a finite number or a Score "
+        "within reward.timeout_s"
+    )
+
+
+def _probes(prompts: Sequence[Prompt]) -> list[tuple[Completion, Prompt]]:
+    """The gold answer, where there is one, and an empty answer, for each prompt."""
+    texts = [(str(prompt.payload.get("answer", "")), "") for prompt in prompts]
+    return [
+        (Completion(text=text), prompt)
+        for prompt, both in zip(prompts, texts, strict=True)
+        for text in dict.fromkeys(both)
+    ]
+
+
+def main() -> None:
+    """`python -m slipstream.configs.preflight SPEC.json`."""
+    spec = PreflightSpec.model_validate_json(Path(sys.argv[1]).read_text())
+    run_process("preflight", spec.run_dir, preflight(spec))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Everything a run has reported so far, folded from its events and the buffer's stats."""
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from ..buffer.messages import Stats
+from .feed import Event, Row
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """What displays show. Rows of steps are kept by step: a redone step replaces the lost one."""
+
+    name: str
+    total_steps: int
+    bound: int
+    """ceil(S)."""
+    started_s: float = field(default_factory=time.time)
+    phase: str = "starting"
+    steps: dict[int, Row] = field(default_factory=dict)
+    evaluations: dict[int, Row] = field(default_factory=dict)
+    sft: Row = field(default_factory=dict)
+    """The newest line of the warm start."""
+    stats: Stats | None = None
+
+    def fold(self, event: Event) -> None:
+        """Take one reported line in."""
+        if event.kind == "sft":
+            self.sft = event.row
+        else:
+            rows = self.steps if event.kind == "step" else self.evaluations
+            rows[int(event.row["step"])] = event.row
+
+    @property
+    def step(self) -> int:
+        """The newest finished step; 0 before the first."""
+        return max(self.steps, default=0)
+
+    @property
+    def latest(self) -> Row:
+        """The newest step's line; empty before the first."""
+        return self.steps.get(self.step, {})
+
+    @property
+    def room_groups(self) -> int:
+        """How many groups the law lets be INFLIGHT, READY or TAKEN now.
+
+        Admission counts all groups of the run; those that are TRAINED will stay so.
+        """
+        if self.stats is None:
+            return 0
+        return max(1, self.stats.capacity_groups - self.stats.counts.get("TRAINED", 0))
+
+    @property
+    def violations(self) -> int:
+        """Trained tokens outside the bound or off the live path, over the whole run."""
+        return sum(_proof(row, "violations") + _proof(row, "orphaned_tokens") for row in self.rows)
+
+    @property
+    def rows(self) -> list[Row]:
+        """The lines of all steps, in order."""
+        return [self.steps[step] for step in sorted(self.steps)]
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to the last step at the pace of the last ten; None before two steps."""
+        recent = self.rows[-10:]
+        if len(recent) < 2 or "time" not in recent[0]:
+            return None
+        pace = (recent[-1]["time"] - recent[0]["time"]) / (len(recent) - 1)
+        return pace * (self.total_steps - self.step)
+
+    @property
+    def generated_per_s(self) -> float:
+        """Tokens that all engines together write in a second."""
+        workers = self.stats.workers.values() if self.stats else ()
+        return sum(worker.get("tokens_per_s", 0.0) for worker in workers)
+
+    def rewards_until(self, step: int) -> list[float]:
+        """Mean training reward of the steps up to this one, in order."""
+        rows = (row for row in self.rows if row["step"] <= step)
+        return [float(row["reward_mean"]) for row in rows if row.get("reward_mean") is not None]
+
+    def lag_shares(self, rows: Sequence[Row]) -> dict[int, float]:
+        """Share of these steps' trained tokens by lag; all lags up to the bound are there."""
+        counts = dict.fromkeys(range(self.bound + 1), 0)
+        for row in rows:
+            for lag, count in row.get("proof", {}).get("lag_counts", {}).items():
+                counts[int(lag)] = counts.get(int(lag), 0) + count
+        total = sum(counts.values()) or 1
+        return {lag: count / total for lag, count in sorted(counts.items())}
+
+
+def _proof(row: Row, key: str) -> int:
+    return int(row.get("proof", {}).get(key, 0))
+
+
+def sparkline(values: Sequence[float], width: int = 32) -> str:
+    """A trend in `width` characters at most, each the mean of its share of the values."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    means = _bucket_means(finite, min(width, len(finite)))
+    low, high = min(means), max(means)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BLOCKS[round((value - low) * scale)] for value in means)
+
+
+def _bucket_means(values: Sequence[float], buckets: int) -> list[float]:
+    edges = [len(values) * i // buckets for i in range(buckets + 1)]
+    return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges) if b > a]
+
+
+def sft_text(row: Row) -> str:
+    """Where the warm start stands."""
+    if not row:
+        return ""
+    done, total = row.get("update", row.get("step", 0)), row.get("updates", row.get("total", 0))
+    count = f"{done}/{total}" if total else f"{done}"
+    return joined((f"update {count}", f"loss {row.get('loss', float('nan')):.3f}"))
+
+
+def clock(seconds: float) -> str:
+    """`1:05` or `2:03:09`."""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def joined(parts: Iterable[str]) -> str:
+    """The parts that are not empty, two spaces apart."""
+    return "  ".join(part for part in parts if part)

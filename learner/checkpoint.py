@@ -1,0 +1,224 @@
+"""Checkpoints: what a run continues from after anything, power loss included.
+
+A checkpoint is a folder `checkpoints/step-000010.b0` that counts only once its `manifest.json` is
+in place: files, fsync each, fsync the folder, then the manifest renamed into it. The newest
+manifest whose files still have their digests wins. Knows nothing of tensors: the caller brings a
+writer for each file, so that launcher and audit read checkpoints without torch.
+"""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ..buffer.errors import ConfigError, CorruptData
+from ..buffer.mailbox import file_digest
+from ..buffer.records import Version
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+CRASH_VARIABLE = "SLIPSTREAM_CRASH_AT"
+
+_visits: Counter[str] = Counter()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A complete checkpoint, as its manifest describes it."""
+
+    folder: Path
+    version: Version
+    journal_sequence: int
+    """What the buffer service's ledger had reached when the step's batch was taken."""
+    saved_at: float
+    """Wall-clock seconds since the epoch."""
+    info: dict[str, Any]
+    """Lineage: run id, model folder, dtype."""
+
+
+def crash_point(name: str) -> None:
+    """Die here, as by `kill -9`, when SLIPSTREAM_CRASH_AT is `name`, or `name:n` at the n-th visit.
+
+    For tests of what a crash leaves behind; does nothing otherwise.
+    """
+    wanted, _, count = os.environ.get(CRASH_VARIABLE, "").partition(":")
+    if wanted == name:
+        _visits[name] += 1
+        if _visits[name] >= int(count or 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def folder_name(version: Version) -> str:
+    """`step-000010.b0`."""
+    return f"step-{version.step:06d}.b{version.branch}"
+
+
+def save_checkpoint(
+    root: Path,
+    version: Version,
+    writers: Mapping[str, Callable[[Path], object]],
+    *,
+    journal_sequence: int,
+    info: Mapping[str, Any],
+    keep_last: int,
+) -> Checkpoint:
+    """Write a checkpoint, durable on return, and then remove older ones.
+
+    Args:
+        root: the run's `checkpoints` folder.
+        version: the published version whose weights these are.
+        writers: file name -> function that writes the file at the path it is given.
+        journal_sequence: goes into the manifest.
+        info: lineage, plain data; goes into the manifest.
+        keep_last: complete checkpoints to keep; that of step 0, what the run started from and the
+            reference of a KL term, stays besides.
+    """
+    folder = root / folder_name(version)
+    shutil.rmtree(folder, ignore_errors=True)  # what a crash left of it, if anything
+    folder.mkdir(parents=True)
+    crash_point("checkpoint.folder_made")
+    files = {}
+    for name, write in writers.items():
+        write(folder / name)
+        _sync(folder / name)
+        num_bytes, digest = file_digest(folder / name)
+        files[name] = {"bytes": num_bytes, "digest": digest}
+        crash_point(f"checkpoint.file_synced.{name}")
+    _sync(folder)
+    crash_point("checkpoint.files_synced")
+    checkpoint = Checkpoint(
+        folder=folder,
+        version=version,
+        journal_sequence=journal_sequence,
+        saved_at=time.time(),
+        info=dict(info),
+    )
+    _write_manifest(checkpoint, files)
+    _prune(root, keep_last)
+    crash_point("checkpoint.pruned")
+    return checkpoint
+
+
+def _write_manifest(checkpoint: Checkpoint, files: dict[str, dict[str, Any]]) -> None:
+    """The atomic moment: before the rename the checkpoint does not exist, after it it does."""
+    body = {
+        "schema": SCHEMA,
+        "branch": checkpoint.version.branch,
+        "step": checkpoint.version.step,
+        "digest": checkpoint.version.digest,
+        "journal_sequence": checkpoint.journal_sequence,
+        "saved_at": checkpoint.saved_at,
+        "info": checkpoint.info,
+        "files": files,
+    }
+    body["manifest_digest"] = _json_digest(body)
+    temporary = checkpoint.folder / f"{MANIFEST}.tmp"
+    temporary.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
+    _sync(temporary)
+    crash_point("checkpoint.manifest_written")
+    temporary.replace(checkpoint.folder / MANIFEST)
+    crash_point("checkpoint.manifest_renamed")
+    _sync(checkpoint.folder)
+    _sync(checkpoint.folder.parent)
+    crash_point("checkpoint.manifest_synced")
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Open a checkpoint after checking every byte of it.
+
+    Raises:
+        CorruptData: no manifest, or a file that is missing, cut or altered; says which.
+    """
+    try:
+        body = json.loads((folder / MANIFEST).read_text())
+        stated = body.pop("manifest_digest")
+        files, schema = body["files"], body["schema"]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CorruptData(f"{folder / MANIFEST} cannot be read: {error!r}") from error
+    if schema != SCHEMA or stated != _json_digest(body):
+        raise CorruptData(f"{folder / MANIFEST} was altered, or written by another version of us")
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CorruptData(f"{path} is missing")
+        if (size := path.stat().st_size) != expected["bytes"]:
+            raise CorruptData(f"{path} has {size} bytes of {expected['bytes']}: it was cut short")
+        if file_digest(path)[1] != expected["digest"]:
+            raise CorruptData(f"{path} was altered: its digest is not the one it was saved with")
+    return Checkpoint(
+        folder=folder,
+        version=Version(branch=body["branch"], step=body["step"], digest=body["digest"]),
+        journal_sequence=body["journal_sequence"],
+        saved_at=body["saved_at"],
+        info=body["info"],
+    )
+
+
+def find_checkpoint(
+    root: Path, wanted: tuple[int, int] | None = None
+) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint to continue from, and what was wrong with newer ones.
+
+    Args:
+        root: the run's `checkpoints` folder.
+        wanted: (branch, step); None for the newest that verifies.
+    Raises:
+        CorruptData: the wanted one is damaged, or all are; says how and what to do.
+        ConfigError: there is none.
+    """
+    folders = [root / folder_name(Version(branch=wanted[0], step=wanted[1]))] if wanted else []
+    problems: list[str] = []
+    for folder in folders or complete_folders(root):
+        try:
+            return read_checkpoint(folder), problems
+        except CorruptData as error:
+            problems.append(str(error))
+    if problems:
+        raise CorruptData(
+            f"no usable checkpoint in {root}: {'; '.join(problems)}. Restore the files from a "
+            "copy, or start the run again"
+        )
+    raise ConfigError(f"{root} holds no checkpoint: the run has to be started, not resumed")
+
+
+def complete_folders(root: Path) -> list[Path]:
+    """Checkpoint folders that have a manifest, newest (branch, step) first; unverified."""
+    found = {}
+    for manifest in root.glob(f"step-*.b*/{MANIFEST}"):
+        step, _, branch = manifest.parent.name.removeprefix("step-").partition(".b")
+        if step.isdigit() and branch.isdigit():
+            found[int(branch), int(step)] = manifest.parent
+    return [found[key] for key in sorted(found, reverse=True)]
+
+
+def _prune(root: Path, keep_last: int) -> None:
+    """Remove what is not kept; the manifest goes first, so that no half of one counts."""
+    kept = [f for f in complete_folders(root) if not f.name.startswith("step-000000.")][:keep_last]
+    for folder in root.glob("step-*.b*"):
+        complete = (folder / MANIFEST).exists()
+        if folder in kept or (complete and folder.name.startswith("step-000000.")):
+            continue
+        (folder / MANIFEST).unlink(missing_ok=True)
+        crash_point("checkpoint.pruning")
+        shutil.rmtree(folder)
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _json_digest(body: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())

@@ -1,0 +1,224 @@
+"""The learner process: take -> train -> publish -> metrics -> checkpoint, until the last step.
+
+    main -> Trainer.prepare      warm start or resume, checkpoint of step 0
+         -> LearnerLoop.run      publish what is held, then for every step
+              take               long poll; the wait is named, bounded, and shown
+              train_step         in a thread, so that the connection stays alive
+              publish            first thing after the update: engines wait for it
+              metrics.jsonl      one line
+              save_checkpoint    every so many steps; then the buffer is told
+
+A crash anywhere is recoverable: what was published but not saved is on a branch that the resumed
+run leaves behind. SIGTERM ends the run after the step being trained, with a checkpoint.
+"""
+
+import asyncio
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from ..buffer import waits
+from ..buffer.client import BufferClient
+from ..buffer.errors import PeerLost, Refused, TrainingFailed
+from ..buffer.messages import Batch, NotYet
+from ..buffer.process import run_process
+from ..buffer.records import Version, WeightsManifest
+from .checkpoint import crash_point
+from .config import LearnerSpec
+from .step import StepResult
+from .trainer import Trainer, append_line
+
+R = TypeVar("R")
+
+POLL_S = 5.0
+"""The service answers a take at the latest after so long, and says on whom it waits."""
+
+STOP_PATIENCE_S = 5.0
+"""After SIGTERM: how long to try to tell a buffer service that may be gone already."""
+
+
+async def main(spec: LearnerSpec) -> None:
+    """Run the learner to its end or to SIGTERM."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1, thread_name_prefix="train") as pool:
+        trainer = Trainer(spec)
+        prepared = asyncio.get_running_loop().run_in_executor(pool, trainer.prepare, stop)
+        try:
+            await asyncio.shield(prepared)
+        except asyncio.CancelledError:
+            stop.set()  # the warm start ends at its next update; there is nothing to save yet
+            await prepared
+            return
+        async with BufferClient(spec.endpoint, spec.run_id, "learner") as client:
+            await LearnerLoop(spec, trainer, client, pool).run()
+
+
+class Buffer(Protocol):
+    """What the loop needs of the buffer service; `BufferClient` is one."""
+
+    async def take(self, step: int, *, wait_s: float) -> Batch | NotYet: ...
+
+    async def publish(self, manifest: WeightsManifest) -> object: ...
+
+    async def checkpoint_saved(self, version: Version) -> object: ...
+
+
+class LearnerLoop:
+    """Drives a trainer by what the buffer service hands out."""
+
+    def __init__(
+        self, spec: LearnerSpec, trainer: Trainer, client: Buffer, pool: ThreadPoolExecutor
+    ) -> None:
+        """Wire the parts; `trainer` is prepared and `client` connected."""
+        self.spec, self.trainer, self.client, self.pool = spec, trainer, client, pool
+        self.stopping = False
+        self._last_row: dict[str, Any] = {}
+        self._step_began_s = time.monotonic()
+
+    async def run(self) -> None:
+        """All steps.
+
+        Raises:
+            TrainingFailed: a batch did not come in time, or the step failed.
+        """
+        await self._publish()
+        if self.trainer.saved:
+            await self.client.checkpoint_saved(self.trainer.held)
+        try:
+            while self.trainer.held.step < self.spec.config.steps and not self.stopping:
+                began_s = time.monotonic()
+                batch = await self._take_or_save(self.trainer.held.step + 1)
+                if batch is None:
+                    break
+                await self._to_boundary(self._step(batch, time.monotonic() - began_s))
+        except asyncio.CancelledError:  # SIGTERM while waiting for a batch
+            self.stopping = True
+        if self.trainer.held.step < self.spec.config.steps:
+            await self._stop()
+
+    async def _to_boundary(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a step to its end even when SIGTERM comes in the middle of it, or twice."""
+        task = asyncio.ensure_future(work)
+        while True:
+            try:
+                return await asyncio.shield(task)
+            except asyncio.CancelledError:
+                if task.cancelled():
+                    raise
+                self.stopping = True
+
+    async def _take_or_save(self, step: int) -> Batch | None:
+        """`_take`; when nothing comes any more, what was trained so far is not lost."""
+        try:
+            return await self._take(step)
+        except (PeerLost, TrainingFailed):
+            if not self.trainer.saved:
+                await self._in_thread(self.trainer.save)
+            raise
+
+    async def _take(self, step: int) -> Batch | None:
+        """The batch of a step; None when the run is being closed.
+
+        Raises:
+            TrainingFailed: `take_deadline_s` passed; says on whom it waited.
+        """
+        deadline = time.monotonic() + self.spec.take_deadline_s
+        waiting_on = "the buffer service"
+        while (left_s := deadline - time.monotonic()) > 0:
+            what = f"the batch of step {step}: {waiting_on}"
+            async with waits.waiting("learner", what, left_s):
+                reply = await self.client.take(step, wait_s=min(POLL_S, left_s))
+            if isinstance(reply, Batch):
+                return reply
+            if reply.closing:
+                return None
+            waiting_on = reply.waiting_on
+        raise TrainingFailed(
+            f"step {step} got no batch within buffer.take_deadline_s = "
+            f"{self.spec.take_deadline_s:g} s; waiting on {waiting_on}"
+        )
+
+    async def _step(self, batch: Batch, wait_s: float) -> None:
+        """Train one batch and make it known."""
+        crash_point("step.taken")
+        result = await self._in_thread(lambda: self.trainer.train(batch))
+        crash_point("step.trained")
+        await self._publish()
+        crash_point("publish.announced")
+        self._write_metrics(batch, result, wait_s)
+        crash_point("metrics.written")
+        if self.trainer.checkpoint_due:
+            await self._checkpoint()
+
+    async def _publish(self) -> None:
+        manifest = await self._in_thread(self.trainer.write_weights)
+        async with self._patience():
+            await self.client.publish(manifest)
+
+    async def _checkpoint(self) -> None:
+        await self._in_thread(self.trainer.save)
+        async with self._patience():
+            await self.client.checkpoint_saved(self.trainer.held)
+        crash_point("checkpoint.acknowledged")
+
+    async def _stop(self) -> None:
+        """Leave a checkpoint of the last finished step, and say so."""
+        self.stopping = True
+        if not self.trainer.saved:
+            await self._checkpoint()
+        if self._last_row:
+            append_line(
+                self.spec.run_dir / "metrics.jsonl", {**self._last_row, "status": "stopped"}
+            )
+
+    @contextlib.asynccontextmanager
+    async def _patience(self) -> AsyncIterator[None]:
+        """While the run is being stopped, the service may be gone before us: that is no error,
+        because a resume goes by the checkpoint."""
+        if not self.stopping:
+            yield
+            return
+        with contextlib.suppress(PeerLost, Refused, TimeoutError):
+            async with asyncio.timeout(STOP_PATIENCE_S):
+                yield
+
+    def _write_metrics(self, batch: Batch, result: StepResult, wait_s: float) -> None:
+        """Append the step's line: ours, with what only the buffer knows of drops and lengths."""
+        now_s = time.monotonic()
+        seconds, self._step_began_s = now_s - self._step_began_s, now_s
+        proof = msgspec.structs.replace(
+            result.proof, dropped=batch.proof.dropped, length_bias=batch.proof.length_bias
+        )
+        self._last_row = {
+            "step": batch.step,
+            "version": str(self.trainer.held),
+            "branch": self.trainer.held.branch,
+            "digest": self.trainer.held.digest,
+            "time": time.time(),
+            "seconds": seconds,
+            "wait_seconds": wait_s,
+            "tokens_per_s": result.metrics["tokens_trained"] / seconds,
+            **result.metrics,
+            "proof": {
+                **msgspec.to_builtins(proof),
+                "lag_counts": {str(lag): n for lag, n in proof.lag_counts.items()},
+            },
+            "drops": proof.dropped,
+        }
+        append_line(self.spec.run_dir / "metrics.jsonl", self._last_row)
+
+    async def _in_thread(self, work: Callable[[], R]) -> R:
+        """Run blocking work in the one training thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool, work)
+
+
+if __name__ == "__main__":
+    arguments = LearnerSpec.model_validate_json(Path(sys.argv[1]).read_text())
+    run_process("learner", arguments.run_dir, main(arguments))

@@ -1,0 +1,155 @@
+"""The policy under training: its model, its optimizer, and what both look like on disk.
+
+Shape suffixes: B rows, L padded inputs of a row, D hidden size, V vocabulary, T trained tokens.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import xxhash
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers import PreTrainedModel
+
+from ..buffer.errors import CorruptData
+from ..kernels.definition import scores
+from ..kernels.models import assign_weights, policy_weights
+from .batch import Rows
+from .config import OptimizerConfig
+
+RNG_NAME = "rng.torch"
+PROBE_ROWS, PROBE_TOKENS = 4, 24
+
+
+class Policy:
+    """A model, AdamW over it, and for bfloat16 the float32 masters that AdamW moves.
+
+    Small updates vanish in bfloat16 (8 bits of mantissa), so the optimizer moves float32 copies and
+    the model holds them rounded: exactly the weights that are published and sampled from.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: OptimizerConfig) -> None:
+        """Take over a model; nothing is copied unless it is bfloat16."""
+        self.model, self.config = model, config
+        self.parameters = dict(model.named_parameters())
+        rounded = model.dtype == torch.bfloat16
+        self.masters = (
+            {name: p.detach().float().requires_grad_() for name, p in self.parameters.items()}
+            if rounded
+            else self.parameters
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.masters.values(),
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    @property
+    def loss_dtype(self) -> torch.dtype:
+        """float64 for a float64 policy, else float32."""
+        return torch.float64 if self.model.dtype == torch.float64 else torch.float32
+
+    def update(self, learning_rate: float, grad_norm: Tensor) -> None:
+        """Clip the accumulated gradients, whose total norm the caller has checked; apply AdamW."""
+        clip_grads_with_norm_(self.masters.values(), self.config.max_grad_norm, grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.clear_gradients()
+        if self.masters is not self.parameters:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(self.masters[name])
+
+    def grad_norm(self) -> Tensor:
+        """The 2-norm of all accumulated gradients together."""
+        if self.masters is not self.parameters:
+            for name, parameter in self.parameters.items():
+                grad = parameter.grad
+                self.masters[name].grad = None if grad is None else grad.float()
+        return get_total_norm([p.grad for p in self.masters.values() if p.grad is not None])
+
+    def clear_gradients(self) -> None:
+        """Forget accumulated gradients."""
+        for tensors in (self.parameters, self.masters):
+            for tensor in tensors.values():
+                tensor.grad = None
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is published; no copies."""
+        return policy_weights(self.model)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """AdamW's moments, float32 masters if there are any, and torch's random state, by name."""
+        state = {RNG_NAME: torch.get_rng_state()}
+        for name, master in self.masters.items():
+            for field, value in self.optimizer.state.get(master, {}).items():
+                state[f"{name}:{field}"] = value
+            if self.masters is not self.parameters:
+                state[f"{name}:master"] = master.detach()
+        return state
+
+    def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Continue exactly where `weights()` and `optimizer_state()` were taken.
+
+        Raises:
+            ModelError: the weights are another model's.
+            CorruptData: the state is another model's.
+        """
+        assign_weights(self.model, weights)
+        torch.set_rng_state(state[RNG_NAME])
+        for key, value in state.items():
+            name, _, field = key.rpartition(":")
+            if key == RNG_NAME:
+                continue
+            if name not in self.masters:
+                raise CorruptData(f"the optimizer state names {name}, which the model has not")
+            if field == "master":
+                with torch.no_grad():
+                    self.masters[name].copy_(value)
+            else:
+                self.optimizer.state[self.masters[name]][field] = value.clone()
+
+
+def score(model: PreTrainedModel, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every scored token under a model; [T] each.
+
+    The LM head is applied only where such a token is predicted.
+    """
+    hidden_TD = hidden_states(model, rows.input_ids_BL).flatten(0, 1)[rows.positions_T]
+    head = model.get_output_embeddings()
+    assert isinstance(head, torch.nn.Linear)  # kernels/models.py refuses other heads
+    return scores(hidden_TD, head.weight, rows.targets_T, rows.temperature_T, head.bias, rows.kept)
+
+
+def hidden_states(model: PreTrainedModel, input_ids_BL: Tensor) -> Tensor:
+    """[B, L, D] last hidden states of right-padded rows.
+
+    No mask is given: transformers then uses torch's causal kernel, under which no real token sees
+    the padding behind it. Positions are 0, 1, ... in every row.
+    """
+    positions = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)[None]
+    output = model.get_decoder()(input_ids=input_ids_BL, position_ids=positions, use_cache=False)
+    return output.last_hidden_state
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """xxh3-128 hex of names, dtypes, shapes and bytes in name order: the digest of a version."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Fixed token ids and the live policy's float32 logits on them, to compare an export with."""
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # pyright: ignore
+    generator = torch.Generator().manual_seed(0)
+    tokens_BL = torch.randint(vocabulary, (PROBE_ROWS, PROBE_TOKENS), generator=generator)
+    logits_BLV = model(input_ids=tokens_BL, use_cache=False).logits
+    return {"token_ids": tokens_BL, "logits": logits_BLV.float().contiguous()}

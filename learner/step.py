@@ -1,0 +1,315 @@
+"""One learner step: a batch of groups -> U optimizer updates -> metrics and proof.
+
+Shape suffix: T trained tokens of a micro-batch.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..buffer.errors import TrainingFailed
+from ..buffer.messages import ProofLine
+from ..buffer.records import TrainingSample, TrajectoryGroup, Version
+from ..buffer.staleness import LivePath, proof_line
+from . import objective
+from .batch import MicroBatch, Sample, collate, plan_micro_batches, samples_of, updates_of
+from .config import LearnerConfig, ObjectiveConfig
+from .policy import Policy, score
+
+
+@dataclass(slots=True)
+class Sums:
+    """Over the trained tokens of a step; divided at its end."""
+
+    loss: float = 0.0
+    tokens: int = 0
+    inputs: int = 0
+    padded: int = 0
+    gap_max: float = 0.0
+    by_token: dict[str, float] = field(default_factory=dict)
+
+    def add(self, values_T: dict[str, Tensor]) -> None:
+        """Add the sum of each per-token tensor under its name."""
+        for name, values in values_T.items():
+            self.by_token[name] = self.by_token.get(name, 0.0) + float(values.sum())
+
+    def mean(self, name: str, per: str = "") -> float:
+        """`name` per trained token, or per token counted under `per`."""
+        return self.by_token[name] / max(1.0, self.by_token[per] if per else self.tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """The share of one optimizer update: what is trained, and how its losses are averaged."""
+
+    samples: list[Sample]
+    batches: list[MicroBatch]
+    denominator: float
+    proximal: list[Tensor | None]
+    """Per micro-batch; None: the current policy's own, without gradient."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step leaves behind, besides the policy."""
+
+    metrics: dict[str, Any]
+    proof: ProofLine
+    """Recomputed here from the tokens that carried weight."""
+
+
+def train_step(
+    policy: Policy,
+    groups: Sequence[TrajectoryGroup],
+    *,
+    step: int,
+    held: Version,
+    config: LearnerConfig,
+    path: LivePath,
+    max_staleness_steps: float,
+    reference: PreTrainedModel | None = None,
+) -> StepResult:
+    """Train one batch. The exact order of operations, for whoever reproduces it:
+
+    1. Samples in the order (uid, index). Per group, over all samples with a reward, trained or not:
+       advantage = (reward - mean) / (std + 1e-6), std of the population (`group_std`), or
+       reward - mean (`group_mean`); float64.
+    2. The groups are cut, in order of uid, into U parts [P i // U, P (i + 1) // U); each part is
+       one optimizer update. With U = 1 the proximal policy is the current one without gradient;
+       with U >= 2 its log-probabilities are taken for the whole batch before the first update.
+    3. Log-probabilities and entropy are those of softmax(logits / temperature), restricted to the
+       recorded kept ids if there are any. Per trained token:
+       log ratio = clamp(current - proximal, -10, 10), likewise for the correction and the KL;
+       surrogate = -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A);
+       loss = correction * surrogate + kl_coefficient * k3 - entropy_coefficient * entropy, where
+       correction (no gradient) = min(proximal / behaviour, correction_high), or zeroed, or 1.
+       The correction weighs the surrogate alone.
+    4. The loss of an update is the sum over its trained tokens divided by their number (`token`),
+       or the mean over samples of each one's token mean (`sequence`); prompts, stale prefixes and
+       untrained samples count in neither. Micro-batches add up gradients of sums already divided.
+    5. Gradients are scaled by min(1, max_grad_norm / (norm + 1e-6)), the norm taken over all
+       parameters together; then AdamW (torch; decay on every parameter; bias-corrected) with rate
+       learning_rate * min(1, step / warmup_steps).
+
+    Args:
+        policy: trained in place.
+        groups: the batch, as the buffer handed it out.
+        step: k >= 1.
+        held: the version the policy is at, k - 1.
+        config: of the learner.
+        path: the live path, for the proof.
+        max_staleness_steps: S, for the proof.
+        reference: frozen policy for the KL term; needed when its coefficient is above 0.
+    Returns:
+        Metrics (`loss` is the minimised total, the mean over updates) and the proof line.
+    Raises:
+        TrainingFailed: nothing to train on, a token over the bound, or a loss or gradient norm
+            that is not finite; the weights are then as the last update left them.
+        CorruptData: a record that cannot be trained on.
+    """
+    started = time.perf_counter()
+    parts = [
+        _part(samples, held, config, policy.loss_dtype)
+        for groups_of_update in updates_of(groups, config.updates_per_step)
+        if (samples := samples_of(groups_of_update, config.objective.advantage))
+    ]
+    proof = _prove(parts, step, max_staleness_steps, path)
+    if len(parts) > 1:
+        for part in parts:
+            part.proximal[:] = [_score_frozen(policy.model, batch) for batch in part.batches]
+    warmup = config.optimizer.warmup_steps
+    rate = config.optimizer.learning_rate * (min(1.0, step / warmup) if warmup else 1.0)
+    sums, norms = Sums(), []
+    for part in parts:
+        _accumulate(policy, part, config.objective, reference, sums, step)
+        norms.append(_checked_norm(policy, step))
+        policy.update(rate, norms[-1])
+    metrics = _metrics(sums, groups, len(parts))
+    metrics |= {"grad_norm": float(max(norms)), "learning_rate": rate}
+    metrics["train_seconds"] = time.perf_counter() - started
+    metrics["train_tokens_per_s"] = sums.inputs / metrics["train_seconds"]
+    return StepResult(metrics=metrics, proof=proof)
+
+
+def _part(samples: list[Sample], held: Version, config: LearnerConfig, dtype: torch.dtype) -> _Part:
+    """Weigh the samples of one update and cut them into micro-batches."""
+    weights, denominator = objective.token_weights(
+        [sample.num_trained for sample in samples], config.objective.aggregation
+    )
+    samples = [replace(s, weight=w) for s, w in zip(samples, weights, strict=True)]
+    plan = plan_micro_batches(samples, config.micro_batch_tokens)
+    batches = [collate(rows, held, dtype) for rows in plan]
+    return _Part(
+        samples=samples, batches=batches, denominator=denominator, proximal=[None] * len(batches)
+    )
+
+
+def _prove(parts: list[_Part], step: int, bound: float, path: LivePath) -> ProofLine:
+    """The law's view of exactly the tokens that are about to carry weight.
+
+    Raises:
+        TrainingFailed: there are none, or one of them may not be trained at this step.
+    """
+    trained = [
+        TrainingSample(trajectory=s.trajectory, trained=True, stale_prefix=s.first_trained)
+        for part in parts
+        for s in part.samples
+    ]
+    if not trained:
+        raise TrainingFailed(f"step {step}: its batch has no token to train on")
+    proof = proof_line(trained, step=step, max_staleness_steps=bound, path=path)
+    weighted = sum(int((b.weights_T != 0).sum()) for part in parts for b in part.batches)
+    if proof.violations or proof.trained_tokens != weighted:
+        raise TrainingFailed(
+            f"step {step}: {proof.violations} of {weighted} tokens with weight break the staleness "
+            f"bound {proof.bound} (lags {proof.lag_counts}, {proof.orphaned_tokens} orphaned; the "
+            f"law counts {proof.trained_tokens}). Nothing was trained. This is a fault of "
+            "slipstream: please report it with the run's ledger"
+        )
+    return proof
+
+
+@torch.no_grad()
+def _score_frozen(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+    """[T] log-probabilities without gradient."""
+    return score(model, batch)[0]
+
+
+def _accumulate(
+    policy: Policy,
+    part: _Part,
+    config: ObjectiveConfig,
+    reference: PreTrainedModel | None,
+    sums: Sums,
+    step: int,
+) -> None:
+    """Forward and backward of one update, micro-batch by micro-batch.
+
+    Raises:
+        TrainingFailed: the loss is not finite.
+    """
+    for batch, anchor_T in zip(part.batches, part.proximal, strict=True):
+        current_T, entropy_T = score(policy.model, batch)
+        proximal_T = current_T.detach() if anchor_T is None else anchor_T
+        loss_T, seen_T = _token_loss(batch, current_T, proximal_T, entropy_T, config)
+        if config.kl_coefficient > 0:
+            assert reference is not None, "a KL term needs its reference policy"
+            kl_T = objective.kl_to_reference(current_T, _score_frozen(reference, batch))
+            loss_T = loss_T + config.kl_coefficient * kl_T
+            seen_T["kl_reference"] = kl_T.detach()
+        loss = (loss_T * batch.weights_T).sum() / part.denominator
+        if not math.isfinite(value := float(loss.detach())):
+            raise TrainingFailed(
+                f"step {step}: the loss is {value}; the weights are as before this update. Resume "
+                "from the last checkpoint, with a lower learning rate if it comes again"
+            )
+        loss.backward()
+        sums.loss += value
+        _count(batch, proximal_T, seen_T, sums)
+
+
+def _token_loss(
+    batch: MicroBatch,
+    current_T: Tensor,
+    proximal_T: Tensor,
+    entropy_T: Tensor,
+    config: ObjectiveConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """[T] loss without the KL term, and what is reported of every token."""
+    surrogate_T, clipped_T = objective.clipped_surrogate(
+        current_T,
+        proximal_T,
+        batch.advantages_T,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+    )
+    correction_T, limited_T = objective.importance_correction(
+        proximal_T,
+        batch.behaviour_T,
+        kind=config.correction,
+        low=config.correction_low,
+        high=config.correction_high,
+    )
+    loss_T = correction_T * surrogate_T
+    if config.entropy_coefficient > 0:
+        loss_T = loss_T - config.entropy_coefficient * entropy_T
+    now_T = current_T.detach()
+    behaviour_to_now_T = (now_T - batch.behaviour_T).clamp(-10, 10)
+    return loss_T, {
+        "ratio": (now_T - proximal_T).exp(),
+        "clipped": clipped_T,
+        "correction": correction_T,
+        "limited": limited_T,
+        "entropy": entropy_T.detach(),
+        "kl_behaviour": behaviour_to_now_T.expm1() - behaviour_to_now_T,
+    }
+
+
+def _count(batch: MicroBatch, proximal_T: Tensor, seen_T: dict[str, Tensor], sums: Sums) -> None:
+    """Add a micro-batch to the step's sums."""
+    gap_T = (proximal_T - batch.behaviour_T).abs()
+    clean_gap_T = gap_T[batch.clean_T]
+    sums.tokens += len(gap_T)
+    sums.inputs += batch.num_inputs
+    sums.padded += batch.input_ids_BL.numel()
+    sums.gap_max = max(sums.gap_max, float(clean_gap_T.max()) if len(clean_gap_T) else 0.0)
+    sums.add(
+        {
+            **seen_T,
+            "clean": batch.clean_T,
+            "gap": clean_gap_T,
+            "mixed": batch.mixed_T,
+            "mixed_gap": gap_T[batch.mixed_T],
+        }
+    )
+
+
+def _checked_norm(policy: Policy, step: int) -> Tensor:
+    """The gradient norm of the update that is about to be made.
+
+    Raises:
+        TrainingFailed: it is not finite.
+    """
+    norm = policy.grad_norm()
+    if not torch.isfinite(norm):
+        raise TrainingFailed(
+            f"step {step}: the gradient norm is {float(norm)} though the loss is finite; the "
+            "weights are as before this update. Resume from the last checkpoint with a lower "
+            "learning rate"
+        )
+    return norm
+
+
+def _metrics(sums: Sums, groups: Sequence[TrajectoryGroup], num_updates: int) -> dict[str, Any]:
+    """Means over the step, by the names that metrics.jsonl uses."""
+    scores = [s.trajectory.score.value for group in groups for s in group.samples]
+    rewards = torch.tensor([v for v in scores if v is not None], dtype=torch.float64)
+    metrics: dict[str, Any] = {
+        "loss": sums.loss / num_updates,
+        "updates": num_updates,
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std(correction=0)),
+        "entropy": sums.mean("entropy"),
+        "ratio_mean": sums.mean("ratio"),
+        "clipped_fraction": sums.mean("clipped"),
+        "correction_mean": sums.mean("correction"),
+        "capped_fraction": sums.mean("limited"),
+        "kl_behaviour": sums.mean("kl_behaviour"),
+        "tokens_trained": sums.tokens,
+        "tokens_processed": sums.inputs,
+        "padding": 1 - sums.inputs / sums.padded,
+        "logprob_gap_tokens": sums.by_token["clean"],
+        "logprob_gap_max": sums.gap_max if sums.by_token["clean"] else None,
+        "logprob_gap_mean": sums.mean("gap", per="clean") if sums.by_token["clean"] else None,
+        "kv_mixture": sums.mean("mixed"),
+        "kv_mixture_gap_mean": sums.mean("mixed_gap", per="mixed"),
+    }
+    if "kl_reference" in sums.by_token:
+        metrics["kl_reference"] = sums.mean("kl_reference")
+    return metrics

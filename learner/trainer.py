@@ -1,0 +1,197 @@
+"""What the learner process holds: the policy, its version, and how both get to disk and back."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..buffer.errors import ConfigError
+from ..buffer.mailbox import publish_file
+from ..buffer.messages import Batch
+from ..buffer.records import Version, WeightsManifest
+from ..buffer.staleness import LivePath
+from ..kernels.models import ModelError, assign_weights, load_policy, load_tokenizer, read_weights
+from .checkpoint import (
+    Checkpoint,
+    complete_folders,
+    crash_point,
+    find_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+from .config import LearnerSpec
+from .policy import Policy, probe, weights_digest
+from .sft import read_examples, run_sft
+from .step import StepResult, train_step
+
+
+class Trainer:
+    """The policy at one version; every method is called from the one training thread.
+
+    Trace (a run resumed from checkpoint 0.10 as branch 1):
+        prepare()        # held 1.10, saved True
+        write_weights()  # -> manifest of 1.10
+        train(batch 11)  # held 1.11, saved False
+        write_weights()  # -> manifest of 1.11
+        save()           # checkpoints/step-000011.b1, saved True
+    """
+
+    policy: Policy
+    held: Version
+    """What the policy is at."""
+    reference: PreTrainedModel | None = None
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        """Nothing is read before `prepare`."""
+        self.spec = spec
+        self.root = spec.run_dir / "checkpoints"
+        self.path = LivePath(spec.branch, spec.branch_parents)
+        self.saved = False
+        """Whether a checkpoint of the held version is on disk."""
+        self.journal_sequence = 0
+
+    def prepare(self, stop: threading.Event) -> None:
+        """Bring the policy to where the run starts: a checkpoint, or its (warm-started) beginning.
+
+        Raises:
+            ConfigError: the model folder or the warm start's file cannot be used.
+            CorruptData: the checkpoint to resume from is damaged.
+        """
+        torch.set_num_threads(self.spec.config.threads)
+        try:
+            if self.spec.resume_from is None:
+                self._begin(stop)
+            else:
+                self._resume(find_checkpoint(self.root, self.spec.resume_from)[0])
+        except ModelError as error:
+            raise ConfigError(f"model: {error}") from error
+
+    def _begin(self, stop: threading.Event) -> None:
+        """Load, warm-start, and save as step 0; without a checkpoint when stopped half-way."""
+        spec = self.spec
+        model = load_policy(spec.model_dir, spec.dtype, spec.seed)
+        if spec.sft is not None and spec.sft_file is not None:
+            examples = read_examples(spec.sft_file, load_tokenizer(spec.model_dir))
+            torch.set_num_threads(spec.sft.threads)
+            log = spec.run_dir / "sft_metrics.jsonl"
+            run_sft(
+                model,
+                examples,
+                spec.sft,
+                seed=spec.seed,
+                micro_batch_tokens=spec.config.micro_batch_tokens,
+                report=lambda row: append_line(log, row),
+                stop=stop,
+            )
+            torch.set_num_threads(spec.config.threads)
+        self._hold(Policy(model, spec.config.optimizer), step=0)
+        if not stop.is_set():
+            self.save()
+        self.reference = self._load_reference()
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        """Continue exactly from a checkpoint, under the new branch."""
+        spec = self.spec
+        if checkpoint.info["dtype"] != spec.dtype:
+            raise ConfigError(
+                f"dtype = {spec.dtype}, but the run was started with {checkpoint.info['dtype']}"
+            )
+        model = load_policy(spec.model_dir, spec.dtype, spec.seed)
+        policy = Policy(model, spec.config.optimizer)
+        policy.restore(
+            read_weights([checkpoint.folder / "weights.safetensors"]),
+            read_weights([checkpoint.folder / "optimizer.safetensors"]),
+        )
+        self._hold(policy, step=checkpoint.version.step)
+        self.journal_sequence = checkpoint.journal_sequence
+        self.saved = True
+        self.reference = self._load_reference()
+
+    def _hold(self, policy: Policy, step: int) -> None:
+        self.policy, self.saved = policy, False
+        digest = weights_digest(policy.weights())
+        self.held = Version(branch=self.spec.branch, step=step, digest=digest)
+        self.path.publish(self.held)
+
+    def _load_reference(self) -> PreTrainedModel | None:
+        """The frozen policy that the run started from (its checkpoint of step 0), for a KL term."""
+        if self.spec.config.objective.kl_coefficient == 0:
+            return None
+        first = [f for f in complete_folders(self.root) if f.name.startswith("step-000000.")]
+        if not first:
+            raise ConfigError(
+                f"learner.objective.kl_coefficient needs the run's first checkpoint in {self.root}"
+            )
+        model = load_policy(self.spec.model_dir, self.spec.dtype, self.spec.seed)
+        assign_weights(
+            model, read_weights([read_checkpoint(first[-1]).folder / "weights.safetensors"])
+        )
+        return model.requires_grad_(False)
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether the held version is one to resume from."""
+        step = self.held.step
+        return step % self.spec.config.checkpoint.every_steps == 0 or step == self.spec.config.steps
+
+    def train(self, batch: Batch) -> StepResult:
+        """One step; afterwards the policy is at the next version."""
+        result = train_step(
+            self.policy,
+            batch.groups,
+            step=batch.step,
+            held=self.held,
+            config=self.spec.config,
+            path=self.path,
+            max_staleness_steps=self.spec.max_staleness_steps,
+            reference=self.reference,
+        )
+        self._hold(self.policy, batch.step)
+        self.journal_sequence = batch.journal_sequence
+        return result
+
+    def write_weights(self) -> WeightsManifest:
+        """Put the held version where engines can load it."""
+        manifest = publish_file(
+            self.spec.weights_dir, self.held, file_writer(self.policy.weights())
+        )
+        crash_point("publish.file_written")
+        return manifest
+
+    def save(self) -> Checkpoint:
+        """A checkpoint of the held version."""
+        checkpoint = save_checkpoint(
+            self.root,
+            self.held,
+            {
+                "weights.safetensors": file_writer(self.policy.weights()),
+                "optimizer.safetensors": file_writer(self.policy.optimizer_state()),
+                "probe.safetensors": file_writer(probe(self.policy.model)),
+            },
+            journal_sequence=self.journal_sequence,
+            info={
+                "run_id": self.spec.run_id,
+                "model_dir": str(self.spec.model_dir),
+                "dtype": self.spec.dtype,
+            },
+            keep_last=self.spec.config.checkpoint.keep_last,
+        )
+        self.saved = True
+        return checkpoint
+
+
+def file_writer(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
+    """A function that writes the tensors, as they are when it is called, to a safetensors file."""
+    return lambda path: save_file({n: t.contiguous() for n, t in tensors.items()}, str(path))
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """One JSON line, written in one call so that a reader never sees half of it."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")

@@ -1,0 +1,274 @@
+"""Continuous batching: samples enter and leave a batch that is decoded one token at a time.
+
+Synchronous and single-threaded; `native.py` runs it in a thread of its own.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...buffer.records import FinishReason, Version
+from ...kernels.models import assign_weights, end_token_ids
+from ..config import KvPolicy, RatioLaw
+from ..engine import GenerationOutput, GenerationRequest
+from ..sampling import sample, uniform
+from .forward import PolicyForward
+from .slots import Slots, spans
+from .text import Detokeniser
+
+_PREFILL_TOKENS = 8192
+"""Prompt tokens, padding included, of one forward: bounds the memory of a prefill."""
+
+
+class Decoder:
+    """The batch. Trace:
+
+    swap(v0, tensors)   serving v0
+    submit([a, b])      queued
+    step()              prompts of a and b computed together, one token each; then one more
+    swap(v1, tensors)   a and b go on under v1, at a token boundary
+    step() ...          returns a's output when a is finished; b goes on
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_concurrent: int,
+        kv: KvPolicy,
+        ratio_law: RatioLaw,
+    ) -> None:
+        """Take over the model.
+
+        Raises:
+            ConfigError: an architecture that the forward does not support.
+        """
+        self._model, self._kv = model, kv
+        self._ratio_law: RatioLaw = ratio_law
+        self._forward = PolicyForward(model)
+        self._detokeniser = Detokeniser(tokenizer)
+        self._cache = self._forward.make_cache(max_concurrent)
+        self._slots = Slots(max_concurrent, end_token_ids(model, tokenizer))
+        self._max_concurrent = max_concurrent
+        self._context = int(model.config.max_position_embeddings)
+        self._vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+        self._queue: deque[GenerationRequest] = deque()
+        self._versions: list[Version] = []
+        self._logprob_dtype = np.float64 if model.dtype == torch.float64 else np.float32
+        self.generated_tokens = 0
+
+    @property
+    def serving(self) -> Version | None:
+        """The version whose weights the model holds."""
+        return self._versions[-1] if self._versions else None
+
+    @property
+    def running(self) -> int:
+        """Samples in the batch."""
+        return self._slots.count
+
+    @property
+    def queued(self) -> int:
+        """Samples that wait for a free row."""
+        return len(self._queue)
+
+    def swap(self, version: Version, tensors: Mapping[str, Tensor]) -> None:
+        """Put new weights into the model between two steps; samples in flight go on.
+
+        Raises:
+            ModelError: the tensors do not fit; the old weights stay.
+            ConfigError: at the first weights, when the forward turns out not to suit the model.
+        """
+        assign_weights(self._model, tensors)
+        if not self._versions:
+            self._forward.check()
+        self._versions.append(version)
+        if self._kv == "recompute" and self._slots.count:
+            self._recompute()
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> list[GenerationOutput]:
+        """Queue samples; returns the outputs of those that cannot be generated."""
+        errors = []
+        for request in requests:
+            if reason := self._impossible(request):
+                errors.append(_unstarted(request, reason))
+            else:
+                self._queue.append(request)
+        return errors
+
+    def drop(self, request_ids: set[str]) -> None:
+        """Forget samples, queued or in flight, without an output."""
+        self._queue = deque(r for r in self._queue if r.request_id not in request_ids)
+        for slot in range(self._slots.count - 1, -1, -1):
+            if self._slots.requests[slot].request_id in request_ids:
+                self._release(slot)
+
+    def abort(self) -> list[GenerationOutput]:
+        """End all samples as they are."""
+        outputs = [self._output(slot, "abort", time.time()) for slot in range(self._slots.count)]
+        outputs += [_unstarted(request, "") for request in self._queue]
+        self.drop({output.request_id for output in outputs})
+        return outputs
+
+    def step(self) -> list[GenerationOutput]:
+        """Admit queued samples to free rows, then decode one token for every row in flight."""
+        outputs = self._admit()
+        if self._slots.count:
+            used = self._slots.used
+            lengths = used["length"].copy()
+            self._cache.reserve(int(lengths.max()) + 1)
+            logits = self._forward.decode(used["last_token"].copy(), lengths, self._cache)
+            used["length"] += 1
+            outputs += self._write(0, logits)
+        return outputs
+
+    def _admit(self) -> list[GenerationOutput]:
+        """Compute the prompts of queued samples, each prompt once however many samples have it,
+        and write their first tokens."""
+        start = self._slots.count
+        slots_by_prompt: dict[tuple[int, ...], list[int]] = {}
+        while self._queue and self._slots.count < self._max_concurrent:
+            request = self._queue.popleft()
+            prompt = request.prompt_token_ids
+            budget = min(request.sampling.max_new_tokens, self._context - len(prompt))
+            slot = self._slots.add(request, budget, len(self._versions) - 1)
+            slots_by_prompt.setdefault(prompt, []).append(slot)
+        if not slots_by_prompt:
+            return []
+        prompts = [np.array(prompt, dtype=np.int64) for prompt in slots_by_prompt]
+        hidden = self._prefill(prompts, list(slots_by_prompt.values()), start)
+        return self._write(start, self._forward.logits(hidden))
+
+    def _recompute(self) -> None:
+        """Compute all keys and values again under the weights just loaded."""
+        slots = range(self._slots.count)
+        self._prefill([self._slots.cached_tokens(s) for s in slots], [[s] for s in slots], 0)
+        self._slots.used["kv_version"] = len(self._versions) - 1
+
+    def _prefill(
+        self, prompts: Sequence[np.ndarray], slots: Sequence[Sequence[int]], start: int
+    ) -> Tensor:
+        """Compute prompts, short ones with short ones, into the slots of each; `slots` together
+        are all those from `start` on. Returns their last hidden states, [A, E] in slot order."""
+        self._cache.reserve(max(map(len, prompts)))
+        hidden_AE: Tensor | None = None
+        for chunk in _chunks([len(prompt) for prompt in prompts]):
+            targets = np.concatenate([slots[i] for i in chunk])
+            sources = np.repeat(np.arange(len(chunk)), [len(slots[i]) for i in chunk])
+            hidden_ME = self._forward.prefill(
+                [prompts[i] for i in chunk], targets, sources, self._cache
+            )
+            if hidden_AE is None:
+                hidden_AE = hidden_ME.new_empty(self._slots.count - start, hidden_ME.shape[1])
+            hidden_AE[targets - start] = hidden_ME[sources]
+        assert hidden_AE is not None
+        return hidden_AE
+
+    def _write(self, start: int, logits: Tensor) -> list[GenerationOutput]:
+        """Draw and stamp a token for each slot from `start` on; returns the samples it ended."""
+        used = self._slots.used[start:]
+        uniforms = uniform(used["key"], used["num_written"])
+        draws = sample(logits, self._slots.laws(start), uniforms, self._ratio_law)
+        now_s = time.time()
+        self._slots.record(start, draws, len(self._versions) - 1, now_s)
+        self.generated_tokens += len(used)
+        stopped = self._stopped(start)
+        ended = stopped | (used["num_written"] >= used["budget"]) | (used["failed"] > 0)
+        outputs = []
+        # From the last one down: `_release` moves the last slot, which then has been looked at.
+        for row in np.flatnonzero(ended)[::-1]:
+            outputs.append(self._output(start + row, "stop" if stopped[row] else "length", now_s))
+            self._release(start + row)
+        return outputs
+
+    def _stopped(self, start: int) -> np.ndarray:
+        """[A] bool: which samples ended by a stop id or a stop string."""
+        stopped = self._slots.stopped(start)
+        for row in np.flatnonzero(~stopped & (self._slots.used["has_stop_strings"][start:] > 0)):
+            slot = int(start + row)
+            stop = self._slots.requests[slot].sampling.stop
+            stopped[row] = self._detokeniser.just_stopped(self._slots.written(slot)["token"], stop)
+        return stopped
+
+    def _release(self, slot: int) -> None:
+        if self._slots.used["failed"][slot]:
+            self._cache.wipe(slot)
+        moved = self._slots.release(slot)
+        if moved is not None:
+            self._cache.move(moved, slot, int(self._slots.used["length"][slot]))
+
+    def _output(self, slot: int, reason: FinishReason, now_s: float) -> GenerationOutput:
+        request, row = self._slots.requests[slot], self._slots.used[slot]
+        written, error = self._slots.written(slot), ""
+        if row["failed"]:
+            error = f"NaN or infinite logits at token {len(written)}, version {self.serving}"
+            reason, written = "abort", written[:-1]
+        tokens = written["token"].copy()
+        ends = reason == "stop" and self._slots.ends_with_stop_id(slot)
+        return GenerationOutput(
+            request_id=request.request_id,
+            token_ids=tokens,
+            behaviour_logprobs=written["logprob"].astype(self._logprob_dtype),
+            versions=spans(written["version"], self._versions),
+            kv_version_min=spans(written["kv_version"], self._versions),
+            text=self._detokeniser.cut(tokens[:-1] if ends else tokens, request.sampling.stop),
+            finish_reason=reason,
+            first_token_s=float(row["first_token_s"]),
+            finished_s=now_s,
+            removed_mass=written["removed_mass"].copy(),
+            kept_ids=None if error else self._slots.kept_ids(slot),
+            error=error,
+        )
+
+    def _impossible(self, request: GenerationRequest) -> str:
+        """Why a sample cannot be generated; empty when it can."""
+        prompt = request.prompt_token_ids
+        if not prompt:
+            return "the prompt has no tokens"
+        if len(prompt) >= self._context:
+            return (
+                f"the prompt has {len(prompt)} tokens, which leaves none of the model's context of "
+                f"{self._context} for the answer"
+            )
+        if min(prompt) < 0 or max(prompt) >= self._vocabulary:
+            odd = next(i for i in prompt if not 0 <= i < self._vocabulary)
+            return f"the prompt has token id {odd}, the model knows 0 to {self._vocabulary - 1}"
+        if request.sampling.max_new_tokens < 1:
+            return f"max_new_tokens is {request.sampling.max_new_tokens}, at least 1 is needed"
+        return ""
+
+
+def _chunks(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of prompts, shortest first, in chunks whose padded size is bounded."""
+    chunk: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if chunk and lengths[index] * (len(chunk) + 1) > _PREFILL_TOKENS:
+            yield chunk
+            chunk = []
+        chunk.append(index)
+    yield chunk
+
+
+def _unstarted(request: GenerationRequest, error: str) -> GenerationOutput:
+    """The output of a sample that never wrote a token."""
+    nothing = np.zeros(0, dtype=np.float32)
+    now_s = time.time()
+    return GenerationOutput(
+        request_id=request.request_id,
+        token_ids=np.zeros(0, dtype=np.int32),
+        behaviour_logprobs=nothing,
+        versions=(),
+        kv_version_min=(),
+        text="",
+        finish_reason="abort",
+        first_token_s=now_s,
+        finished_s=now_s,
+        removed_mass=nothing,
+        error=error,
+    )

@@ -1,0 +1,176 @@
+"""What the engine knows of each sample in flight: one array entry per slot.
+
+Slots 0 .. n-1 are in use; when a sample leaves, the last one moves into its place. A step reads and
+writes slices of numpy arrays; it does not loop over rows.
+
+Shape suffixes: R slots, A slots added last, N tokens written, S stop ids of a row.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...buffer.records import RaggedArray, Version, VersionSpan
+from ..engine import GenerationRequest
+from ..sampling import Draws, RowLaws
+
+_NO_STOP = -1
+"""Fills the rows of the stop table that have fewer ids; no token has it."""
+
+_SLOT = np.dtype(
+    [
+        ("length", "i8"),  # tokens in the cache; the last one written is not there yet
+        ("last_token", "i8"),
+        ("num_written", "i8"),
+        ("budget", "i8"),
+        ("key", "u8"),
+        ("kv_version", "i8"),  # of the oldest key of the row
+        ("first_token_s", "f8"),
+        ("temperature", "f8"),
+        ("top_k", "i8"),
+        ("top_p", "f8"),
+        ("min_p", "f8"),
+        ("has_stop_strings", "i8"),
+        ("failed", "i8"),
+    ]
+)
+_WRITTEN = np.dtype(
+    [
+        ("token", "i4"),
+        ("version", "i4"),
+        ("kv_version", "i4"),
+        ("removed_mass", "f4"),
+        ("logprob", "f8"),
+    ]
+)
+
+
+class Slots:
+    """The samples in flight. Trace, with two slots:
+
+    add(a, ...), add(b, ...)     a in slot 0, b in slot 1
+    record(0, draws, ...)        one token written to each
+    release(0)                   b in slot 0; returns 1, where b's keys still are
+    """
+
+    def __init__(self, num_slots: int, end_token_ids: Sequence[int]) -> None:
+        self.count = 0
+        self.requests: list[GenerationRequest] = []
+        """Of the slots in use, in their order."""
+        self._kept_ids: list[list[np.ndarray]] = []
+        self._end_token_ids = tuple(end_token_ids)
+        self._state = np.zeros(num_slots, dtype=_SLOT)
+        self._stop_ids = np.full((num_slots, len(self._end_token_ids)), _NO_STOP, dtype=np.int64)
+        self._written = np.zeros((num_slots, 0), dtype=_WRITTEN)
+
+    @property
+    def used(self) -> np.ndarray:
+        """[n] of `_SLOT`: a view of the slots in use."""
+        return self._state[: self.count]
+
+    def add(self, request: GenerationRequest, budget: int, kv_version: int) -> int:
+        """Put a sample whose prompt is in the cache into the next slot, and return the slot."""
+        slot, law = self.count, request.sampling
+        self._state[slot] = (
+            len(request.prompt_token_ids), 0, 0, budget, request.sample_key, kv_version, 0.0,
+            law.temperature, law.top_k, law.top_p, law.min_p, bool(law.stop), False,
+        )  # fmt: skip
+        stop_ids = self._end_token_ids + law.stop_token_ids
+        if (missing := len(stop_ids) - self._stop_ids.shape[1]) > 0:
+            self._stop_ids = np.pad(
+                self._stop_ids, ((0, 0), (0, missing)), constant_values=_NO_STOP
+            )
+        self._stop_ids[slot] = _NO_STOP
+        self._stop_ids[slot, : len(stop_ids)] = stop_ids
+        self.requests.append(request)
+        self._kept_ids.append([])
+        self.count += 1
+        return slot
+
+    def laws(self, start: int) -> RowLaws:
+        """Sampling parameters of the slots from `start` on."""
+        used = self.used[start:]
+        return RowLaws(
+            temperature_B=used["temperature"],
+            top_k_B=used["top_k"],
+            top_p_B=used["top_p"],
+            min_p_B=used["min_p"],
+        )
+
+    def record(self, start: int, draws: Draws, version: int, now_s: float) -> None:
+        """Append the drawn token to each slot from `start` on, stamped with the version (an index
+        into the engine's list) whose weights made its logits."""
+        used = self.used[start:]
+        places = used["num_written"].copy()
+        self._reserve(int(places.max()) + 1)
+        written = np.empty(len(used), dtype=_WRITTEN)
+        written["token"], written["logprob"] = draws.token_ids_B, draws.logprobs_B
+        written["removed_mass"] = draws.removed_mass_B
+        written["version"], written["kv_version"] = version, used["kv_version"]
+        self._written[np.arange(start, self.count), places] = written
+        used["first_token_s"][places == 0] = now_s
+        used["last_token"], used["num_written"] = draws.token_ids_B, places + 1
+        used["failed"] = np.isnan(draws.logprobs_B)
+        for row, kept_ids in draws.kept_ids.items():
+            if self.requests[start + row].record_kept_ids:
+                self._kept_ids[start + row].append(kept_ids)
+
+    def stopped(self, start: int) -> np.ndarray:
+        """[A] bool: whether the last token of each slot from `start` on ends its sample."""
+        stop_ids_AS = self._stop_ids[start : self.count]
+        return (stop_ids_AS == self.used["last_token"][start:, None]).any(axis=1)
+
+    def ends_with_stop_id(self, slot: int) -> bool:
+        """The same for one slot."""
+        return bool((self._stop_ids[slot] == self._state["last_token"][slot]).any())
+
+    def written(self, slot: int) -> np.ndarray:
+        """[N] of `_WRITTEN`: the tokens of a slot with their stamps."""
+        return self._written[slot, : self._state["num_written"][slot]]
+
+    def cached_tokens(self, slot: int) -> np.ndarray:
+        """The tokens whose keys the cache holds for a slot: all but the last one written."""
+        return np.concatenate(
+            [self.requests[slot].prompt_token_ids, self.written(slot)["token"][:-1]]
+        ).astype(np.int64)
+
+    def kept_ids(self, slot: int) -> RaggedArray | None:
+        """The recorded kept sets of a slot; None when its law does not truncate."""
+        recorded = self._kept_ids[slot]
+        if not recorded:
+            return None
+        offsets = np.cumsum([0, *map(len, recorded)], dtype=np.int64)
+        return RaggedArray(values=np.concatenate(recorded), offsets=offsets)
+
+    def release(self, slot: int) -> int | None:
+        """Free a slot; returns the slot whose sample moved into it, None when it was the last."""
+        last = self.count - 1
+        self.count = last
+        self.requests[slot], self._kept_ids[slot] = self.requests[last], self._kept_ids[last]
+        self.requests.pop()
+        self._kept_ids.pop()
+        if slot == last:
+            return None
+        for array in (self._state, self._stop_ids, self._written):
+            array[slot] = array[last]
+        return last
+
+    def _reserve(self, num_tokens: int) -> None:
+        capacity = self._written.shape[1]
+        if num_tokens > capacity:
+            grown = np.zeros((len(self._state), max(64, 2 * capacity)), dtype=_WRITTEN)
+            grown[:, :capacity] = self._written
+            self._written = grown
+
+
+def spans(indices_N: np.ndarray, versions: Sequence[Version]) -> tuple[VersionSpan, ...]:
+    """Run-length code: [N] indices into `versions` -> the versions with how often each follows."""
+    if not len(indices_N):
+        return ()
+    edges = np.flatnonzero(np.diff(indices_N)) + 1
+    starts = np.concatenate([[0], edges])
+    lengths = np.diff(np.concatenate([starts, [len(indices_N)]]))
+    return tuple(
+        VersionSpan(version=versions[int(indices_N[start])], length=int(length))
+        for start, length in zip(starts, lengths, strict=True)
+    )

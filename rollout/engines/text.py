@@ -1,0 +1,34 @@
+"""Tokens to text, and stop strings that may begin in one token and end in another."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+_TOKENS_PER_CHARACTER = 4
+"""A byte-level tokenizer may spend so many tokens on one character of a stop string."""
+_SLACK_TOKENS = 8
+"""Extra tokens of context, so that the window does not begin inside a character or a space."""
+
+
+class Detokeniser:
+    """Texts of samples."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def text(self, token_ids: np.ndarray) -> str:
+        """The tokens as text, special tokens left out."""
+        return str(self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=True))
+
+    def just_stopped(self, token_ids: np.ndarray, stop: Sequence[str]) -> bool:
+        """Whether the end of the tokens holds a stop string; looks back just far enough."""
+        window = _TOKENS_PER_CHARACTER * max(map(len, stop)) + _SLACK_TOKENS
+        tail = self.text(token_ids[-window:])
+        return any(string in tail for string in stop)
+
+    def cut(self, token_ids: np.ndarray, stop: Sequence[str]) -> str:
+        """The text before the first stop string in it; all of it when there is none."""
+        text = self.text(token_ids)
+        found = [place for string in stop if (place := text.find(string)) >= 0]
+        return text[: min(found, default=len(text))]

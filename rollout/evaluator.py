@@ -1,0 +1,102 @@
+"""Held-out samples on an engine of their own, pinned at the version they are asked for.
+
+Apart from the training engine, because that one changes its weights whenever new ones arrive.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from ..buffer.client import BufferClient
+from ..buffer.errors import Refused
+from ..buffer.messages import EvaluationClaim
+from ..buffer.records import Message, Score
+from .engine import Engine, GenerationOutput
+from .rewards.pool import RewardPool
+from .samples import completion_of, evaluation_requests
+
+
+class Evaluator:
+    """Takes evaluation claims, one version at a time.
+
+    Args:
+        make_engine: builds the engine; called in a thread, once, when the first claim arrives.
+        render: a conversation to prompt token ids.
+        rewards: scores the completions.
+        client: gets the results.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        make_engine: Callable[[], Engine],
+        render: Callable[[Sequence[Message]], list[int]],
+        rewards: RewardPool,
+        client: BufferClient,
+        seed: int,
+    ) -> None:
+        self._make_engine, self._render = make_engine, render
+        self._rewards, self._client, self._seed = rewards, client, seed
+        self._claims: asyncio.Queue[EvaluationClaim] = asyncio.Queue()
+        self._engine: Engine | None = None
+
+    def put(self, claims: Sequence[EvaluationClaim]) -> None:
+        """Queue claims."""
+        for claim in claims:
+            self._claims.put_nowait(claim)
+
+    async def run(self) -> None:
+        """Work on claims until cancelled.
+
+        Raises:
+            CorruptData: the pinned weights cannot be read.
+        """
+        held: EvaluationClaim | None = None
+        try:
+            while True:
+                claims = [held or await self._claims.get()]
+                held = None
+                while held is None and not self._claims.empty():
+                    claim = self._claims.get_nowait()
+                    if claim.manifest.version == claims[0].manifest.version:
+                        claims.append(claim)
+                    else:
+                        held = claim  # another version's turn comes when these are done
+                await self._evaluate(claims)
+        finally:
+            if self._engine is not None:
+                await self._engine.close()
+
+    async def _evaluate(self, claims: Sequence[EvaluationClaim]) -> None:
+        """Generate, score and hand in the samples of claims that share a version."""
+        if self._engine is None:
+            self._engine = await asyncio.to_thread(self._make_engine)
+        await self._engine.load(claims[0].manifest)
+        samples = {
+            name: (claim, index, request)
+            for claim in claims
+            for name, (index, request) in evaluation_requests(
+                claim, self._render(claim.prompt.messages), self._seed
+            ).items()
+        }
+        async with asyncio.TaskGroup() as tasks:
+            requests = [request for _, _, request in samples.values()]
+            async for output in self._engine.generate(requests):
+                claim, index, _ = samples[output.request_id]
+                tasks.create_task(self._hand_in(claim, index, output))
+
+    async def _hand_in(self, claim: EvaluationClaim, index: int, output: GenerationOutput) -> None:
+        if output.error:
+            score = Score(value=None, status="infrastructure_failed", reason=output.error)
+        else:
+            score = await self._rewards.score(completion_of(output), claim.prompt)
+        try:
+            await self._client.finish_evaluation(
+                job_id=claim.job_id,
+                uid=claim.prompt.uid,
+                index=index,
+                text=output.text,
+                score=score,
+                num_tokens=len(output.token_ids),
+            )
+        except Refused:
+            return  # the job is gone: its version was replaced, or somebody else finished it

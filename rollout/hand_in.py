@@ -1,0 +1,116 @@
+"""The last step of a rollout: a finished sample is scored and handed in, or given back."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from ..buffer.client import BufferClient
+from ..buffer.errors import PeerLost, Refused, TrainingFailed
+from ..buffer.messages import Claim
+from ..buffer.records import DropReason
+from .engine import GenerationOutput, GenerationRequest
+from .rewards.pool import RewardPool
+from .samples import completion_of, trajectory_of
+
+RELEASE_DEADLINE_S = 5.0
+"""For giving everything back at the end; what is not by then, the lease's expiry gives back."""
+MAX_ERRORS_IN_A_ROW = 64
+"""So many impossible samples without a possible one: it is not the samples."""
+
+
+class HandIn:
+    """Knows which leased samples are not handed in yet. Trace:
+
+    lease(claim, "a", 0)            open: a
+    finish(claim, ..., output a)    scored, durable in the buffer; open: none
+    """
+
+    def __init__(self, client: BufferClient, rewards: RewardPool, engine_id: str) -> None:
+        self._client, self._rewards, self._engine_id = client, rewards, engine_id
+        self._open: dict[str, tuple[Claim, int]] = {}
+        self._errors_in_a_row = 0
+
+    @property
+    def num_open(self) -> int:
+        """Samples leased and not handed in: being generated or scored."""
+        return len(self._open)
+
+    def lease(self, claim: Claim, request_id: str, index: int) -> None:
+        """Note a sample that must be handed in or given back."""
+        self._open[request_id] = (claim, index)
+
+    async def finish(
+        self,
+        claim: Claim,
+        index: int,
+        request: GenerationRequest,
+        output: GenerationOutput,
+        claimed_s: float,
+    ) -> None:
+        """Score one sample and hand it in, or give it back when there is nothing to score.
+
+        Raises:
+            TrainingFailed: rewards, or samples, fail more often than allowed.
+        """
+        if output.error or output.finish_reason == "abort":
+            await self._reject(claim, index, output)
+        else:
+            await self._score(claim, index, request, output, claimed_s)
+        self._open.pop(output.request_id)
+
+    async def _score(
+        self,
+        claim: Claim,
+        index: int,
+        request: GenerationRequest,
+        output: GenerationOutput,
+        claimed_s: float,
+    ) -> None:
+        self._errors_in_a_row = 0
+        score = await self._rewards.score(completion_of(output), claim.ticket.prompt)
+        self._rewards.raise_if_failing()
+        trajectory = trajectory_of(
+            claim,
+            index,
+            request,
+            output,
+            score,
+            engine_id=self._engine_id,
+            claimed_s=claimed_s,
+            scored_s=time.time(),
+        )
+        with suppress(Refused):  # the lease expired or the version was orphaned: issued again
+            await self._client.finish(trajectory, claim.lease_id)
+
+    async def _reject(self, claim: Claim, index: int, output: GenerationOutput) -> None:
+        """An impossible sample ends its prompt, with the reason; an aborted one is issued again."""
+        if not output.error:
+            await self._release(claim, [index], "expired", "the engine stopped")
+            return
+        self._errors_in_a_row += 1
+        if self._errors_in_a_row >= MAX_ERRORS_IN_A_ROW:
+            raise TrainingFailed(
+                f"{self._errors_in_a_row} samples in a row cannot be generated: {output.error}"
+            )
+        await self._release(claim, [index], "quarantined", output.error)
+
+    async def give_back(self) -> None:
+        """Release what is not handed in, so that others need not wait for the leases' expiry."""
+        with suppress(PeerLost, TimeoutError):
+            async with asyncio.timeout(RELEASE_DEADLINE_S):
+                for claim, index in list(self._open.values()):
+                    await self._release(claim, [index], "expired", "the worker ended")
+
+    async def _release(
+        self, claim: Claim, indices: Sequence[int], reason: DropReason, detail: str
+    ) -> None:
+        with suppress(Refused):  # the lease is gone already
+            await self._client.release(
+                uid=claim.ticket.prompt.uid,
+                attempt=claim.attempt,
+                indices=indices,
+                lease_id=claim.lease_id,
+                reason=reason,
+                detail=detail,
+            )

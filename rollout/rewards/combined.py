@@ -1,0 +1,56 @@
+"""Several rewards as one: their weighted sum, each kept as a component of the score."""
+
+from collections.abc import Sequence
+
+from ...buffer.errors import ConfigError
+from ...buffer.records import Completion, Prompt, Score
+from ..config import RewardConfig
+from .base import Scorer, failed, load_reward
+
+
+class Sum:
+    """`reward.name = "slipstream.rollout.rewards.combined:Sum"`.
+
+    A sample that one of the rewards fails on fails as a whole: part of a sum is another reward.
+    """
+
+    def __init__(self, rewards: Sequence[str], weights: Sequence[float] | None = None) -> None:
+        """Load the parts.
+
+        Args:
+            rewards: names as `reward.name` takes them.
+            weights: one per reward; all 1 when not given.
+        Raises:
+            ConfigError: a part cannot be loaded, or weights and rewards differ in number.
+        """
+        weights = list(weights) if weights is not None else [1.0] * len(rewards)
+        if len(weights) != len(rewards) or not rewards:
+            raise ConfigError(
+                f"reward.arguments: {len(weights)} weights do not fit {len(rewards)} rewards; give "
+                "at least one reward, and one weight for each or none"
+            )
+        scorers = [load_reward(RewardConfig(name=name)) for name in rewards]
+        self._parts: list[tuple[str, float, Scorer]] = list(
+            zip(_labels(rewards), weights, scorers, strict=True)
+        )
+
+    def score(self, completion: Completion, prompt: Prompt) -> Score:
+        """The weighted sum; components are the unweighted values."""
+        total, components = 0.0, {}
+        for label, weight, scorer in self._parts:
+            part = scorer(completion, prompt)
+            if part.value is None:
+                return failed(f"{label}: {part.reason}", part.status)
+            total += weight * part.value
+            components[label] = part.value
+            components |= {f"{label}/{name}": value for name, value in part.components.items()}
+        return Score(value=total, components=components)
+
+
+def _labels(rewards: Sequence[str]) -> list[str]:
+    """The functions' names, numbered where two are equal."""
+    names = [name.rpartition(":")[2] for name in rewards]
+    return [
+        name if names.count(name) == 1 else f"{name}_{names[: i + 1].count(name)}"
+        for i, name in enumerate(names)
+    ]

@@ -1,0 +1,304 @@
+"""The sampling law, and the log-probabilities that go with it.
+
+Law of a token: logits / temperature, then top-k, top-p, min-p; then the inverse of the cumulative
+distribution over the kept tokens in token-id order, at one uniform number. The uniform of token i
+is a hash of the sample's key and i, so a sample does not depend on the batch it is drawn in.
+
+Shape suffixes: B rows, V vocabulary, K tokens of a row sorted by descending logit.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from ..buffer.records import SamplingParams
+from .config import RatioLaw
+
+_NARROW = 512
+"""Truncation first looks at so many top tokens and at all of them only for rows where that is not
+enough. Always the same number, so that a row's result depends on that row alone."""
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+def sample_key(run_seed: int, uid: int, attempt: int, index: int) -> int:
+    """64-bit key of one sample's random numbers: a hash of what the sample is, not of when, where
+    or beside whom it is drawn."""
+    return xxhash.xxh3_64_intdigest(struct.pack("<qqqq", run_seed, uid, attempt, index))
+
+
+def uniform(key_B: np.ndarray | int, i_B: np.ndarray | int) -> np.ndarray:
+    """Uniform number in [0, 1) for token `i_B` of the sample with key `key_B`.
+
+    Args:
+        key_B: [B] non-negative integers below 2^64, or one for all.
+        i_B: the same, broadcast against `key_B`.
+    Returns:
+        [B] float64, multiples of 2^-53.
+    Source: SplitMix64's output function (Steele, Lea, Flood 2014) at state key + (i + 1) * golden.
+    """
+    keys_B, counters_B = np.broadcast_arrays(
+        np.atleast_1d(np.asarray(key_B, dtype=np.uint64)),
+        np.atleast_1d(np.asarray(i_B, dtype=np.uint64)),
+    )
+    state_B = keys_B + (counters_B + np.uint64(1)) * _GOLDEN
+    state_B = (state_B ^ (state_B >> np.uint64(30))) * _MIX_1
+    state_B = (state_B ^ (state_B >> np.uint64(27))) * _MIX_2
+    state_B = state_B ^ (state_B >> np.uint64(31))
+    return (state_B >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowLaws:
+    """The sampling parameters of a batch, one array per parameter."""
+
+    temperature_B: np.ndarray
+    """[B] float64; 0 is greedy."""
+    top_k_B: np.ndarray
+    """[B] int64; 0 keeps all."""
+    top_p_B: np.ndarray
+    """[B] float64."""
+    min_p_B: np.ndarray
+    """[B] float64."""
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams]) -> "RowLaws":
+        """Stack the parameters of each row."""
+        return cls(
+            temperature_B=np.array([p.temperature for p in params], dtype=np.float64),
+            top_k_B=np.array([p.top_k for p in params], dtype=np.int64),
+            top_p_B=np.array([p.top_p for p in params], dtype=np.float64),
+            min_p_B=np.array([p.min_p for p in params], dtype=np.float64),
+        )
+
+    def __getitem__(self, rows: np.ndarray) -> "RowLaws":
+        """The laws of some rows."""
+        return RowLaws(
+            temperature_B=self.temperature_B[rows],
+            top_k_B=self.top_k_B[rows],
+            top_p_B=self.top_p_B[rows],
+            min_p_B=self.min_p_B[rows],
+        )
+
+    @property
+    def truncates_B(self) -> np.ndarray:
+        """[B] bool: whether the law removes tokens (greedy rows have one token anyway)."""
+        cuts_B = (self.top_k_B > 0) | (self.top_p_B < 1.0) | (self.min_p_B > 0.0)
+        return cuts_B & (self.temperature_B > 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draws:
+    """What was drawn for each row."""
+
+    token_ids_B: np.ndarray
+    """[B] int64."""
+    logprobs_B: np.ndarray
+    """[B] float64; NaN for a row whose logits hold NaN or +inf: its token means nothing."""
+    removed_mass_B: np.ndarray
+    """[B] float64: probability under temperature alone of the tokens that truncation removed."""
+    kept_ids: dict[int, np.ndarray]
+    """Row -> ascending int32 ids of its kept set, for the rows whose law truncates."""
+
+
+def sample(
+    logits_BV: Tensor, laws: RowLaws, uniforms_B: np.ndarray, ratio_law: RatioLaw = "temperature"
+) -> Draws:
+    """Draw one token per row and take its log-probability under the ratio law.
+
+    A row's draw depends on that row's logits, law and uniform alone, and never has probability 0.
+
+    Args:
+        logits_BV: [B, V] floating point, unscaled.
+        laws: of B rows.
+        uniforms_B: [B] float64 in [0, 1).
+        ratio_law: `temperature`: log-probability over the whole vocabulary, truncated or not;
+            `kept_set`: over the kept tokens. Greedy rows: over the vocabulary at temperature 1.
+    Raises:
+        ValueError: the number of rows differs.
+    """
+    rows = logits_BV.shape[0]
+    if logits_BV.ndim != 2 or uniforms_B.shape != (rows,) or laws.temperature_B.shape != (rows,):
+        raise ValueError(
+            f"logits {tuple(logits_BV.shape)}, uniforms {uniforms_B.shape} and laws "
+            f"{laws.temperature_B.shape} must have one row each per sample"
+        )
+    scaled_BV = _scale(logits_BV, laws.temperature_B)
+    shifted_BV = scaled_BV - scaled_BV.amax(dim=-1, keepdim=True)
+    weights_BV = shifted_BV.exp()
+    truncated_B = laws.truncates_B
+    if not truncated_B.any():
+        return _draw_whole(shifted_BV, weights_BV, laws.temperature_B, uniforms_B)
+    whole = np.flatnonzero(~truncated_B)
+    cut = np.flatnonzero(truncated_B)
+    parts = [
+        (
+            cut,
+            _draw_truncated(
+                shifted_BV[cut], weights_BV[cut], laws[cut], uniforms_B[cut], ratio_law
+            ),
+        )
+    ]
+    if len(whole):
+        temperatures_B = laws.temperature_B[whole]
+        parts.append(
+            (
+                whole,
+                _draw_whole(
+                    shifted_BV[whole], weights_BV[whole], temperatures_B, uniforms_B[whole]
+                ),
+            )
+        )
+    return _merge(rows, parts)
+
+
+def _scale(logits_BV: Tensor, temperature_B: np.ndarray) -> Tensor:
+    """Logits over temperature, in float32 at least; greedy rows at temperature 1."""
+    logits_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
+    divisor_B = np.where(temperature_B > 0.0, temperature_B, 1.0)
+    if (divisor_B == 1.0).all():
+        return logits_BV
+    return logits_BV / torch.from_numpy(divisor_B).to(logits_BV.dtype)[:, None]
+
+
+def _draw_whole(
+    shifted_BV: Tensor, weights_BV: Tensor, temperature_B: np.ndarray, uniforms_B: np.ndarray
+) -> Draws:
+    """Draw from the whole vocabulary; greedy rows take the highest logit."""
+    cdf_BV = weights_BV.cumsum(dim=-1, dtype=torch.float64)
+    token_B1 = _invert(cdf_BV, uniforms_B)
+    greedy_B = temperature_B == 0.0
+    if greedy_B.any():
+        token_B1 = torch.where(
+            torch.from_numpy(greedy_B)[:, None], shifted_BV.argmax(-1, keepdim=True), token_B1
+        )
+    logprob_B1 = shifted_BV.gather(-1, token_B1).double() - cdf_BV[:, -1:].log()
+    return Draws(
+        token_ids_B=token_B1[:, 0].numpy(),
+        logprobs_B=logprob_B1[:, 0].numpy(),
+        removed_mass_B=np.zeros(len(uniforms_B)),
+        kept_ids={},
+    )
+
+
+def _invert(cdf_BN: Tensor, uniforms_B: np.ndarray) -> Tensor:
+    """[B, 1] first position whose cumulative weight exceeds u * total: never one of weight 0.
+
+    u * total can round up to total itself; then the last position that added weight is taken.
+    """
+    total_B1 = cdf_BN[:, -1:].contiguous()
+    target_B1 = torch.from_numpy(uniforms_B)[:, None] * total_B1
+    first_B1 = torch.searchsorted(cdf_BN, target_B1, right=True)
+    last_B1 = torch.searchsorted(cdf_BN, total_B1)
+    return torch.minimum(first_B1, last_B1).clamp_(max=cdf_BN.shape[-1] - 1)
+
+
+def _draw_truncated(
+    shifted_BV: Tensor,
+    weights_BV: Tensor,
+    laws: RowLaws,
+    uniforms_B: np.ndarray,
+    ratio_law: RatioLaw,
+) -> Draws:
+    """Draw under top-k, top-p and min-p: among the top `_NARROW` tokens where they suffice."""
+    vocabulary = shifted_BV.shape[-1]
+    total_B1 = weights_BV.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    top_BK, ids_BK = shifted_BV.topk(min(_NARROW, vocabulary), dim=-1)
+    kept_BK = _kept(top_BK, total_B1, laws)
+    looked_at = top_BK.shape[-1]
+    ran_out_B = kept_BK[:, -1].numpy() & (laws.top_k_B == 0)
+    wide_B = (ran_out_B | (laws.top_k_B > looked_at)) & (looked_at < vocabulary)
+    rows = np.arange(len(uniforms_B))
+    narrow, wide = rows[~wide_B], rows[wide_B]
+    parts = [
+        (
+            narrow,
+            _draw_kept(
+                top_BK[narrow],
+                ids_BK[narrow],
+                kept_BK[narrow],
+                total_B1[narrow],
+                uniforms_B[narrow],
+                ratio_law,
+            ),
+        )
+    ]
+    if len(wide):
+        top_BV, ids_BV = shifted_BV[wide].sort(dim=-1, descending=True, stable=True)
+        kept_BV = _kept(top_BV, total_B1[wide], laws[wide])
+        parts.append(
+            (wide, _draw_kept(top_BV, ids_BV, kept_BV, total_B1[wide], uniforms_B[wide], ratio_law))
+        )
+    return _merge(len(rows), parts)
+
+
+def _kept(top_BK: Tensor, total_B1: Tensor, laws: RowLaws) -> Tensor:
+    """[B, K] bool: which of a row's top tokens the law keeps; always a prefix.
+
+    Top-p keeps tokens until their share, renormalised over the top-k ones, reaches p, the token
+    that reaches it included; min-p keeps those of at least min_p times the highest.
+    """
+    weights_BK = top_BK.double().exp()
+    num_tokens = top_BK.shape[-1]
+    top_k_B1 = torch.from_numpy(np.where(laws.top_k_B > 0, laws.top_k_B, num_tokens))[:, None]
+    top_p_B = np.where(laws.top_p_B < 1.0, laws.top_p_B, np.inf)
+    cumulative_BK = weights_BK.cumsum(dim=-1)
+    at_k_B1 = cumulative_BK.gather(-1, top_k_B1.clamp(max=num_tokens) - 1)
+    limited_B1 = torch.from_numpy(laws.top_k_B > 0)[:, None]
+    mass_B1 = torch.where(limited_B1, at_k_B1, total_B1)
+    before_BK = (cumulative_BK - weights_BK) / mass_B1
+    kept_BK = torch.arange(num_tokens) < top_k_B1
+    kept_BK &= before_BK < torch.from_numpy(top_p_B)[:, None]
+    kept_BK &= weights_BK >= torch.from_numpy(laws.min_p_B)[:, None] * weights_BK[:, :1]
+    kept_BK[:, 0] = True
+    return kept_BK
+
+
+def _draw_kept(
+    top_BK: Tensor,
+    ids_BK: Tensor,
+    kept_BK: Tensor,
+    total_B1: Tensor,
+    uniforms_B: np.ndarray,
+    ratio_law: RatioLaw,
+) -> Draws:
+    """Draw from the kept tokens in token-id order."""
+    ids_BK, order_BK = ids_BK.sort(dim=-1)
+    kept_BK = kept_BK.gather(-1, order_BK)
+    shifted_BK = top_BK.gather(-1, order_BK).double()
+    cdf_BK = (shifted_BK.exp() * kept_BK).cumsum(dim=-1)
+    place_B1 = _invert(cdf_BK, uniforms_B)
+    kept_mass_B1 = cdf_BK[:, -1:]
+    normaliser_B1 = kept_mass_B1 if ratio_law == "kept_set" else total_B1
+    logprob_B1 = shifted_BK.gather(-1, place_B1) - normaliser_B1.log()
+    removed_B1 = (1.0 - kept_mass_B1 / total_B1).clamp(min=0.0)
+    ids, kept = ids_BK.numpy().astype(np.int32), kept_BK.numpy()
+    return Draws(
+        token_ids_B=ids_BK.gather(-1, place_B1)[:, 0].numpy(),
+        logprobs_B=logprob_B1[:, 0].numpy(),
+        removed_mass_B=removed_B1[:, 0].numpy(),
+        kept_ids={row: ids[row][kept[row]] for row in range(len(ids))},
+    )
+
+
+def _merge(num_rows: int, parts: Sequence[tuple[np.ndarray, Draws]]) -> Draws:
+    """Put the draws of disjoint sets of rows together."""
+    merged = Draws(
+        token_ids_B=np.zeros(num_rows, dtype=np.int64),
+        logprobs_B=np.zeros(num_rows),
+        removed_mass_B=np.zeros(num_rows),
+        kept_ids={},
+    )
+    for rows, draws in parts:
+        merged.token_ids_B[rows] = draws.token_ids_B
+        merged.logprobs_B[rows] = draws.logprobs_B
+        merged.removed_mass_B[rows] = draws.removed_mass_B
+        merged.kept_ids.update({int(rows[i]): ids for i, ids in draws.kept_ids.items()})
+    return merged

@@ -1,0 +1,258 @@
+"""The rollout worker process: claims samples, generates, scores and hands them in.
+
+    claim -> Claims -> _work_on -> engine.generate -> HandIn.finish -> client.finish
+    _follow_versions -> engine.load                 (in flight, between two tokens)
+    _heartbeat -> leases renewed, stats
+
+One event loop; tokens are made in the engine's thread and rewards in processes of their own, so
+none of these waits for another. Run as `python -m slipstream.rollout.worker SPEC.json`.
+"""
+
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..buffer.client import BufferClient
+from ..buffer.errors import CorruptData, Refused
+from ..buffer.messages import Claim, Claims
+from ..buffer.process import run_process
+from ..buffer.records import Message
+from ..kernels.models import load_tokenizer, render_prompt
+from .config import WorkerSpec
+from .engine import Engine
+from .engines.native import NativeEngine
+from .evaluator import Evaluator
+from .hand_in import HandIn
+from .rewards.pool import RewardPool
+from .samples import training_requests
+
+POLL_S = 2.0
+"""How long a claim stays parked; a new version or free rows do not wait for it."""
+VERSION_POLL_S = 10.0
+HEARTBEAT_S = 2.0
+"""Or a quarter of the lease, when that is shorter."""
+LOAD_ATTEMPTS = 5
+"""Weights may be retired while we read them; the newest that cannot be read so often is corrupt."""
+
+
+class Worker:
+    """The loop, given its engine, reward pool and buffer client."""
+
+    def __init__(
+        self, spec: WorkerSpec, engine: Engine, rewards: RewardPool, client: BufferClient
+    ) -> None:
+        """Prepare; `run` starts.
+
+        Raises:
+            ConfigError: see `NativeEngine`.
+        """
+        self._spec, self._engine, self._rewards, self._client = spec, engine, rewards, client
+        self._tokenizer = load_tokenizer(spec.model_dir)
+        self._evaluator = Evaluator(
+            lambda: make_engine(spec, "eval"), self._render, rewards, client, spec.seed
+        )
+        self._hand_in = HandIn(client, rewards, spec.name)
+        rows = spec.rollout.max_concurrent_samples
+        self._prefetch = max(1, rows // 8)
+        self._capacity = rows + self._prefetch
+        self._generating = 0
+        self._room, self._loaded, self._closing = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._lease_s = HEARTBEAT_S  # until a claim says how long its lease is
+        self._idle_s, self._idle_since_s = 0.0, time.monotonic()
+
+    async def run(self) -> None:
+        """Work until the run closes; when cancelled instead, give back what is not handed in.
+
+        What a closing run leaves INFLIGHT stays so: resumed, it issues the same attempts again.
+
+        Raises:
+            TrainingFailed: rewards, or samples, fail more often than allowed.
+            PeerLost: the buffer service is gone.
+            CorruptData: the newest weights cannot be read.
+        """
+        work = asyncio.create_task(self._work())
+        closing = asyncio.create_task(self._closing.wait())
+        try:
+            await asyncio.wait({work, closing}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            for task in (work, closing):
+                task.cancel()
+            await asyncio.gather(work, closing, return_exceptions=True)
+            if not self._closing.is_set():
+                await self._hand_in.give_back()
+
+    async def _work(self) -> None:
+        async with asyncio.TaskGroup() as self._tasks:
+            for loop in (
+                self._follow_versions(),
+                self._claim_training(),
+                self._claim_evaluations(),
+                self._evaluator.run(),
+                self._heartbeat(),
+            ):
+                self._tasks.create_task(loop)
+
+    async def _follow_versions(self) -> None:
+        """Load each newest version as soon as it is there."""
+        failures = 0
+        while True:
+            serving = self._engine.serving
+            newest = await self._client.await_version(after=serving, wait_s=VERSION_POLL_S)
+            if newest.closing:
+                self._closing.set()
+                return
+            if newest.manifest is None or newest.manifest.version == serving:
+                continue
+            try:
+                await self._engine.load(newest.manifest)
+                failures = 0
+                self._loaded.set()
+            except CorruptData:
+                failures += 1
+                if failures == LOAD_ATTEMPTS:
+                    raise
+                await asyncio.sleep(0.1 * failures)
+
+    async def _claim_training(self) -> None:
+        """Keep the engine's rows filled, and a few samples queued behind them.
+
+        Claims are small, one group at most, so that workers that ask at the same time share.
+        """
+        await self._loaded.wait()
+        while not self._closing.is_set():
+            self._room.clear()
+            self._loaded.clear()
+            room = self._capacity - self._generating
+            if 2 * room < self._prefetch:
+                await self._room.wait()
+                continue
+            wanted = min(room, max(self._prefetch, self._spec.rollout.samples_per_prompt))
+            claim = self._tasks.create_task(self._claim(wanted))
+            # What an old version may not claim a new one may: then ask again at once. The parked
+            # claim is left alone: a granted one whose answer nobody reads would be lost.
+            loaded = asyncio.create_task(self._loaded.wait())
+            await asyncio.wait({claim, loaded}, return_when=asyncio.FIRST_COMPLETED)
+            loaded.cancel()
+
+    async def _claim_evaluations(self) -> None:
+        """Ask for held-out samples all the time: their engine has room when the other has none."""
+        while self._engine.serving is None:
+            await asyncio.sleep(0.05)
+        while not self._closing.is_set():
+            await self._claim(0)
+
+    async def _claim(self, max_samples: int) -> None:
+        """Ask once, and start what is granted."""
+        assert self._engine.serving is not None
+        try:
+            claims = await self._client.claim(self._engine.serving, max_samples, wait_s=POLL_S)
+        except Refused:  # our version left the live path: the newest is on its way
+            await asyncio.sleep(0.1)
+            return
+        if claims.closing:
+            self._closing.set()
+        self._start(claims)
+
+    def _start(self, claims: Claims) -> None:
+        self._evaluator.put(claims.evaluations)
+        for claim in claims.claims:
+            self._lease_s = claim.lease_s
+            self._tasks.create_task(self._work_on(claim))
+
+    def _render(self, messages: Sequence[Message]) -> list[int]:
+        return render_prompt(self._tokenizer, messages)
+
+    async def _work_on(self, claim: Claim) -> None:
+        """Generate a claim's samples; each is scored and handed in by a task of its own."""
+        claimed_s = time.time()
+        token_ids = self._render(claim.ticket.prompt.messages)
+        samples = training_requests(claim, token_ids, self._spec.rollout, self._spec.seed)
+        for name, (index, _) in samples.items():
+            self._hand_in.lease(claim, name, index)
+        self._count(len(samples))
+        remaining = len(samples)
+        try:
+            requests = [request for _, request in samples.values()]
+            async for output in self._engine.generate(requests):
+                remaining -= 1
+                self._count(-1)
+                index, request = samples[output.request_id]
+                finish = self._hand_in.finish(claim, index, request, output, claimed_s)
+                self._tasks.create_task(finish)
+        finally:
+            self._count(-remaining)
+
+    def _count(self, change: int) -> None:
+        """Keep track of the samples in the engine, and of the time without any."""
+        now_s = time.monotonic()
+        if not self._generating:
+            self._idle_s += now_s - self._idle_since_s
+        self._generating += change
+        self._idle_since_s = now_s
+        if change < 0:
+            self._room.set()
+
+    async def _heartbeat(self) -> None:
+        """Keep the leases and say how it goes."""
+        written, beat_s = 0, time.monotonic()
+        while True:
+            await asyncio.sleep(min(HEARTBEAT_S, self._lease_s / 4))
+            self._count(0)
+            stats, now_s = self._engine.stats(), time.monotonic()
+            await self._client.heartbeat(
+                self._engine.serving,
+                {
+                    "running": stats.running,
+                    "queued": stats.queued,
+                    "scoring": self._hand_in.num_open - self._generating,
+                    "tokens": stats.generated_tokens,
+                    "tokens_per_s": (stats.generated_tokens - written) / (now_s - beat_s),
+                    "swaps": stats.swaps,
+                    "last_swap_s": stats.last_swap_s,
+                    "idle": self._idle_s / (now_s - beat_s),
+                },
+            )
+            written, beat_s, self._idle_s = stats.generated_tokens, now_s, 0.0
+
+
+def make_engine(spec: WorkerSpec, purpose: str = "") -> NativeEngine:
+    """An engine as the spec asks for; the one for evaluations has rows of its own."""
+    return NativeEngine(
+        spec.model_dir,
+        dtype=spec.dtype,
+        max_concurrent=spec.rollout.max_concurrent_samples,
+        kv=spec.rollout.kv,
+        ratio_law=spec.rollout.ratio_law,
+        threads=spec.rollout.threads_per_worker,
+        engine_id=f"{spec.name}-{purpose}" if purpose else spec.name,
+    )
+
+
+async def work(spec: WorkerSpec) -> None:
+    """Run one worker until the run closes."""
+    client = BufferClient(spec.endpoint, spec.run_id, spec.name)
+    rewards = RewardPool(spec.reward)
+    engine: NativeEngine | None = None
+    try:
+        await client.connect()
+        engine, _ = await asyncio.gather(asyncio.to_thread(make_engine, spec), rewards.start())
+        await Worker(spec, engine, rewards, client).run()
+    finally:
+        if engine is not None:
+            await engine.close()
+        await rewards.close()
+        await client.close()
+
+
+def main() -> None:
+    """Run the worker that a spec file describes."""
+    spec = WorkerSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
+    run_process(spec.name, spec.run_dir, work(spec))
+
+
+if __name__ == "__main__":
+    main()

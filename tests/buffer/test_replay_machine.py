@@ -1,0 +1,419 @@
+"""The replay under any interleaving of its callers, checked from the records alone.
+
+The machine keeps its own idea of what was trained: which tokens carried weight at which step, along
+which lineage. It never asks `staleness.py`, so a mistake there cannot hide.
+"""
+
+import math
+from fractions import Fraction
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from slipstream.buffer import take as take_module
+from slipstream.buffer.config import BufferConfig
+from slipstream.buffer.errors import Refused
+from slipstream.buffer.events import AnyEvent, ProofLine, Ref, decode_event, encode_event
+from slipstream.buffer.records import Trajectory, Version
+from slipstream.buffer.replay import Replay
+from slipstream.buffer.staleness import Verdict
+from slipstream.buffer.take import TakePlan
+
+from .make import manifest, trajectory
+
+P, G = 2, 2
+WORKERS = ("worker-0", "worker-1")
+REWARDS = [0.0, 0.0, 0.0, 0.0, -1.0, None]
+"""Added to the sample's index: two samples with 0.0 make a signal, 0.0 and -1.0 make none."""
+COUNTED = ("INFLIGHT", "READY", "TAKEN", "TRAINED")
+NO_PROOF = ProofLine(
+    step=0,
+    bound=0,
+    max_lag=0,
+    violations=0,
+    orphaned_tokens=0,
+    lag_counts={},
+    trained_tokens=0,
+    trimmed_tokens=0,
+    mixed_trajectories=0,
+    trained_trajectories=0,
+    dropped={},
+    length_bias=1.0,
+)
+
+Batch = dict[int, list[Version]]
+"""uid -> the versions of its tokens that carried weight."""
+
+
+class ReplayMachine(RuleBasedStateMachine):
+    """Feeder, two workers, a learner, crashes and resumes around one `Replay`."""
+
+    @initialize(
+        bound=st.sampled_from([0, 0.5, 1, 2]),
+        stale=st.sampled_from(["trim", "requeue", "drop"]),
+        patient=st.booleans(),
+    )
+    def start(self, bound: float, stale: str, patient: bool) -> None:
+        self.bound, self.patient = bound, patient
+        self.config = BufferConfig(
+            max_staleness_steps=bound,
+            stale=stale,  # type: ignore[arg-type]
+            straggler_wait_s=1e9 if patient else 3,
+            lease_s=10,
+            max_waiting_prompts=6,
+        )
+        self.now, self.branch = 0.0, 0
+        self.parents: dict[int, tuple[int, int]] = {}
+        self.log: list[bytes] = []
+        self.stored: list[Trajectory] = []
+        self.torn: set[int] = set()
+        self.lineage: dict[int, Batch] = {}
+        self.saved: dict[tuple[int, int], dict[int, Batch]] = {}
+        self.held: dict[tuple[str, int, int], tuple[int, Version]] = {}
+        self.ended: list[tuple[str, int, int, int]] = []
+        self.requests = 0
+        self.replay = Replay(self.config, P)
+        self.replay.open_branch(0, {}, self.intact)
+        self.replay.publish(manifest(0, 0))
+        self.serving = dict.fromkeys(WORKERS, manifest(0, 0).version)
+        self.save_checkpoint()
+        self.commit()
+
+    # Helpers -----------------------------------------------------------------------------------
+
+    def intact(self, ref: Ref) -> bool:
+        return ref.offset not in self.torn
+
+    def store(self, sample: Trajectory) -> Ref:
+        self.stored.append(sample)
+        return Ref(segment=1, offset=len(self.stored) - 1, length=0, digest=0)
+
+    def commit(self) -> None:
+        self.log += [encode_event(event) for event in self.replay.outbox]
+        self.replay.outbox.clear()
+
+    def fold(self) -> Replay:
+        replay = Replay(self.config, P)
+        events: list[AnyEvent] = [decode_event(raw) for raw in self.log]
+        replay.restore(events, self.now)
+        return replay
+
+    @property
+    def newest(self) -> Version:
+        newest = self.replay.state.newest
+        assert newest is not None
+        return newest
+
+    def save_checkpoint(self) -> None:
+        step = self.newest.step
+        self.saved[self.branch, step] = {k: v for k, v in self.lineage.items() if k <= step}
+
+    def num_counted(self) -> int:
+        return sum(group.state in COUNTED for group in self.replay.state.groups.values())
+
+    # Rules -------------------------------------------------------------------------------------
+
+    @rule(
+        worker=st.sampled_from(WORKERS),
+        load=st.booleans(),
+        max_samples=st.sampled_from([1, 3, 4, 8]),
+        finished=st.lists(st.sampled_from(REWARDS), max_size=8),
+        data=st.data(),
+    )
+    def work(
+        self,
+        worker: str,
+        load: bool,
+        max_samples: int,
+        finished: list[float | None],
+        data: st.DataObject,
+    ) -> None:
+        """One turn of a worker: perhaps new weights, a claim, some samples finished anywhere."""
+        self.put(2)
+        if load:
+            self.serving[worker] = self.newest
+        self.claim(worker, max_samples)
+        for reward in finished[: len(self.held)]:
+            self.finish(data, reward)
+
+    def put(self, number: int) -> None:
+        ticket = Ref(segment=0, offset=-1, length=0, digest=0)
+        for _ in range(number):
+            uid = self.replay.state.next_uid
+            waiting = sum(g.state == "WAITING" for g in self.replay.state.groups.values())
+            assert self.replay.put(uid, G, lambda: ticket) == (waiting < 6)
+        if self.replay.state.next_uid:
+            assert self.replay.put(self.replay.state.next_uid - 1, G, lambda: ticket)  # a repeat
+        self.commit()
+
+    def claim(self, worker: str, max_samples: int) -> None:
+        serving, before = self.serving[worker], self.num_counted()
+        opened = {uid for uid, g in self.replay.state.groups.items() if g.state == "WAITING"}
+        self.requests += 1
+        name = f"request-{self.requests}"
+        leases = self.replay.claim(worker, serving, max_samples, name, self.now)
+        opened &= {lease.uid for _, lease in leases}
+        allowed = math.floor((serving.step + 1 + Fraction(str(self.bound))) * P)
+        assert not opened or before + len(opened) <= allowed, "admission exceeded"
+        assert not leases or self.bound > 0 or serving == self.newest
+        assert sum(len(lease.indices) for _, lease in leases) <= max_samples
+        again = self.replay.claim(worker, serving, max_samples, name, self.now)
+        assert [lease_id for lease_id, _ in again] == [lease_id for lease_id, _ in leases]
+        for lease_id, lease in leases:
+            for index in lease.indices:
+                self.held[lease_id, lease.uid, index] = (lease.attempt, serving)
+        self.commit()
+
+    def finish(self, data: st.DataObject, reward: float | None) -> None:
+        key = data.draw(st.sampled_from(sorted(self.held)))
+        lease_id, uid, index = key
+        attempt, claimed = self.held.pop(key)
+        lease = self.replay.state.leases[lease_id]
+        # In-flight swaps: each token's version is what the worker served when it was written.
+        last = self.serving[lease.worker].step
+        steps = sorted(data.draw(st.lists(st.integers(claimed.step, last), max_size=3)))
+        sample = trajectory(
+            uid,
+            index,
+            steps,
+            attempt=attempt,
+            branch=claimed.branch,
+            value=None if reward is None else reward + index,
+            status="scored" if reward is not None else "reward_failed",
+        )
+        self.replay.finish(sample, lease_id, lambda: self.store(sample), self.now)
+        self.commit()
+        self.replay.finish(sample, lease_id, lambda: self.store(sample), self.now)
+        assert not self.replay.outbox, "an exact repeat changes nothing"
+
+    @precondition(lambda self: len(self.held) > 3)
+    @rule(data=st.data(), reason=st.sampled_from(["expired", "quarantined"]))
+    def release(self, data: st.DataObject, reason: str) -> None:
+        lease_id, uid, index = data.draw(st.sampled_from(sorted(self.held)))
+        attempt, _ = self.held.pop((lease_id, uid, index))
+        for _ in range(2):
+            self.replay.release(uid, attempt, (index,), lease_id, reason)  # type: ignore[arg-type]
+            self.commit()
+
+    @precondition(lambda self: self.ended)
+    @rule(data=st.data())
+    def finish_too_late(self, data: st.DataObject) -> None:
+        lease_id, uid, index, attempt = data.draw(st.sampled_from(self.ended))
+        sample = trajectory(uid, index, (0,), attempt=attempt)
+        with pytest.raises(Refused, match=r"has ended|any more"):
+            self.replay.finish(sample, lease_id, lambda: self.store(sample), self.now)
+        assert not self.replay.outbox
+
+    @rule(seconds=st.integers(1, 6), alive=st.sets(st.sampled_from(WORKERS)))
+    def time_passes(self, seconds: int, alive: set[str]) -> None:
+        self.now += seconds
+        for worker in alive:
+            self.replay.heartbeat(worker, self.now)
+        self.replay.expire(self.now)
+        self.forget_leases()
+        self.commit()
+
+    def forget_leases(self) -> None:
+        """Forget what the replay has taken back; a late finish of it is refused from now on."""
+        for key in [key for key in self.held if key[0] not in self.replay.state.leases]:
+            attempt, _ = self.held.pop(key)
+            self.ended.append((*key, attempt))
+
+    @rule(publish=st.sampled_from([True, True, False]))
+    def learn(self, publish: bool) -> None:
+        step = self.newest.step + 1
+        if step not in self.lineage:
+            plan = self.replay.plan_take(step, self.now)
+            if isinstance(plan, TakePlan):
+                self.train(plan)
+        if step in self.lineage and publish:
+            self.replay.publish(manifest(step, self.branch))
+        self.commit()
+
+    def train(self, plan: TakePlan) -> None:
+        """Note every token that gets weight, from the stored trajectories."""
+        batch: Batch = {}
+        assert len(plan.groups) == P
+        for uid, decisions in plan.groups:
+            group = self.replay.state.groups[uid]
+            assert sum(d.trained for d in decisions) >= min(2, G)
+            weighted: list[Version] = []
+            for decision in decisions:
+                ref = group.samples[decision.index].payload
+                assert ref is not None
+                sample = self.stored[ref.offset]
+                assert (sample.uid, sample.index) == (uid, decision.index)
+                tokens = [span.version for span in sample.versions for _ in range(span.length)]
+                if decision.trained:
+                    assert sample.score.status == "scored"
+                    weighted += tokens[decision.stale_prefix :]
+                if self.patient:
+                    assert not decision.stale_prefix, "waiting long enough, nothing gets stale"
+                    assert decision.drop_reason != "stale"
+            batch[uid] = weighted
+        self.replay.commit_take(plan, "request", NO_PROOF)
+        self.lineage[plan.step] = batch
+
+    @rule()
+    def checkpoint(self) -> None:
+        self.replay.checkpoint(self.newest)
+        self.save_checkpoint()
+        self.commit()
+
+    @rule()
+    def restart(self) -> None:
+        """The service dies and comes back: the fold is the state."""
+        fresh, live = self.fold(), self.replay.state
+        assert fresh.state.groups == live.groups
+        assert fresh.state.leases == live.leases
+        assert +fresh.state.counts == +live.counts
+        assert fresh.state.requests == live.requests
+        assert (fresh.state.dropped, fresh.state.dropped_since) == (
+            live.dropped,
+            live.dropped_since,
+        )
+        self.replay = fresh
+
+    @precondition(lambda self: self.lineage)
+    @rule(data=st.data(), torn=st.booleans(), old=st.sampled_from([False, False, True]))
+    def resume(self, data: st.DataObject, torn: bool, old: bool) -> None:
+        """The run dies; a new branch starts from the last checkpoint, or from any ever saved."""
+        parent = data.draw(st.sampled_from(sorted(self.saved))) if old else max(self.saved)
+        if torn and self.stored:
+            self.torn.add(data.draw(st.integers(0, len(self.stored) - 1)))
+        self.branch += 1
+        self.parents[self.branch] = parent
+        self.lineage = dict(self.saved[parent])
+        attempts = {
+            uid: [sample.attempt for sample in group.samples]
+            for uid, group in self.replay.state.groups.items()
+        }
+        self.replay = self.fold()
+        self.replay.open_branch(self.branch, dict(self.parents), self.intact)
+        for uid, group in self.replay.state.groups.items():
+            assert [s.attempt for s in group.samples] == attempts[uid], "same attempt after a crash"
+        self.replay.publish(manifest(parent[1], self.branch))
+        self.serving = dict.fromkeys(WORKERS, self.newest)
+        self.held.clear()
+        self.ended.clear()
+        self.save_checkpoint()
+        self.commit()
+
+    # Invariants --------------------------------------------------------------------------------
+
+    def ancestors(self) -> dict[int, float]:
+        """branch -> last step on the path, worked out from the resumes."""
+        last: dict[int, float] = {self.branch: math.inf}
+        branch = self.branch
+        while branch in self.parents:
+            parent, step = self.parents[branch]
+            last[parent] = min(step, last[branch])
+            branch = parent
+        return last
+
+    @invariant()
+    def no_token_over_the_bound_is_trained(self) -> None:
+        last = self.ancestors()
+        for step, batch in self.lineage.items():
+            for uid, versions in batch.items():
+                for written in versions:
+                    assert written.step <= last.get(written.branch, -1), f"orphan in {uid}"
+                    assert 0 <= step - 1 - written.step <= math.ceil(self.bound), (step, written)
+
+    @invariant()
+    def no_prompt_is_lost_or_trained_twice(self) -> None:
+        trained = [uid for batch in self.lineage.values() for uid in batch]
+        assert len(trained) == len(set(trained))
+        groups = self.replay.state.groups
+        assert sorted(groups) == list(range(self.replay.state.next_uid))
+        ended = {uid for uid, group in groups.items() if group.state in ("TAKEN", "TRAINED")}
+        assert ended == set(trained), "issued = trained + dropped + open"
+        for group in groups.values():
+            assert (group.drop_reason is not None) == (group.state == "DROPPED")
+            assert group.drop_reason not in ("stale", "expired", "orphaned")
+
+    @invariant()
+    def counts_are_what_can_be_counted(self) -> None:
+        state = self.replay.state
+        words = [group.state for group in state.groups.values()]
+        assert {word: n for word, n in state.counts.items() if n} == {
+            word: words.count(word) for word in set(words)
+        }
+        waiting = [uid for uid, group in state.groups.items() if group.state == "WAITING"]
+        assert state.first_waiting() == min(waiting, default=None)
+        leased = {
+            (sample.lease_id, uid, index)
+            for uid, group in state.groups.items()
+            for index, sample in enumerate(group.samples)
+            if sample.state == "INFLIGHT"
+        }
+        assert leased == {
+            (name, lease.uid, index) for name, lease in state.leases.items() for index in lease.open
+        }
+
+
+def test_the_law_and_the_books_hold_under_any_interleaving() -> None:
+    run_state_machine_as_test(
+        ReplayMachine,
+        settings=settings(
+            max_examples=120,
+            stateful_step_count=60,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_without_the_check_at_consumption_the_machine_sees_the_violation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clean = Verdict(max_lag=0, stale_prefix=0, stale_tokens=0, orphaned_tokens=0, num_tokens=1)
+    monkeypatch.setattr(take_module, "judge", lambda *_: clean)
+    monkeypatch.setattr(take_module, "first_late", lambda *_: None)
+    with pytest.raises(AssertionError):
+        stale_run()
+
+
+def test_with_the_check_the_same_run_trains_nothing_stale() -> None:
+    stale_run()
+
+
+def stale_run() -> None:
+    """One group is finished long after the others; the machine's invariant looks at the outcome."""
+    machine = ReplayMachine()
+    machine.start(bound=1, stale="trim", patient=False)
+    machine.put(4)
+    machine.claim("worker-0", 2)
+    slow = sorted(machine.held)
+    for step in range(1, 5):
+        machine.serving["worker-1"] = machine.newest
+        machine.put(2)
+        machine.claim("worker-1", 4)
+        for key in sorted(machine.held):
+            if key not in slow or step == 4:
+                finish_one(machine, key)
+        machine.replay.heartbeat("worker-0", machine.now)
+        machine.now += 1
+        machine.learn(publish=True)
+        machine.now += 9
+        machine.replay.heartbeat("worker-1", machine.now)
+        machine.learn(publish=True)
+        machine.no_token_over_the_bound_is_trained()
+        assert machine.newest.step == step
+
+
+def finish_one(machine: ReplayMachine, key: tuple[str, int, int]) -> None:
+    """Hand a sample in, all of it written by the version it was claimed under."""
+    lease_id, uid, index = key
+    attempt, claimed = machine.held.pop(key)
+    sample = trajectory(uid, index, (claimed.step,) * 3, attempt=attempt)
+    machine.replay.finish(sample, lease_id, lambda: machine.store(sample), machine.now)
+    machine.commit()

@@ -1,0 +1,134 @@
+"""Every impossible wish is refused before anything starts: key, place, reason, remedy, exit 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from slipstream.buffer.errors import ConfigError
+from slipstream.configs.load import load_experiment, load_table
+
+REFUSED = [
+    # what is given -> what the message must name
+    (["learner.objective.clip_hgih=1"], ["clip_hgih (command line)", "did you mean clip_high?"]),
+    (["learner.stepz=1"], ["learner.stepz", "did you mean steps?"]),
+    (["lerner.steps=1"], ["unknown key lerner", "did you mean learner?"]),
+    (["rollout.temperature=1"], ["did you mean rollout.sampling.temperature"]),
+    (["learner.ratio_law=kept_set"], ["both sides of a ratio use one law", "rollout.ratio_law"]),
+    (["learner.steps=many"], ['learner.steps (command line) is "many"', "a whole number"]),
+    (["learner.steps=2.5"], ["is 2.5", "a whole number"]),
+    (['learner.steps="5"'], ['is "5" (text)', "a whole number"]),
+    (["learner.steps=true"], ["is true (true/false)", "a whole number"]),
+    (["learner.steps=0"], ["is 0", "greater than or equal to 1"]),
+    (["learner=3"], ["learner (command line) is 3", "section"]),
+    (["dtype=fp8"], ['is "fp8"', "'float32', 'float64' or 'bfloat16'"]),
+    (["rollout.sampling.stop=end"], ['is "end"', "a list in [ ]"]),
+    (["buffer.max_staleness_steps=nan"], ["is nan"]),
+    (["buffer.max_staleness_steps=-1"], ["is -1", "greater than or equal to 0"]),
+    (["name=a/b"], ['name (command line) is "a/b"', "names a folder"]),
+    (["learner.optimizer.betas=[0.9]"], ["learner.optimizer.betas.1", "missing"]),
+    (["learner.optimizer.betas=[0.9, 1.0]"], ["betas = [0.9, 1]", "[0, 1)"]),
+    (["learner.prompts_per_step=32", "learner.updates_per_step=5"],
+     ["updates_per_step = 5", "does not divide", "set updates_per_step = 4"]),
+    (["rollout.samples_per_prompt=1"], ["samples_per_prompt = 1", "2 or more"]),
+    (["rollout.sampling.temperature=0"], ["temperature = 0 is greedy", "1.0 is usual"]),
+    (["rollout.ratio_law=kept_set", "rollout.sampling.top_p=0.9"],
+     ["kept_set", "1 <= rollout.sampling.top_k <= 512", "top_k is 0"]),
+    (["rollout.ratio_law=kept_set", "rollout.sampling.top_k=513"], ["top_k is 513"]),
+    (["mode=sequential", "buffer.max_staleness_steps=1"],
+     ['mode = "sequential"', "ahead of it", "remove max_staleness_steps"]),
+    (["buffer.max_staleness_steps=0", "buffer.stale=drop"],
+     ['buffer.stale = "drop" cuts stragglers off', "S = 0"]),
+    (["prompts.held_out=0"], ["prompts.held_out = 0", "eval.enabled = false"]),
+    (["prompts.source=dataset"], ["needs prompts.path"]),
+    (["prompts.source=dataset", "prompts.path=x.jsonl"], ["reasoning_gym", "exact_match"]),
+    (["prompts.template=hello"], ["does not contain {prompt}"]),
+    (["launcher=ray"], ['launcher = "ray" is not there yet', "local"]),
+    (["learner.steps"], ["must look like learner.steps=5"]),
+    (["learner.steps=5", "learner.steps.x=5"], ["contradicts steps = 5"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "words"), REFUSED, ids=lambda value: str(value[0])[:40])
+def test_refusals_name_the_key_the_reason_and_the_remedy(overrides: list[str], words: list[str]):
+    with pytest.raises(ConfigError) as refused:
+        load_table({}, overrides)
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_everything_wrong_is_said_at_once():
+    with pytest.raises(ConfigError) as refused:
+        load_table({}, ["learner.stepz=1", "seed=x", "dtype=fp8"])
+    assert len(str(refused.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rollout.ratio_law=kept_set"],
+        ["rollout.ratio_law=kept_set", "rollout.sampling.top_k=512", "rollout.sampling.top_p=0.9"],
+        ["prompts.held_out=0", "eval.enabled=false"],
+        ["buffer.max_staleness_steps=0", "buffer.stale=trim"],
+        ["learner.objective.aggregation=sequence", "buffer.stale=trim"],
+        ["eval.temperature=0"],
+    ],
+)
+def test_what_is_possible_is_not_refused(overrides: list[str]):
+    load_table({}, overrides)
+
+
+def test_an_unknown_key_is_found_in_its_file_and_line(tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    path.write_text("# mine\n[learner]\nsteps = 5\n\n[learner.objective]\nclip_hgih = 0.3\n")
+    with pytest.raises(ConfigError, match=r"learner\.objective\.clip_hgih \(mine\.toml:6\)"):
+        load_experiment(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("torn.toml", "[learner\nsteps = 5\n", "torn.toml is not valid TOML: .*line 1"),
+        ("twice.toml", "seed = 1\nseed = 2\n", "not valid TOML"),
+        ("ring.toml", 'extends = "ring.toml"\n', "circle: ring.toml -> ring.toml"),
+        ("orphan.toml", 'extends = "quickstrat"\n', "did you mean quickstart?"),
+        ("number.toml", "extends = 3\n", r"extends \(number.toml:1\) must be a name"),
+        ("date.toml", "seed = 2020-01-01\n", 'seed .date.toml:1. is "2020-01-01"'),
+    ],
+)
+def test_a_broken_file_is_refused(tmp_path: Path, name: str, text: str, words: str):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_experiment(tmp_path / name)
+
+
+def test_a_missing_experiment_says_what_there_is():
+    with pytest.raises(ConfigError, match=r"did you mean quickstart.*smollm2"):
+        load_experiment("quikstart")
+    with pytest.raises(ConfigError, match="slipstream new"):
+        load_experiment("nowhere/mine.toml")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "quickstart", "learner.stepz=5"),
+        ("plan", "nothing-of-the-kind"),
+        ("plan", "quickstart", "model=nowhere/model"),
+        ("run", "quickstart", "launcher=ray"),
+        ("run", "quickstart", "--seeds", "a,b"),
+        ("resume", "nowhere"),
+        ("show", "nowhere", "--step", "1"),
+    ],
+)
+def test_the_command_ends_with_code_2_and_no_traceback(arguments: tuple[str, ...], tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "slipstream.configs.cli", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "rror" in done.stderr
+    assert list(tmp_path.iterdir()) == []  # nothing was started, and nothing is left behind

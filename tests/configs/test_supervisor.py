@@ -1,0 +1,209 @@
+"""Supervision with stand-in processes: real subprocesses, tiny scripts."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from slipstream.configs.child import Child, module_argv
+from slipstream.configs.supervisor import Deadlines, Outcome, StopRequests, Supervisor
+
+FOREVER = "import time; time.sleep(600)"
+DONE = "pass"
+DEADLINES = Deadlines(final_evaluation_s=1.0, learner_save_s=3.0, learner_crash_s=1.0, end_s=1.0)
+IGNORE_SIGTERM = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+SAY_READY = "open('ready', 'w').close(); "
+
+Start = Callable[..., dict[str, Child]]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "processes").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def start(run_dir: Path) -> Iterator[Start]:
+    """Starts stand-ins: `start(learner=script, ...)`; the others wait for ever."""
+    started: list[Child] = []
+
+    def start_children(**scripts: str) -> dict[str, Child]:
+        roles = {"buffer": FOREVER, "feeder": FOREVER, "worker_0": FOREVER, "learner": FOREVER}
+        children = {}
+        for role, script in {**roles, **scripts}.items():
+            name = role.replace("_", "-")
+            children[name] = Child(name, [sys.executable, "-c", script], run_dir=run_dir)
+            started.append(children[name])
+        return children
+
+    yield start_children
+    for child in started:
+        child.kill()
+
+
+def supervise(
+    children: dict[str, Child],
+    *,
+    stop: StopRequests | None = None,
+    tick: Callable[[str], None] = lambda phase: None,
+    closed: list[str] | None = None,
+) -> Outcome:
+    close_run = (closed if closed is not None else []).append
+    stop = stop or StopRequests()
+    return Supervisor(
+        children, close_run=close_run, tick=tick, stop=stop, deadlines=DEADLINES
+    ).run()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "condition did not come true in time"
+        time.sleep(0.02)
+
+
+def test_a_run_is_finished_when_learner_and_feeder_end_and_nobody_is_left(start: Start) -> None:
+    closed: list[str] = []
+    phases: list[str] = []
+    children = start(learner=DONE, feeder=DONE)
+    outcome = supervise(children, closed=closed, tick=phases.append)
+    assert outcome.status == "finished"
+    assert closed == ["finished"]
+    assert phases[-1] == "closing"
+    assert all(child.poll() is not None for child in children.values())
+
+
+def test_the_final_evaluation_is_waited_for_with_a_deadline(start: Start) -> None:
+    outcome = supervise(start(learner=DONE, feeder=FOREVER))
+    assert outcome.status == "failed"
+    assert outcome.process == "feeder"
+    assert "final evaluation: feeder did not end within 1 s" in outcome.reason
+
+
+@pytest.mark.parametrize("name", ["buffer", "feeder", "worker-0", "learner"])
+def test_any_killed_process_ends_the_run_with_its_name_and_leaves_nobody(
+    start: Start, name: str
+) -> None:
+    children = start()
+    os.kill(children[name].pid, signal.SIGKILL)
+    began = time.monotonic()
+    outcome = supervise(children)
+    assert (outcome.status, outcome.process) == ("failed", name)
+    assert "was killed by SIGKILL" in outcome.reason
+    assert time.monotonic() - began < 5.0
+    assert all(child.poll() is not None for child in children.values())
+
+
+def test_the_reason_a_process_recorded_is_the_reason_of_the_run(
+    start: Start, run_dir: Path
+) -> None:
+    record = {"type": "TrainingFailed", "message": "loss is NaN at step 3", "exit_code": 1}
+    path = run_dir / "processes" / "learner.error.json"
+    script = f"open({str(path)!r}, 'w').write({json.dumps(record)!r}); raise SystemExit(1)"
+    outcome = supervise(start(learner=script))
+    assert outcome.reason == "TrainingFailed: loss is NaN at step 3"
+
+
+def test_without_a_record_the_reason_is_the_end_of_the_log(start: Start, run_dir: Path) -> None:
+    outcome = supervise(start(worker_0="raise ValueError('no such tensor')"))
+    assert "exited with code 1" in outcome.reason
+    assert "ValueError: no such tensor" in outcome.reason
+    assert str(run_dir / "logs" / "worker-0.log") in outcome.reason
+
+
+def test_who_lost_a_peer_is_not_blamed_for_the_peers_end(start: Start, run_dir: Path) -> None:
+    record = json.dumps({"type": "PeerLost", "message": "buffer silent", "exit_code": 1})
+    path = run_dir / "processes" / "feeder.error.json"
+    children = start(
+        feeder=f"open({str(path)!r}, 'w').write({record!r}); raise SystemExit(1)",
+        learner="raise MemoryError('the cause')",
+    )
+    for name in ("feeder", "learner"):
+        children[name].wait(deadline_s=5.0)
+    assert supervise(children).process == "learner"
+
+
+@pytest.mark.parametrize("name", ["buffer", "worker-0"])
+def test_a_process_that_ends_before_it_was_told_to_is_a_failure_even_with_code_0(
+    start: Start, name: str
+) -> None:
+    outcome = supervise(start(**{name.replace("-", "_"): DONE}))
+    assert (outcome.status, outcome.process) == ("failed", name)
+
+
+def test_ctrl_c_lets_the_learner_save_before_the_buffer_ends(start: Start, run_dir: Path) -> None:
+    order = run_dir / "order"
+    script = (
+        "import signal, sys, time\n"
+        "def end(*_):\n"
+        "    time.sleep({delay}); open({order!r}, 'a').write('{name} '); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end); open('{name}.up', 'w').close(); time.sleep(600)"
+    )
+    roles = {"learner": 0.5, "feeder": 0.0, "buffer": 0.0}
+    children = start(
+        **{n: script.format(delay=d, order=str(order), name=n) for n, d in roles.items()}
+    )
+    wait_for(lambda: all((run_dir / f"{name}.up").exists() for name in roles))
+    stop = StopRequests()
+    stop.add()
+    assert supervise(children, stop=stop).status == "interrupted"
+    assert order.read_text().split() == ["learner", "feeder", "buffer"]
+
+
+def test_a_second_ctrl_c_kills_at_once(start: Start, run_dir: Path) -> None:
+    children = start(learner=IGNORE_SIGTERM + SAY_READY + FOREVER)
+    wait_for((run_dir / "ready").exists)
+    stop = StopRequests()
+    stop.count = 2
+    began = time.monotonic()
+    assert supervise(children, stop=stop).status == "interrupted"
+    assert time.monotonic() - began < 1.5
+
+
+def test_a_process_deaf_to_sigterm_is_killed_at_its_deadline(start: Start, run_dir: Path) -> None:
+    children = start(worker_0=IGNORE_SIGTERM + SAY_READY + FOREVER, learner=DONE, feeder=DONE)
+    wait_for((run_dir / "ready").exists)
+    assert supervise(children).status == "finished"
+    assert children["worker-0"].poll() == -signal.SIGKILL
+
+
+def test_a_signal_to_the_supervisor_is_a_request_to_stop(start: Start) -> None:
+    stop = StopRequests()
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(lambda: stop.count == 1)
+        assert supervise(start(), stop=stop).status == "interrupted"
+
+
+def test_grandchildren_end_with_the_child_that_started_them(run_dir: Path) -> None:
+    script = (
+        "import subprocess, sys\n"
+        f"p = subprocess.Popen([sys.executable, '-c', {FOREVER!r}])\n"
+        "open('grandchild', 'w').write(str(p.pid))"
+    )
+    child = Child("worker-0", [sys.executable, "-c", script], run_dir=run_dir)
+    assert child.wait(deadline_s=10.0) == 0
+    grandchild = int((run_dir / "grandchild").read_text())
+    wait_for(lambda: not _runs(grandchild))
+
+
+def test_children_do_not_see_the_terminals_ctrl_c_and_have_bounded_threads(run_dir: Path) -> None:
+    script = "import os; print(os.getsid(0) == os.getpid(), os.environ['OMP_NUM_THREADS'])"
+    child = Child("learner", [sys.executable, "-c", script], run_dir=run_dir, threads=3)
+    child.wait(deadline_s=10.0)
+    assert child.log_path.read_text().split() == ["True", "3"]
+
+
+def test_the_working_directory_is_not_importable_by_a_child() -> None:
+    assert "-P" in module_argv("learner.loop", Path("spec.json"))
+
+
+def _runs(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

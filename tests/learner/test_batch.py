@@ -1,0 +1,178 @@
+"""From groups to micro-batches: who is trained, in which order, on which tokens."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from slipstream.buffer.errors import CorruptData
+from slipstream.buffer.records import SamplingParams, Version, VersionSpan
+from slipstream.learner.batch import (
+    EFFICIENT_TOKENS,
+    Sample,
+    collate,
+    plan_micro_batches,
+    same_weights,
+    samples_of,
+    updates_of,
+)
+from slipstream.learner.policy import hidden_states
+
+HELD = Version(branch=0, step=0)
+
+
+def test_samples_come_in_order_of_uid_and_index(make):
+    groups = make.groups(3, 4)
+    shuffled = [groups[2], groups[0], groups[1]]
+    got = [(s.trajectory.uid, s.trajectory.index) for s in samples_of(shuffled, "group_std")]
+    assert got == [(u, i) for u in range(3) for i in range(4)]
+
+
+def test_untrained_rewards_count_in_the_baseline_and_failed_ones_do_not(make):
+    rng = np.random.default_rng(0)
+    rewards = [1.0, 0.0, 0.5, None]
+    trajectories = [make.trajectory(0, i, rng, reward=r) for i, r in enumerate(rewards)]
+    group = make.group(0, trajectories, s1={"trained": False}, s3={"trained": False})
+    samples = samples_of([group], "group_mean")
+    assert [(s.trajectory.index, s.advantage) for s in samples] == [(0, 0.5), (2, 0.0)]
+
+
+def test_a_stale_prefix_is_context_without_weight(make):
+    trajectory = make.trajectory(1, 0, np.random.default_rng(0), num_prompt=3, num_written=5)
+    other = make.trajectory(1, 1, np.random.default_rng(1), num_prompt=3, num_written=4)
+    group = make.group(1, [trajectory, other], s0={"stale_prefix": 2}, s1={"stale_prefix": 4})
+    (sample,) = samples_of([group], "group_mean")
+    batch = collate([sample], HELD, torch.float64)
+    assert batch.input_ids_BL.shape == (1, 7)
+    assert batch.positions_T.tolist() == [4, 5, 6]
+    assert batch.targets_T.tolist() == trajectory.token_ids[5:].tolist()
+    np.testing.assert_array_equal(batch.behaviour_T, trajectory.behaviour_logprobs[2:])
+
+
+def test_observations_between_turns_are_never_trained(make):
+    rng = np.random.default_rng(0)
+    mask = np.array([0, 0, 1, 1, 0, 0, 1, 0], dtype=bool)
+    span = (VersionSpan(version=HELD, length=3),)
+    trajectory = make.trajectory(0, 0, rng, num_prompt=2, num_written=6)
+    fields = {"policy_mask": mask, "behaviour_logprobs": np.zeros(3)}
+    spans = {"versions": span, "kv_version_min": span}
+    turned = make.trajectory(0, 0, rng, num_prompt=2, num_written=6, **fields, **spans)
+    sample = Sample(trajectory=turned, advantage=1.0, first_trained=0)
+    batch = collate([sample], HELD, torch.float64)
+    assert batch.positions_T.tolist() == [1, 2, 5]
+    assert batch.targets_T.tolist() == turned.token_ids[[2, 3, 6]].tolist()
+    assert len(trajectory.token_ids) == 8
+
+
+@given(
+    lengths=st.lists(st.integers(2, 400), min_size=1, max_size=80),
+    budget=st.integers(1, 3000),
+)
+@settings(max_examples=60, deadline=None)
+def test_micro_batches_hold_every_sample_once_within_the_budget(make_plain, lengths, budget):
+    samples = [make_plain(i, n) for i, n in enumerate(lengths)]
+    plan = plan_micro_batches(samples, budget)
+    flat = [s for rows in plan for s in rows]
+    assert flat == sorted(samples, key=lambda s: s.num_inputs)  # stable
+    for rows in plan:
+        padded = len(rows) * max(s.num_inputs for s in rows)
+        assert len(rows) == 1 or padded <= budget
+        if sum(s.num_inputs for s in rows) > EFFICIENT_TOKENS + 400:
+            assert padded <= 1.5 * sum(s.num_inputs for s in rows)
+
+
+@pytest.fixture(scope="module")
+def make_plain():
+    def build(uid: int, length: int) -> Sample:
+        trajectory: Any = SimpleNamespace(uid=uid, token_ids=range(length))
+        return Sample(trajectory=trajectory, advantage=0.0, first_trained=0)
+
+    return build
+
+
+def test_padding_changes_no_hidden_state(make, build_policy):
+    model = build_policy()
+    samples = samples_of(make.groups(3, 3), "group_mean")
+    batch = collate(samples, HELD, torch.float64)
+    padded = hidden_states(model, batch.input_ids_BL)
+    for row, sample in enumerate(samples):
+        ids = torch.from_numpy(sample.trajectory.token_ids[:-1].astype(np.int64))[None]
+        alone = model.model(ids).last_hidden_state[0]
+        torch.testing.assert_close(padded[row, : ids.shape[1]], alone, rtol=0, atol=1e-6)
+
+
+def test_no_attention_mask_is_built(make, build_policy, monkeypatch):
+    model = build_policy("float32")
+    seen = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, attn_mask=None, is_causal=False, **kwargs):
+        seen.append((attn_mask, is_causal))
+        return plain(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    hidden_states(model, torch.ones(3, 9, dtype=torch.long))
+    assert seen == [(None, True)] * 2
+
+
+def test_clean_tokens_are_those_of_the_held_version_over_its_own_keys(make):
+    old, new = Version(branch=0, step=1), Version(branch=0, step=2, digest="d")
+    versions = (VersionSpan(version=old, length=2), VersionSpan(version=new, length=3))
+    keys = (VersionSpan(version=old, length=4), VersionSpan(version=new, length=1))
+    trajectory = make.trajectory(
+        0, 0, np.random.default_rng(0), num_written=5, versions=versions, kv_version_min=keys
+    )
+    sample = Sample(trajectory=trajectory, advantage=1.0, first_trained=0)
+    batch = collate([sample], new, torch.float64)
+    assert batch.mixed_T.tolist() == [False, False, True, True, False]
+    assert batch.clean_T.tolist() == [False] * 4 + [True]
+
+
+def test_a_resumed_branch_holds_the_weights_of_its_parent():
+    parent = Version(branch=0, step=3, digest="d")
+    assert same_weights(parent, Version(branch=1, step=3, digest="d"))
+    assert not same_weights(parent, Version(branch=1, step=3, digest="e"))
+    assert not same_weights(parent, Version(branch=1, step=4, digest="d"))
+    assert not same_weights(Version(branch=0, step=3), Version(branch=1, step=3))
+
+
+def test_kept_sets_follow_their_tokens_and_must_hold_them(make):
+    def sample(index, wrong=False):
+        rng = np.random.default_rng(index)
+        trajectory = make.trajectory(0, index, rng, num_prompt=3, num_written=3)
+        rows = [sorted({int(t), 5, 9}) for t in trajectory.token_ids[3:]]
+        if wrong:
+            rows[2] = [int(trajectory.token_ids[5]) ^ 1]
+        kept = {"kept_ids": make.ragged(rows)}
+        trajectory = make.trajectory(
+            0, index, np.random.default_rng(index), num_prompt=3, num_written=3, extras=kept
+        )
+        return Sample(trajectory=trajectory, advantage=1.0, first_trained=1), rows
+
+    (first, rows), (second, more) = sample(0), sample(1)
+    batch = collate([first, second], HELD, torch.float64)
+    want = [*rows[1:], *more[1:]]
+    assert batch.kept is not None
+    assert batch.kept.ids_M.tolist() == [i for row in want for i in row]
+    assert batch.kept.offsets_T1.diff().tolist() == [len(row) for row in want]
+    with pytest.raises(CorruptData, match="sample 7 of prompt 0"):
+        collate([first, sample(7, wrong=True)[0]], HELD, torch.float64)
+
+
+def test_greedy_samples_and_promptless_ones_are_refused(make):
+    rng = np.random.default_rng(0)
+    greedy = make.trajectory(0, 0, rng, sampling=SamplingParams(temperature=0.0))
+    with pytest.raises(CorruptData, match="greedily"):
+        collate([Sample(trajectory=greedy, advantage=1.0, first_trained=0)], HELD, torch.float64)
+    bare = make.trajectory(0, 0, rng, num_prompt=0)
+    with pytest.raises(CorruptData, match="nothing before it"):
+        collate([Sample(trajectory=bare, advantage=1.0, first_trained=0)], HELD, torch.float64)
+
+
+def test_updates_are_whole_groups_in_order(make):
+    groups = make.groups(7, 2)
+    parts = updates_of(groups[::-1], 3)
+    assert [[g.prompt.uid for g in part] for part in parts] == [[0, 1], [2, 3], [4, 5, 6]]

@@ -1,0 +1,182 @@
+"""A checkpoint counts when it is whole, and only then; `kill -9` at any moment leaves one."""
+
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from slipstream.buffer.errors import ConfigError, CorruptData
+from slipstream.buffer.records import Version
+from slipstream.learner import checkpoint as module
+from slipstream.learner.checkpoint import (
+    complete_folders,
+    find_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+
+BYTES = {"weights.safetensors": b"w" * 1000, "optimizer.safetensors": b"o" * 500}
+
+
+def save(root, step, branch=0, keep_last=2, content=BYTES):
+    return save_checkpoint(
+        root,
+        Version(branch=branch, step=step, digest=f"d{step}"),
+        {name: (lambda path, b=b: path.write_bytes(b)) for name, b in content.items()},
+        journal_sequence=7,
+        info={"run_id": "r"},
+        keep_last=keep_last,
+    )
+
+
+def test_what_was_saved_is_what_is_read(tmp_path):
+    saved = save(tmp_path, 10)
+    assert read_checkpoint(tmp_path / "step-000010.b0") == saved
+    assert find_checkpoint(tmp_path) == (saved, [])
+    assert find_checkpoint(tmp_path, (0, 10))[0].version.digest == "d10"
+
+
+def test_the_newest_is_of_the_newest_branch_then_step(tmp_path):
+    for step, branch in ((10, 0), (20, 0), (12, 1)):
+        save(tmp_path, step, branch, keep_last=9)
+    names = [folder.name for folder in complete_folders(tmp_path)]
+    assert names == ["step-000012.b1", "step-000020.b0", "step-000010.b0"]
+
+
+def test_the_last_ones_and_the_first_are_kept(tmp_path):
+    for step in (0, 2, 4, 6):
+        save(tmp_path, step)
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "step-000000.b0",
+        "step-000004.b0",
+        "step-000006.b0",
+    ]
+
+
+def test_no_checkpoint_is_the_users_error(tmp_path):
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: f.write_bytes(f.read_bytes()[:-1]), "999 bytes of 1000: it was cut short"),
+        (lambda f: f.write_bytes(b"x" + f.read_bytes()[1:]), "was altered"),
+        (lambda f: f.unlink(), "is missing"),
+        (lambda f: (f.parent / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (
+            lambda f: (f.parent / "manifest.json").write_text(
+                (f.parent / "manifest.json").read_text().replace('"step": 4', '"step": 5')
+            ),
+            "manifest.json was altered",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage, words):
+    older, newer = save(tmp_path, 2), save(tmp_path, 4)
+    damage(newer.folder / "weights.safetensors")
+    found, problems = find_checkpoint(tmp_path)
+    assert found == older
+    assert len(problems) == 1
+    assert words in problems[0]
+    with pytest.raises(CorruptData, match="no usable checkpoint"):
+        find_checkpoint(tmp_path, (0, 4))
+
+
+POINTS = [
+    "checkpoint.folder_made",
+    "checkpoint.file_synced.weights.safetensors",
+    "checkpoint.file_synced.optimizer.safetensors",
+    "checkpoint.files_synced",
+    "checkpoint.manifest_written",
+    "checkpoint.manifest_renamed",
+    "checkpoint.manifest_synced",
+    "checkpoint.pruning",
+    "checkpoint.pruned",
+]
+
+
+def killed(work, point, monkeypatch):
+    """Run `work` in a forked process that is killed at `point`; it must get there."""
+    monkeypatch.setenv(module.CRASH_VARIABLE, point)
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(3)
+    status = os.waitpid(child, 0)[1]
+    monkeypatch.delenv(module.CRASH_VARIABLE)
+    assert os.WIFSIGNALED(status), f"{point} was never reached"
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, monkeypatch, point):
+    for step in (0, 2, 4):
+        save(tmp_path, step)
+    killed(lambda: save(tmp_path, 6), point, monkeypatch)
+    found, problems = find_checkpoint(tmp_path)
+    complete = point in POINTS[5:]
+    assert (found.version.step, problems) == (6 if complete else 4, [])
+    saved = save(tmp_path, 6)  # what the crash left is in nobody's way
+    assert find_checkpoint(tmp_path)[0] == saved
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+LOOP_POINTS = [
+    "step.taken:2",
+    "step.trained:3",
+    "publish.file_written:4",
+    "publish.announced:2",
+    "metrics.written:3",
+    "checkpoint.file_synced.optimizer.safetensors:2",
+    "checkpoint.manifest_renamed:2",
+    "checkpoint.acknowledged:1",
+]
+
+
+def test_resume_after_a_kill_continues_bit_for_bit(
+    make_spec, fake_buffer, run_loop, rows_of, monkeypatch
+):
+    spec = make_spec(steps=5)
+    run_loop(spec, fake_buffer())
+    want = {step: row["loss"] for step, row in rows_of(spec.run_dir).items()}
+    digest = rows_of(spec.run_dir)[5]["digest"]
+    for point in LOOP_POINTS:
+        run_dir = spec.run_dir.parent / f"run-{point}"
+        run_dir.mkdir()
+        crashed = spec.model_copy(update={"run_dir": run_dir})
+        killed(lambda spec=crashed: run_loop(spec, fake_buffer()), point, monkeypatch)
+        found, problems = find_checkpoint(run_dir / "checkpoints")
+        assert problems == []
+        parent = (0, found.version.step)
+        resumed = crashed.model_copy(
+            update={"branch": 1, "branch_parents": {1: parent}, "resume_from": parent}
+        )
+        buffer = fake_buffer()
+        torch.manual_seed(99)
+        run_loop(resumed, buffer)
+        assert str(buffer.published[0].version) == f"1.{found.version.step}"
+        assert buffer.published[0].version.digest == found.version.digest
+        rows = rows_of(run_dir)
+        assert {step: row["loss"] for step, row in rows.items()} == want, point
+        assert rows[5]["digest"] == digest
+
+
+def test_a_checkpoint_holds_what_was_published_and_the_random_state(
+    make_spec, fake_buffer, run_loop
+):
+    spec, buffer = make_spec(steps=2), fake_buffer()
+    run_loop(spec, buffer)
+    found, _ = find_checkpoint(spec.run_dir / "checkpoints")
+    assert found.version == buffer.published[-1].version
+    assert found.journal_sequence == 102
+    saved = load_file(found.folder / "weights.safetensors")
+    sent = load_file(buffer.published[-1].shards[0].path)
+    assert saved.keys() == sent.keys()
+    assert all(torch.equal(saved[name], sent[name]) for name in saved)
+    assert "rng.torch" in load_file(found.folder / "optimizer.safetensors")
+    assert [v.step for v in buffer.saved] == [0, 2]

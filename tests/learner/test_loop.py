@@ -1,0 +1,166 @@
+"""The loop: what it publishes when, how long it waits, and how it ends."""
+
+import asyncio
+import json
+import threading
+from typing import Any
+
+import pytest
+import torch
+from slipstream.buffer import waits
+from slipstream.buffer.errors import ConfigError, CorruptData, TrainingFailed
+from slipstream.buffer.mailbox import verify
+from slipstream.kernels.models import read_weights
+from slipstream.learner.checkpoint import find_checkpoint
+from slipstream.learner.config import SftConfig
+from slipstream.learner.policy import weights_digest
+from slipstream.learner.trainer import Trainer
+
+
+def test_every_step_publishes_one_version_whose_digest_is_its_tensors(
+    make_spec, fake_buffer, run_loop
+):
+    spec, buffer = make_spec(steps=3), fake_buffer()
+    run_loop(spec, buffer)
+    assert [str(m.version) for m in buffer.published] == ["0.0", "0.1", "0.2", "0.3"]
+    assert len({m.version.digest for m in buffer.published}) == 4
+    for manifest in buffer.published:
+        verify(manifest)
+        tensors = read_weights([shard.path for shard in manifest.shards])
+        assert weights_digest(tensors) == manifest.version.digest
+    assert not list(spec.weights_dir.glob("*.partial"))
+
+
+def test_metrics_have_one_line_a_step_with_the_proof(make_spec, fake_buffer, run_loop, rows_of):
+    spec = make_spec(steps=3)
+    run_loop(spec, fake_buffer())
+    rows = rows_of(spec.run_dir)
+    assert list(rows) == [1, 2, 3]
+    assert rows[2]["version"] == "0.2"
+    proof = rows[3]["proof"]
+    assert proof["violations"] == 0
+    assert proof["lag_counts"] == {"2": rows[3]["tokens_trained"]}
+    assert (proof["dropped"], proof["length_bias"]) == ({"stale": 1}, 0.9)
+    for key in ("loss", "reward_mean", "grad_norm", "seconds", "wait_seconds", "tokens_per_s"):
+        assert isinstance(rows[1][key], float)
+
+
+def test_a_batch_that_does_not_come_ends_the_run_and_says_who_was_waited_for(
+    make_spec, fake_buffer, run_loop
+):
+    spec, buffer, seen = make_spec(take_deadline_s=0.3), fake_buffer(2), []
+    buffer.on_take = lambda step: seen.extend(waits.describe())
+    with pytest.raises(TrainingFailed, match=r"step 2 got no batch .* worker-0, which is asleep"):
+        run_loop(spec, buffer)
+    assert any("the batch of step 1" in line for line in seen)
+    assert find_checkpoint(spec.run_dir / "checkpoints")[0].version.step == 1  # nothing is lost
+
+
+def test_a_closing_run_ends_with_a_checkpoint(make_spec, fake_buffer, run_loop, rows_of):
+    spec = make_spec(steps=5)
+    buffer = fake_buffer(4, closing=True)
+    buffer.take_wait = 0
+    run_loop(spec.model_copy(update={"take_deadline_s": 0.2}), buffer)
+    assert find_checkpoint(spec.run_dir / "checkpoints")[0].version.step == 3
+    assert rows_of(spec.run_dir)[3]["status"] == "stopped"
+
+
+@pytest.mark.parametrize("moment", ["waiting", "training"])
+def test_sigterm_ends_at_a_step_boundary_with_a_checkpoint(
+    make_spec, fake_buffer, run_loop, rows_of, monkeypatch, moment
+):
+    spec, buffer = make_spec(steps=9), fake_buffer(4 if moment == "waiting" else 10**9)
+    loop_task: dict[str, Any] = {}
+    plain = Trainer.train
+
+    def train(self, batch):
+        if moment == "training" and batch.step == 3:
+            loop_task["loop"].call_soon_threadsafe(loop_task["task"].cancel)
+        return plain(self, batch)
+
+    def on_take(step):
+        loop_task["loop"] = asyncio.get_running_loop()
+        loop_task["task"] = asyncio.current_task()
+        if moment == "waiting" and step == 4:
+            loop_task["loop"].call_soon(loop_task["task"].cancel)
+
+    buffer.on_take = on_take
+    monkeypatch.setattr(Trainer, "train", train)
+    run_loop(spec, buffer)
+    assert find_checkpoint(spec.run_dir / "checkpoints")[0].version.step == 3
+    assert [m.version.step for m in buffer.published] == [0, 1, 2, 3]
+    assert rows_of(spec.run_dir)[3]["status"] == "stopped"
+
+
+def test_a_stop_is_not_held_up_by_a_buffer_that_is_gone(
+    make_spec, fake_buffer, run_loop, monkeypatch
+):
+    monkeypatch.setattr("slipstream.learner.loop.STOP_PATIENCE_S", 0.05)
+    spec, buffer = make_spec(steps=9), fake_buffer()
+
+    async def never(version):
+        await asyncio.sleep(60)
+
+    def on_take(step):
+        if step == 2:
+            buffer.checkpoint_saved = never
+            task: Any = asyncio.current_task()
+            asyncio.get_running_loop().call_soon(task.cancel)
+
+    buffer.on_take = on_take
+    buffer.silent_from = 2
+    run_loop(spec, buffer)
+    assert find_checkpoint(spec.run_dir / "checkpoints")[0].version.step == 1
+
+
+def test_a_missing_model_and_a_damaged_checkpoint_are_told_apart(
+    make_spec, fake_buffer, run_loop, tmp_path
+):
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        run_loop(make_spec(model_dir=tmp_path / "none"), fake_buffer())
+    spec = make_spec(steps=2)
+    run_loop(spec, fake_buffer())
+    file = spec.run_dir / "checkpoints/step-000002.b0/optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    again = {"resume_from": (0, 2), "branch": 1, "branch_parents": {1: (0, 2)}}
+    with pytest.raises(CorruptData, match="cut short"):
+        run_loop(spec.model_copy(update=again), fake_buffer())
+
+
+def test_the_kl_reference_is_the_policy_the_run_started_from_also_after_resume(
+    make_spec, fake_buffer, run_loop, rows_of
+):
+    spec = make_spec(steps=4)
+    objective = spec.config.objective.model_copy(update={"kl_coefficient": 0.5})
+    config = spec.config.model_copy(update={"objective": objective})
+    spec = spec.model_copy(update={"config": config})
+    run_loop(spec, fake_buffer())
+    rows = rows_of(spec.run_dir)
+    assert rows[1]["kl_reference"] == pytest.approx(0, abs=1e-12)
+    assert rows[3]["kl_reference"] > 1e-9
+    want = rows[4]["loss"]
+    again = {"resume_from": (0, 2), "branch": 1, "branch_parents": {1: (0, 2)}}
+    run_loop(spec.model_copy(update=again), fake_buffer())
+    assert rows_of(spec.run_dir)[4]["loss"] == want
+    assert rows_of(spec.run_dir)[4]["branch"] == 1
+
+
+def test_a_warm_start_comes_before_step_zero_and_stops_when_told(make_spec, tmp_path):
+    file = tmp_path / "sft.jsonl"
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file.write_text(f"{json.dumps({'messages': chat})}\n" * 8)
+    sft = SftConfig(batch_size=2, epochs=2, learning_rate=1e-2, threads=1)
+    spec = make_spec(sft=sft, sft_file=file, dtype="float32")
+    cold, warm, stopped = Trainer(make_spec(dtype="float32")), Trainer(spec), Trainer(spec)
+    cold.prepare(threading.Event())
+    warm.prepare(threading.Event())
+    assert cold.held.digest != warm.held.digest
+    rows = [json.loads(x) for x in (spec.run_dir / "sft_metrics.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows] == [1, 8]
+    assert rows[-1]["updates"] == 8
+    told = threading.Event()
+    told.set()
+    stopped.prepare(told)
+    assert not stopped.saved
+    assert stopped.held.digest == cold.held.digest
+    assert torch.get_num_threads() == 1

@@ -1,0 +1,143 @@
+"""Tiny policies for engine and worker tests: folders with a character tokenizer, transformers
+models with weights from a seed, and weights published as the learner does it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+from safetensors.torch import save_file
+from slipstream.buffer.records import SamplingParams, Shard, Version, WeightsManifest
+from slipstream.kernels.models import policy_weights
+from slipstream.rollout.engine import GenerationOutput, GenerationRequest
+from slipstream.rollout.engines.native import NativeEngine
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 +-=.,?!ABCDEFGHIJKLMNOPQR"
+"""62 characters have the ids 2 to 63; 0 is the end token, 1 a beginning token."""
+
+_CONFIGS = {
+    "llama": (LlamaConfig, {"tie_word_embeddings": True}),
+    "qwen2": (Qwen2Config, {"tie_word_embeddings": False}),
+    "qwen3": (Qwen3Config, {"tie_word_embeddings": True}),
+}
+_SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+
+
+class Tiny:
+    """Makes folders, policies, published weights and engines; engines are closed at the end."""
+
+    end = 0
+
+    def __init__(self, root: Path) -> None:
+        torch.set_num_threads(1)
+        self.root = root
+        self.engines: list[NativeEngine] = []
+
+    def folder(self, family: str = "llama", **sizes) -> Path:
+        """A Hugging Face folder without weights."""
+        path = self.root / family
+        config_type, extra = _CONFIGS[family]
+        config_type(**{**_SIZES, **extra, **sizes}).save_pretrained(path)
+        words = {"<end>": 0, "<start>": 1, **{c: i + 2 for i, c in enumerate(CHARACTERS)}}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<start>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore
+        tokenizer.decoder = decoders.Fuse()  # type: ignore
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token="<end>", bos_token="<start>"
+        ).save_pretrained(path)
+        return path
+
+    def policy(self, folder: Path, seed: int, dtype=torch.float32) -> PreTrainedModel:
+        """transformers' own model, its weights large enough for uneven distributions."""
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, weight in policy_weights(model).items():
+                noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+                weight.copy_(1 + noise / 10 if name.endswith("norm.weight") else noise / 4)
+        return model.eval()
+
+    def publish(self, model: PreTrainedModel, step: int, branch: int = 0) -> WeightsManifest:
+        """Write the weights as one shard, and the manifest that names it."""
+        path = self.root / f"weights-{branch}.{step}.safetensors"
+        tensors = {name: weight.contiguous() for name, weight in policy_weights(model).items()}
+        save_file(tensors, str(path))
+        digest = xxhash.xxh3_128_hexdigest(path.read_bytes())
+        shard = Shard(path=str(path), num_bytes=path.stat().st_size, digest=digest)
+        version = Version(branch=branch, step=step, digest=digest)
+        return WeightsManifest(version=version, shards=(shard,))
+
+    def engine(self, folder: Path, **changes) -> NativeEngine:
+        """An engine of 8 rows."""
+        settings = {
+            "dtype": "float32",
+            "max_concurrent": 8,
+            "kv": "keep",
+            "ratio_law": "temperature",
+            "threads": 1,
+            "engine_id": f"engine-{len(self.engines)}",
+        }
+        self.engines.append(NativeEngine(folder, **{**settings, **changes}))
+        return self.engines[-1]
+
+    @staticmethod
+    def request(
+        prompt, key: int = 0, name: str | None = None, kept: bool = False, **sampling
+    ) -> GenerationRequest:
+        """One sample; `sampling` are fields of `SamplingParams`."""
+        return GenerationRequest(
+            request_id=name or str(key),
+            prompt_token_ids=tuple(int(token) for token in prompt),
+            sampling=SamplingParams(**sampling),
+            sample_key=key,
+            record_kept_ids=kept,
+        )
+
+    @staticmethod
+    async def outputs(engine: NativeEngine, requests) -> dict[str, GenerationOutput]:
+        """All outputs by request id."""
+        return {output.request_id: output async for output in engine.generate(requests)}
+
+    @staticmethod
+    @torch.no_grad()
+    def logits(model: PreTrainedModel, prompt, tokens) -> torch.Tensor:
+        """[N, V] logits of transformers' full forward at the places of the N tokens, in float64."""
+        ids = torch.tensor([[*map(int, prompt), *map(int, tokens)]])
+        return model(ids).logits[0, len(prompt) - 1 : -1].double()
+
+    def logprobs(self, model: PreTrainedModel, prompt, tokens, temperature=1.0):
+        """[N] their log-probabilities under temperature."""
+        logits = self.logits(model, prompt, tokens) / temperature
+        chosen = torch.tensor([*map(int, tokens)])[:, None]
+        return logits.log_softmax(-1).gather(1, chosen)[:, 0].numpy()
+
+
+@pytest.fixture
+async def tiny(tmp_path):
+    """See `Tiny`."""
+    made = Tiny(tmp_path)
+    yield made
+    for engine in made.engines:
+        await engine.close()

@@ -1,0 +1,232 @@
+"""Whatever a reward does, its sample is answered in time and no other sample suffers."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from slipstream.buffer.errors import ConfigError, TrainingFailed
+from slipstream.buffer.records import Completion, Message, Prompt
+from slipstream.rollout.config import RewardConfig
+from slipstream.rollout.rewards import pool as pool_module
+from slipstream.rollout.rewards.pool import RewardPool
+
+PROMPT = Prompt(
+    uid=1,
+    source_id="t/1",
+    task="t",
+    messages=(Message(role="user", content="?"),),
+    payload={"answer": "a"},
+)
+
+# What the completion asks for is what the reward does.
+MISBEHAVING = """
+import ctypes, os, subprocess, sys, time
+from pathlib import Path
+from slipstream.buffer.records import Score
+
+def reward(completion, prompt):
+    match completion.text.split():
+        case ["print"]:
+            print("noise" * 10, flush=True)
+            os.write(1, b"raw noise")
+            print(input() if False else sys.stdin.read(), file=sys.stderr)
+        case ["exit", code]:
+            os._exit(int(code))
+        case ["segfault"]:
+            ctypes.string_at(0)
+        case ["hang"]:
+            time.sleep(1000)
+        case ["spin"]:
+            (10**8) ** (10**8)  # holds the interpreter's lock
+        case ["sleep", seconds]:
+            time.sleep(float(seconds))
+        case ["child", file]:
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+            Path(file).write_text(str(child.pid))
+            time.sleep(1000)
+        case ["flood"]:
+            return Score(value=1.0, components={str(i): 0.0 for i in range(200_000)})
+        case ["forge"]:
+            for fd in range(3, 20):
+                try:
+                    os.write(fd, b"\\xff" * 64)
+                except OSError:
+                    pass
+            time.sleep(1000)
+        case ["fail"]:
+            raise ValueError("no")
+    return 0.5
+"""
+
+
+def config(tmp_path, timeout_s=1.0, **changes) -> RewardConfig:
+    file = tmp_path / "misbehaving.py"
+    file.write_text(MISBEHAVING)
+    return RewardConfig(**{"name": f"{file}:reward", "timeout_s": timeout_s, **changes})
+
+
+async def scores(pool, *texts):
+    return await asyncio.gather(*(pool.score(Completion(text=text), PROMPT) for text in texts))
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+async def until_dead(pid: int, within_s: float = 5.0) -> None:
+    deadline = time.monotonic() + within_s
+    while alive(pid):
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        await asyncio.sleep(0.02)
+
+
+async def test_failing_samples_are_answered_with_reasons_and_the_others_are_scored(tmp_path):
+    texts = (
+        "ok",
+        "exit 3",
+        "print",
+        "segfault",
+        "flood",
+        "ok",
+        "fail",
+        "forge",
+        "ok",
+        "hang",
+        "ok",
+    )
+    async with RewardPool(config(tmp_path)) as pool:
+        answers = dict(zip(range(20), await scores(pool, *texts), strict=False))
+        reasons = {texts[i]: a.reason for i, a in answers.items() if a.status == "reward_failed"}
+        assert [a.value for i, a in answers.items() if texts[i] in ("ok", "print")] == [0.5] * 5
+        assert reasons.pop("exit 3") == "the reward process ended with exit code 3"
+        assert reasons.pop("segfault") == "the reward process died from SIGSEGV"
+        assert reasons.pop("flood") == "the reward's score takes more than 1048576 bytes"
+        assert "ValueError: no" in reasons.pop("fail")
+        assert "wrote something that is not a reply" in reasons.pop("forge")
+        assert reasons.pop("hang") == (
+            "the reward took longer than reward.timeout_s = 1 s and was killed"
+        )
+        assert not reasons
+        assert pool.restarts == 4
+
+
+async def test_each_sample_has_its_own_clock_however_many_wait_before_it(tmp_path):
+    async with RewardPool(config(tmp_path, timeout_s=1.0)) as pool:
+        started = time.monotonic()
+        answers = await scores(pool, *["sleep 0.3"] * 6)
+        assert time.monotonic() - started > 1.5
+        assert [answer.value for answer in answers] == [0.5] * 6
+        assert pool.restarts == 0
+
+
+async def test_a_reward_that_holds_the_interpreter_is_killed_in_time(tmp_path):
+    async with RewardPool(config(tmp_path, timeout_s=0.5), num_processes=2) as pool:
+        started = time.monotonic()
+        answers = await scores(pool, "spin", "ok", "ok", "ok")
+        assert [answer.value for answer in answers] == [None, 0.5, 0.5, 0.5]
+        assert time.monotonic() - started < 10
+
+
+async def test_a_busy_event_loop_does_not_cost_a_reward_its_time(tmp_path):
+    async with RewardPool(config(tmp_path, timeout_s=0.5)) as pool:
+        waiting = asyncio.create_task(pool.score(Completion(text="sleep 0.1"), PROMPT))
+        await asyncio.sleep(0)
+        time.sleep(0.8)
+        assert (await waiting).value == 0.5
+
+
+async def test_killing_a_reward_takes_the_processes_it_started(tmp_path):
+    file = tmp_path / "pid"
+    async with RewardPool(config(tmp_path, timeout_s=1.5)) as pool:
+        (answer,) = await scores(pool, f"child {file}")
+        assert answer.status == "reward_failed"
+        await until_dead(int(file.read_text()))
+
+
+async def test_a_reward_that_cannot_be_loaded_is_a_config_error_with_its_message(tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text("import nothing_of_the_kind")
+    with pytest.raises(ConfigError, match=r"cannot be imported: ModuleNotFoundError"):
+        async with RewardPool(RewardConfig(name=f"{bad}:reward")):
+            pass
+    bad.write_text("import os; os._exit(7)")
+    pool = RewardPool(RewardConfig(name=f"{bad}:reward"), num_processes=2)
+    with pytest.raises(ConfigError, match=r"ended with exit code 7 while it was loading"):
+        await pool.score(Completion(text=""), PROMPT)
+    await pool.close()
+
+
+async def test_a_reward_that_never_loads_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("slipstream.rollout.rewards.child.START_TIMEOUT_S", 1.5)
+    slow = tmp_path / "slow.py"
+    slow.write_text("import time; time.sleep(1000)")
+    with pytest.raises(ConfigError, match=r"did not load within 1\.5 s and was killed"):
+        await RewardPool(RewardConfig(name=f"{slow}:reward")).start()
+
+
+async def test_rewards_failing_too_often_end_the_run_with_the_last_reason(tmp_path):
+    async with RewardPool(config(tmp_path, max_failure_rate=0.5)) as pool:
+        await scores(pool, *["fail"] * (pool_module.MIN_REWARDS_JUDGED - 1))
+        pool.raise_if_failing()  # too few to judge
+        await scores(pool, *["ok"] * pool_module.MIN_REWARDS_JUDGED)
+        pool.raise_if_failing()
+        await scores(pool, "fail", "fail")
+        with pytest.raises(
+            TrainingFailed, match=r"21 of the last 41 .*\(.* = 0.5\).*ValueError: no"
+        ):
+            pool.raise_if_failing()
+
+
+async def test_closing_answers_what_waits_and_leaves_no_process(tmp_path):
+    pool = RewardPool(config(tmp_path, timeout_s=60), num_processes=2)
+    await pool.start()
+    children = psutil.Process().children()
+    waiting = [asyncio.create_task(scores(pool, "hang")) for _ in range(10)]
+    await asyncio.sleep(0.1)
+    await pool.close()
+    answers = [answer for task in waiting for answer in await task]
+    assert {(a.status, a.value) for a in answers} == {("infrastructure_failed", None)}
+    assert not any(alive(child.pid) for child in children)
+    assert (await scores(pool, "ok"))[0].status == "infrastructure_failed"
+
+
+async def test_a_child_dies_with_a_worker_that_is_killed(tmp_path):
+    settings = config(tmp_path, timeout_s=60).model_dump_json()
+    worker = (
+        "import asyncio, psutil\n"
+        "from slipstream.buffer.records import Completion, Prompt\n"
+        "from slipstream.rollout.config import RewardConfig\n"
+        "from slipstream.rollout.rewards.pool import RewardPool\n"
+        "async def main():\n"
+        f"    pool = RewardPool(RewardConfig.model_validate_json({settings!r}))\n"
+        "    await pool.start()\n"
+        "    prompt = Prompt(uid=1, source_id='t', task='t', messages=())\n"
+        "    asyncio.create_task(pool.score(Completion(text='spin'), prompt))\n"
+        "    await asyncio.sleep(0.2)\n"
+        "    print(psutil.Process().children()[0].pid, flush=True)\n"
+        "    await asyncio.sleep(1000)\n"
+        "asyncio.run(main())\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        child = int(await asyncio.to_thread(process.stdout.readline))
+        assert alive(child)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    await until_dead(child)
+
+
+async def test_file_rewards_import_their_neighbours(tmp_path):
+    Path(tmp_path / "neighbour.py").write_text("VALUE = 0.25")
+    (tmp_path / "mine.py").write_text(
+        "from neighbour import VALUE\ndef reward(completions, **columns): return [VALUE]"
+    )
+    async with RewardPool(RewardConfig(name=f"{tmp_path}/mine.py:reward")) as pool:
+        assert (await scores(pool, "ok"))[0].value == 0.25
