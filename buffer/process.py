@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from .errors import SlipstreamError
 
+PARENT_VARIABLE = "SLIPSTREAM_PARENT_PID"
 PARENT_POLL_S = 0.5
 ORPHAN_GRACE_S = 10.0
 """After the parent died: time for a clean end before the process is cut off."""
@@ -45,7 +46,9 @@ def run_process(name: str, run_dir: Path, coroutine: Coroutine[Any, Any, Any]) -
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    # Told by the supervisor, because it may have died while this process was still importing torch.
+    parent_pid = int(os.environ.get(PARENT_VARIABLE, os.getppid()))
+    threading.Thread(target=_end_with, args=(parent_pid,), daemon=True).start()
     try:
         asyncio.run(_until_sigterm(coroutine))
     except Exception as error:  # the process boundary: record, then exit

@@ -11,6 +11,7 @@ was claimed no longer exists, and with the same number the same random numbers m
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from . import events
@@ -18,7 +19,7 @@ from .config import BufferConfig
 from .errors import Refused
 from .events import AnyEvent, Facts, Ref
 from .records import REISSUED, DropReason, Trajectory, Version, WeightsManifest
-from .staleness import admits, capacity
+from .staleness import admits, capacity, first_late
 from .state import Group, Lease, State
 from .take import TakePlan, plan_take
 
@@ -120,7 +121,8 @@ class Replay:
         if newest is None or (self.config.max_staleness_steps == 0 and serving.step < newest.step):
             return None
         # An opened group counts already; under an older version its place must be admitted again.
-        if state.num_admitted <= capacity(*law):
+        # Never under the newest: then a resume that kept more groups than it admits would hang.
+        if serving.step == newest.step or state.num_admitted <= capacity(*law):
             for uid in state.uids("INFLIGHT"):
                 if indices := state.groups[uid].indices("WAITING"):
                     return _same_attempt(state.groups[uid], indices)
@@ -307,8 +309,7 @@ class Replay:
 
     def lose(self, uid: int, index: int) -> None:
         """A READY sample's payload is unreadable: issue it again, counted as `lost`."""
-        attempt = self.state.groups[uid].samples[index].attempt
-        self._emit(events.Returned(uid=uid, indices=(index,), attempt=attempt, reason="lost"))
+        self._give_up(self.state.groups[uid], index, "lost")
 
     def commit_take(self, plan: TakePlan, request_id: str, proof: events.ProofLine) -> None:
         """Carry a plan out, in the same transaction as its proof line."""
@@ -357,20 +358,43 @@ class Replay:
                     continue
                 self._keep_intact(group, intact)
                 self._settle(group)
+        while (surplus := self._surplus(resumed_at)) is not None:
+            for index in surplus.indices("READY"):
+                self._give_up(surplus, index, "resumed")
+
+    def _surplus(self, step: int) -> Group | None:
+        """A group that the steps after `step` have no room for within the bound.
+
+        What a drop had made room for is surplus when the resume undoes the drop: keeping all of it
+        would break the second line of the proof. Least is lost with one that is not complete.
+        """
+        state = self.state
+        ages = {
+            uid: age
+            for uid in state.uids("READY") + state.uids("INFLIGHT")
+            if (age := state.oldest_step(state.groups[uid])) is not None
+        }
+        bound = self.config.max_staleness_steps
+        late = first_late(Counter(ages.values()), step, bound, self.prompts_per_step)
+        if late is None:
+            return None
+        return state.groups[[uid for uid, age in ages.items() if age <= late][-1]]
+
+    def _give_up(self, group: Group, index: int, reason: str) -> None:
+        """Issue a READY sample again under the attempt number it has."""
+        attempt = group.samples[index].attempt
+        self._emit(events.Returned(uid=group.uid, indices=(index,), attempt=attempt, reason=reason))
 
     def _keep_intact(self, group: Group, intact: Callable[[Ref], bool]) -> None:
         """Return the READY samples of a group that are off the path or unreadable."""
         for index in group.indices("READY"):
             sample = group.samples[index]
             assert sample.payload is not None
-            on_path = all(span.version in self.state.path for span in self.state.spans(sample))
+            on_path = self.state.on_path(sample.claimed) and all(
+                span.version in self.state.path for span in self.state.spans(sample)
+            )
             if not on_path or not intact(sample.payload):
-                reason = "lost" if on_path else "orphaned"
-                self._emit(
-                    events.Returned(
-                        uid=group.uid, indices=(index,), attempt=sample.attempt, reason=reason
-                    )
-                )
+                self._give_up(group, index, "lost" if on_path else "orphaned")
 
     def restore(self, stored: Sequence[AnyEvent], now: float) -> None:
         """Fold a journal in; leases that were open run anew from `now`."""

@@ -39,7 +39,8 @@ class Sample:
     state: SampleWord = "WAITING"
     lease_id: str = ""
     """Of the last claim; kept when READY, so that an exact repeat is known."""
-    claimed_step: int = 0
+    claimed: tuple[int, int] = (0, 0)
+    """(branch, step) of the version it was claimed under: its lineage, tokens or not."""
     payload: Ref | None = None
     facts: Facts | None = None
     voided: tuple[DropReason, tuple[int, int]] | None = None
@@ -58,6 +59,8 @@ class Group:
     """(branch, step) that TAKEN or DROPPED belong to."""
     drop_reason: DropReason | None = None
     decisions: tuple[Decision, ...] = ()
+    undone: list[tuple[tuple[int, int], DropReason | None]] = field(default_factory=list)
+    """(`ended`, `drop_reason`) in lineages that were left; one of them may be resumed later."""
 
     @property
     def attempt(self) -> int:
@@ -175,9 +178,9 @@ class State:
         None while no sample is READY or INFLIGHT.
         """
         steps = [
-            min((step for _, step, n in sample.facts.spans if n), default=sample.claimed_step)
+            min((step for _, step, n in sample.facts.spans if n), default=sample.claimed[1])
             if sample.facts is not None
-            else sample.claimed_step
+            else sample.claimed[1]
             for sample in group.samples
             if sample.state in ("READY", "INFLIGHT")
         ]
@@ -263,7 +266,7 @@ class State:
         for index in event.indices:
             sample = group.samples[index]
             sample.state, sample.lease_id = "INFLIGHT", event.lease_id
-            sample.claimed_step = event.step
+            sample.claimed = (event.branch, event.step)
         self.leases[event.lease_id] = Lease(
             uid=event.uid,
             attempt=event.attempt,
@@ -372,16 +375,20 @@ class State:
 
     def _onto_path(self, group: Group) -> None:
         """Bring one group over to the live path as it now is."""
-        if group.ended is not None and self._on_path(group.ended):
-            if group.state == "TAKEN":  # taken at or below the checkpoint: part of its weights
-                self._move(group, "TRAINED")
-            return
-        group.ended, group.drop_reason, group.decisions = None, None, ()
         for index, sample in enumerate(group.samples):
-            lost_void = sample.voided is not None and not self._on_path(sample.voided[1])
+            lost_void = sample.voided is not None and not self.on_path(sample.voided[1])
             if sample.state == "INFLIGHT" or lost_void:
                 group.samples[index] = Sample(attempt=sample.attempt)
+        if group.ended is not None:
+            group.undone.append((group.ended, group.drop_reason))
+        for ended, reason in group.undone:
+            if self.on_path(ended):  # at or below the checkpoint: part of its weights, or dropped
+                group.ended, group.drop_reason = ended, reason
+                self._move(group, "DROPPED" if reason else "TRAINED")
+                return
+        group.ended, group.drop_reason, group.decisions = None, None, ()
         self._settle(group)
 
-    def _on_path(self, ended: tuple[int, int]) -> bool:
-        return Version(branch=ended[0], step=ended[1]) in self.path
+    def on_path(self, place: tuple[int, int]) -> bool:
+        """Whether (branch, step) lies on the live path."""
+        return Version(branch=place[0], step=place[1]) in self.path

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import msgspec
 
+from ..buffer.process import PARENT_VARIABLE
+
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 """Read once when the libraries load; without a bound each process would take every core."""
 
@@ -144,6 +146,7 @@ def module_argv(module: str, spec_path: Path) -> list[str]:
 def _environment(threads: int, extra: Mapping[str, str]) -> dict[str, str]:
     fixed = dict.fromkeys(THREAD_VARIABLES, str(threads))
     fixed |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    fixed[PARENT_VARIABLE] = str(os.getpid())
     return {**os.environ, **fixed, **extra}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from .progress import clock
 from .result import Evaluated, Result, RunResult, verdict
@@ -81,7 +82,7 @@ def _advice(result: Result) -> str:
     """What usually explains a reward that did not rise, from what the run saw."""
     no_signal = result.dropped.get("no_signal", 0)
     if result.reward_first is not None and result.reward_first.mean < 0.02:
-        return "it starts near 0, so groups hold no signal; give it a warm start ([sft])"
+        return "it starts near 0, so groups hold no signal; give it a (longer) warm start: [sft]"
     if no_signal > 2 * result.steps:
         return f"{no_signal} samples were in groups of equal rewards; try more samples_per_prompt"
     return "more steps or another learner.optimizer.learning_rate may help"
@@ -153,3 +154,21 @@ def _path(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def seeds_table(runs: Sequence[RunResult]) -> Table:
+    """One row per sibling."""
+    table = Table("run", "status", "reward from", "to", "rise", "first step", "total", box=None)
+    for each in runs:
+        result = each.result
+        first, final, rise = result.reward_first, result.reward_final, result.reward_rise
+        table.add_row(
+            each.run_dir.name,
+            each.status,
+            f"{first.mean:.3f}" if first else "-",
+            f"{final.mean:.3f}" if final else "-",
+            f"{rise:+.3f}" if rise is not None else "-",
+            f"{result.first_step_seconds:.1f} s" if result.first_step_seconds else "-",
+            f"{result.total_seconds:.0f} s",
+        )
+    return table

@@ -18,20 +18,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from ..buffer.errors import ConfigError, SlipstreamError
 from ..learner.checkpoint import complete_folders, find_checkpoint
-from .closing import resume_line
+from .claim import running_supervisor, supervising
+from .closing import resume_line, seeds_table
 from .load import Loaded
-from .models import resolve_model
+from .models import check_folder, resolve_model
 from .result import RunResult
 from .run_dir import (
     Branch,
     create_run_dir,
     read_experiment,
     read_run,
-    running_supervisor,
     update_run,
 )
 from .schema import Experiment
@@ -68,9 +67,9 @@ def run(
     console = console or Console()
     check_tracking(loaded.experiment.track)
     run_dir = create_run_dir(loaded, output, files)
-    return run_branch(
-        _prepare_or_remove(loaded.experiment, run_dir, console), console, export=export
-    )
+    with supervising(run_dir):
+        launch = _prepare_or_remove(loaded.experiment, run_dir, console)
+        return run_branch(launch, console, export=export)
 
 
 def sft_only(
@@ -87,7 +86,9 @@ def sft_only(
         )
     console = console or Console()
     run_dir = create_run_dir(loaded, output)
-    return run_warm_start(_prepare_or_remove(loaded.experiment, run_dir, console), console)
+    with supervising(run_dir):
+        launch = _prepare_or_remove(loaded.experiment, run_dir, console)
+        return run_warm_start(launch, console)
 
 
 def run_seeds(
@@ -119,24 +120,6 @@ def _sibling(loaded: Loaded, seed: int) -> Loaded:
     origins = {**loaded.origins, "seed": "--seeds", "name": "--seeds"}
     text = f"{loaded.source_text.rstrip()}\n# one of --seeds: seed={seed}\n"
     return dataclasses.replace(loaded, experiment=experiment, origins=origins, source_text=text)
-
-
-def seeds_table(runs: Sequence[RunResult]) -> Table:
-    """One row per sibling."""
-    table = Table("run", "status", "reward from", "to", "rise", "first step", "total", box=None)
-    for each in runs:
-        result = each.result
-        first, final, rise = result.reward_first, result.reward_final, result.reward_rise
-        table.add_row(
-            each.run_dir.name,
-            each.status,
-            f"{first.mean:.3f}" if first else "-",
-            f"{final.mean:.3f}" if final else "-",
-            f"{rise:+.3f}" if rise is not None else "-",
-            f"{result.first_step_seconds:.1f} s" if result.first_step_seconds else "-",
-            f"{result.total_seconds:.0f} s",
-        )
-    return table
 
 
 def _prepare_or_remove(experiment: Experiment, run_dir: Path, console: Console) -> Launch:
@@ -183,24 +166,31 @@ def resume(run_dir: Path, *, console: Console | None = None, export: bool = True
         ConfigError: it is no run, is running, or has nothing left to do.
     """
     console, run_dir = console or Console(), run_dir.expanduser().absolute()
+    read_run(run_dir)  # a folder that is no run is refused before anything is written into it
+    with supervising(run_dir):
+        launch = _reopen(run_dir, console)
+        return run_branch(launch, console, export=export)
+
+
+def _reopen(run_dir: Path, console: Console) -> Launch:
+    """Open the next branch of a run that ended.
+
+    Raises:
+        ConfigError: it is finished, or its model is gone.
+    """
     run_file = read_run(run_dir)
-    pid = running_supervisor(run_dir)
-    if pid is not None:
-        raise ConfigError(
-            f"{run_dir} is running (process {pid}); `slipstream stop {run_dir}` ends it"
-        )
     if run_file.status == "finished":
         raise ConfigError(
             f"{run_dir} is finished; `slipstream run {run_dir}/resolved.toml learner.steps=...` "
             "starts a longer one"
         )
     experiment = read_experiment(run_dir)
+    check_folder(Path(run_file.model_dir), experiment.model)
     branches = (*run_file.branches, _next_branch(run_dir, run_file.branches, console))
     run_file = update_run(run_dir, branches=branches, status="running", reason="")
-    launch = Launch(
+    return Launch(
         experiment=experiment, run=run_file, run_dir=run_dir, model_dir=Path(run_file.model_dir)
     )
-    return run_branch(launch, console, export=export)
 
 
 def _next_branch(run_dir: Path, branches: Sequence[Branch], console: Console) -> Branch:

@@ -3,6 +3,7 @@
 A process of its own, because a user's code may hang, crash or print at import.
 """
 
+import asyncio
 import sys
 import time
 from collections.abc import Sequence
@@ -27,8 +28,17 @@ async def preflight(spec: PreflightSpec) -> None:
             demonstrations.
     """
     source = PromptSource(spec.prompts, spec.seed)
-    await check_reward(spec, [source.prompt(uid) for uid in range(PROBED_PROMPTS)])
-    source.held_out()
+    probed = [source.prompt(uid) for uid in range(PROBED_PROMPTS)]
+    # At once, on two cores: both are on the way to the first step.
+    await asyncio.gather(check_reward(spec, probed), asyncio.to_thread(write_examples, spec))
+
+
+def write_examples(spec: PreflightSpec) -> None:
+    """Write the warm start's examples, when there is a warm start.
+
+    Raises:
+        ConfigError: a demonstrator or a file that cannot be used.
+    """
     if spec.sft is not None and spec.sft_file is not None:
         write_sft_file(spec.prompts, spec.sft, spec.seed, spec.sft_file)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..buffer.errors import ConfigError
-from .run_dir import process_start_time
+from .claim import process_start_time
 
 TMPFS = Path("/dev/shm")
 

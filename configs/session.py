@@ -4,8 +4,6 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 
@@ -14,17 +12,14 @@ from .audit import audit_run
 from .child import Child
 from .closing import print_closing
 from .exporting import export_run
-from .feed import Event, Feed
-from .live import make_display
 from .observer import Observer
-from .progress import Progress
+from .reporter import Reporter
 from .result import Audited, Result, RunResult, summarise
-from .run_dir import claim_supervision, end_branch, leave_supervision, read_run
+from .run_dir import end_branch, read_run
 from .scratch import Scratch, scratch
 from .sizes import DTYPE_BYTES, model_size
 from .specs import Launch, process_plans
 from .supervisor import POLL_S, Deadlines, Outcome, StopRequests, Supervisor
-from .track import Tracker, make_trackers
 
 EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
 
@@ -39,8 +34,6 @@ def run_branch(launch: Launch, console: Console, *, export: bool = True) -> RunR
         launch: the run and its newest branch.
         console: where displays go.
         export: whether a finished run is exported.
-    Raises:
-        ConfigError: another process runs this run.
     """
     return _session(launch, console, _supervise, export=export)
 
@@ -55,7 +48,6 @@ Work = Callable[[Launch, Reporter, StopRequests], Outcome]
 
 def _session(launch: Launch, console: Console, work: Work, *, export: bool) -> RunResult:
     """Do the work under a display, conclude, and leave run.json telling how it ended."""
-    claim_supervision(launch.run_dir)
     stop = StopRequests()
     try:
         with stop.listening(), Reporter(launch, console) as reporter:
@@ -65,8 +57,6 @@ def _session(launch: Launch, console: Console, work: Work, *, export: bool) -> R
         # Our own mistake or a tracker's: the children are gone, and run.json must say so.
         end_branch(launch.run_dir, "failed", f"{type(error).__name__}: {error}", None)
         raise
-    finally:
-        leave_supervision(launch.run_dir)
     done = RunResult(
         run_dir=launch.run_dir,
         seed=launch.experiment.seed,
@@ -139,7 +129,7 @@ def _conclude(
         )
     reporter.tick("auditing")
     audited = _audit(run_dir)
-    reason = f"{outcome.process} {outcome.reason}".strip() if outcome.reason else ""
+    reason = f"{outcome.process}: {outcome.reason}" if outcome.process else outcome.reason
     ended = [(each.ended_s or time.time()) - each.started_s for each in read_run(run_dir).branches]
     result = summarise(
         run_dir,

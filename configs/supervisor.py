@@ -158,7 +158,7 @@ class Supervisor:
             self._check()
             if end is not None and time.monotonic() > end:
                 if must:
-                    reason = f"{phase}: {name} did not end within {deadline_s:.0f} s"
+                    reason = f"did not end within {deadline_s:.0f} s ({phase})"
                     raise _Ended(Outcome(status="failed", reason=reason, process=name))
                 return
             time.sleep(POLL_S)

@@ -18,6 +18,8 @@ from ..buffer.records import Trajectory, TrajectoryGroup, Version
 from ..kernels.definition import KeptSets
 from .advantage import group_advantages
 
+RatioLaw = Literal["temperature", "kept_set"]
+
 MAX_PADDING = 0.05
 EFFICIENT_TOKENS = 1024
 """More rows than this make the matrix products of a layer no faster (measured on CPUs)."""
@@ -150,13 +152,16 @@ def pad(
     )
 
 
-def collate(rows: Sequence[Sample], held: Version, dtype: torch.dtype) -> MicroBatch:
+def collate(
+    rows: Sequence[Sample], held: Version, dtype: torch.dtype, law: RatioLaw = "temperature"
+) -> MicroBatch:
     """Everything known of the trained tokens of some samples, lined up.
 
     Args:
         rows: samples of one micro-batch.
         held: the version the learner holds, for `clean_T`.
         dtype: of the loss's arithmetic.
+        law: `kept_set`: log-probabilities are renormalised over the recorded kept ids.
     Raises:
         CorruptData: a record that cannot be trained on, by uid.
     """
@@ -178,7 +183,7 @@ def collate(rows: Sequence[Sample], held: Version, dtype: torch.dtype) -> MicroB
         advantages_T=spread([sample.advantage for sample in rows]),
         weights_T=spread([sample.weight for sample in rows]),
         temperature_T=spread([_temperature(sample.trajectory) for sample in rows]),
-        kept=_kept_sets(rows, targets_T.numpy()),
+        kept=_kept_sets(rows, targets_T.numpy(), law),
         clean_T=torch.from_numpy(np.concatenate([clean for clean, _ in ages])),
         mixed_T=torch.from_numpy(np.concatenate([mixed for _, mixed in ages])),
         num_inputs=sum(sample.num_inputs for sample in rows),
@@ -220,15 +225,20 @@ def same_weights(one: Version, other: Version) -> bool:
     return one.branch == other.branch or (one.digest == other.digest != "")
 
 
-def _kept_sets(rows: Sequence[Sample], targets_T: np.ndarray) -> KeptSets | None:
-    """The recorded kept sets of the trained tokens; None when the samples carry none."""
-    if not any("kept_ids" in sample.trajectory.extras for sample in rows):
+def _kept_sets(rows: Sequence[Sample], targets_T: np.ndarray, law: RatioLaw) -> KeptSets | None:
+    """The recorded kept sets of the trained tokens; None under the temperature law, and when the
+    sampling removed nothing.
+
+    Raises:
+        CorruptData: a sample was truncated and its sets are missing, or lack the sampled token.
+    """
+    if law == "temperature" or not any(s.trajectory.sampling.truncates for s in rows):
         return None
     ids, sizes = [], []
     for sample in rows:
         kept = sample.trajectory.extras.get("kept_ids")
         if kept is None:
-            raise CorruptData(f"{_name(sample.trajectory)} lacks the kept ids its siblings have")
+            raise CorruptData(f"{_name(sample.trajectory)} lacks the kept ids of its tokens")
         offsets = kept.offsets[sample.first_trained :]
         ids.append(kept.values[offsets[0] : offsets[-1]])
         sizes.append(np.diff(offsets))

@@ -14,6 +14,11 @@ MAX_LOG_RATIO = 10.0
 """Clamp |log ratio| before exp(): one token, at most e^10 = 22,026, cannot overflow a sum."""
 
 
+def log_ratio(upper_T: Tensor, lower_T: Tensor) -> Tensor:
+    """[T] log(upper / lower) of two policies' probabilities, clamped; no gradient beyond."""
+    return (upper_T - lower_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
 def clipped_surrogate(
     current_T: Tensor,
     proximal_T: Tensor,
@@ -41,7 +46,7 @@ def clipped_surrogate(
         the log-ratio is ours.
     """
     _same_shape(current=current_T, proximal=proximal_T, advantages=advantages_T)
-    ratio_T = (current_T - proximal_T.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    ratio_T = log_ratio(current_T, proximal_T.detach()).exp()
     plain_T = ratio_T * advantages_T
     bounded_T = ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T
     return -torch.minimum(plain_T, bounded_T), (bounded_T < plain_T).detach()
@@ -71,8 +76,7 @@ def importance_correction(
         (arXiv:1802.01561), the band as in IcePop.
     """
     _same_shape(proximal=proximal_T, behaviour=behaviour_T)
-    log_T = (proximal_T.detach() - behaviour_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    correction_T = log_T.exp()
+    correction_T = log_ratio(proximal_T.detach(), behaviour_T).exp()
     if kind == "none":
         return torch.ones_like(correction_T), torch.zeros_like(correction_T, dtype=torch.bool)
     if kind == "truncate":
@@ -88,7 +92,7 @@ def kl_to_reference(current_T: Tensor, reference_T: Tensor) -> Tensor:
     Source: Schulman, "Approximating KL divergence" (2020), as in GRPO (arXiv:2402.03300).
     """
     _same_shape(current=current_T, reference=reference_T)
-    log_T = (reference_T.detach() - current_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_T = log_ratio(reference_T.detach(), current_T)
     return log_T.exp() - log_T - 1
 
 

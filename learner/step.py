@@ -5,8 +5,8 @@ Shape suffix: T trained tokens of a micro-batch.
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,30 +18,18 @@ from ..buffer.messages import ProofLine
 from ..buffer.records import TrainingSample, TrajectoryGroup, Version
 from ..buffer.staleness import LivePath, proof_line
 from . import objective
-from .batch import MicroBatch, Sample, collate, plan_micro_batches, samples_of, updates_of
+from .batch import (
+    MicroBatch,
+    RatioLaw,
+    Sample,
+    collate,
+    plan_micro_batches,
+    samples_of,
+    updates_of,
+)
 from .config import LearnerConfig, ObjectiveConfig
+from .metrics import Sums, step_metrics
 from .policy import Policy, score
-
-
-@dataclass(slots=True)
-class Sums:
-    """Over the trained tokens of a step; divided at its end."""
-
-    loss: float = 0.0
-    tokens: int = 0
-    inputs: int = 0
-    padded: int = 0
-    gap_max: float = 0.0
-    by_token: dict[str, float] = field(default_factory=dict)
-
-    def add(self, values_T: dict[str, Tensor]) -> None:
-        """Add the sum of each per-token tensor under its name."""
-        for name, values in values_T.items():
-            self.by_token[name] = self.by_token.get(name, 0.0) + float(values.sum())
-
-    def mean(self, name: str, per: str = "") -> float:
-        """`name` per trained token, or per token counted under `per`."""
-        return self.by_token[name] / max(1.0, self.by_token[per] if per else self.tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +61,7 @@ def train_step(
     config: LearnerConfig,
     path: LivePath,
     max_staleness_steps: float,
+    ratio_law: RatioLaw = "temperature",
     reference: PreTrainedModel | None = None,
 ) -> StepResult:
     """Train one batch. The exact order of operations, for whoever reproduces it:
@@ -83,8 +72,8 @@ def train_step(
     2. The groups are cut, in order of uid, into U parts [P i // U, P (i + 1) // U); each part is
        one optimizer update. With U = 1 the proximal policy is the current one without gradient;
        with U >= 2 its log-probabilities are taken for the whole batch before the first update.
-    3. Log-probabilities and entropy are those of softmax(logits / temperature), restricted to the
-       recorded kept ids if there are any. Per trained token:
+    3. Log-probabilities and entropy are those of softmax(logits / temperature), under the law
+       `kept_set` restricted to the recorded kept ids. Per trained token:
        log ratio = clamp(current - proximal, -10, 10), likewise for the correction and the KL;
        surrogate = -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A);
        loss = correction * surrogate + kl_coefficient * k3 - entropy_coefficient * entropy, where
@@ -105,6 +94,7 @@ def train_step(
         config: of the learner.
         path: the live path, for the proof.
         max_staleness_steps: S, for the proof.
+        ratio_law: the law of all log-probabilities, the engine's included.
         reference: frozen policy for the KL term; needed when its coefficient is above 0.
     Returns:
         Metrics (`loss` is the minimised total, the mean over updates) and the proof line.
@@ -115,7 +105,7 @@ def train_step(
     """
     started = time.perf_counter()
     parts = [
-        _part(samples, held, config, policy.loss_dtype)
+        _part(samples, config, lambda rows: collate(rows, held, policy.loss_dtype, ratio_law))
         for groups_of_update in updates_of(groups, config.updates_per_step)
         if (samples := samples_of(groups_of_update, config.objective.advantage))
     ]
@@ -130,21 +120,25 @@ def train_step(
         _accumulate(policy, part, config.objective, reference, sums, step)
         norms.append(_checked_norm(policy, step))
         policy.update(rate, norms[-1])
-    metrics = _metrics(sums, groups, len(parts))
+    metrics = step_metrics(sums, groups, len(parts))
     metrics |= {"grad_norm": float(max(norms)), "learning_rate": rate}
     metrics["train_seconds"] = time.perf_counter() - started
     metrics["train_tokens_per_s"] = sums.inputs / metrics["train_seconds"]
     return StepResult(metrics=metrics, proof=proof)
 
 
-def _part(samples: list[Sample], held: Version, config: LearnerConfig, dtype: torch.dtype) -> _Part:
+def _part(
+    samples: list[Sample],
+    config: LearnerConfig,
+    line_up: Callable[[Sequence[Sample]], MicroBatch],
+) -> _Part:
     """Weigh the samples of one update and cut them into micro-batches."""
     weights, denominator = objective.token_weights(
         [sample.num_trained for sample in samples], config.objective.aggregation
     )
     samples = [replace(s, weight=w) for s, w in zip(samples, weights, strict=True)]
     plan = plan_micro_batches(samples, config.micro_batch_tokens)
-    batches = [collate(rows, held, dtype) for rows in plan]
+    batches = [line_up(rows) for rows in plan]
     return _Part(
         samples=samples, batches=batches, denominator=denominator, proximal=[None] * len(batches)
     )
@@ -211,7 +205,7 @@ def _accumulate(
             )
         loss.backward()
         sums.loss += value
-        _count(batch, proximal_T, seen_T, sums)
+        sums.count(batch, proximal_T, seen_T)
 
 
 def _token_loss(
@@ -240,7 +234,7 @@ def _token_loss(
     if config.entropy_coefficient > 0:
         loss_T = loss_T - config.entropy_coefficient * entropy_T
     now_T = current_T.detach()
-    behaviour_to_now_T = (now_T - batch.behaviour_T).clamp(-10, 10)
+    behaviour_to_now_T = objective.log_ratio(now_T, batch.behaviour_T)
     return loss_T, {
         "ratio": (now_T - proximal_T).exp(),
         "clipped": clipped_T,
@@ -249,25 +243,6 @@ def _token_loss(
         "entropy": entropy_T.detach(),
         "kl_behaviour": behaviour_to_now_T.expm1() - behaviour_to_now_T,
     }
-
-
-def _count(batch: MicroBatch, proximal_T: Tensor, seen_T: dict[str, Tensor], sums: Sums) -> None:
-    """Add a micro-batch to the step's sums."""
-    gap_T = (proximal_T - batch.behaviour_T).abs()
-    clean_gap_T = gap_T[batch.clean_T]
-    sums.tokens += len(gap_T)
-    sums.inputs += batch.num_inputs
-    sums.padded += batch.input_ids_BL.numel()
-    sums.gap_max = max(sums.gap_max, float(clean_gap_T.max()) if len(clean_gap_T) else 0.0)
-    sums.add(
-        {
-            **seen_T,
-            "clean": batch.clean_T,
-            "gap": clean_gap_T,
-            "mixed": batch.mixed_T,
-            "mixed_gap": gap_T[batch.mixed_T],
-        }
-    )
 
 
 def _checked_norm(policy: Policy, step: int) -> Tensor:
@@ -284,32 +259,3 @@ def _checked_norm(policy: Policy, step: int) -> Tensor:
             "learning rate"
         )
     return norm
-
-
-def _metrics(sums: Sums, groups: Sequence[TrajectoryGroup], num_updates: int) -> dict[str, Any]:
-    """Means over the step, by the names that metrics.jsonl uses."""
-    scores = [s.trajectory.score.value for group in groups for s in group.samples]
-    rewards = torch.tensor([v for v in scores if v is not None], dtype=torch.float64)
-    metrics: dict[str, Any] = {
-        "loss": sums.loss / num_updates,
-        "updates": num_updates,
-        "reward_mean": float(rewards.mean()),
-        "reward_std": float(rewards.std(correction=0)),
-        "entropy": sums.mean("entropy"),
-        "ratio_mean": sums.mean("ratio"),
-        "clipped_fraction": sums.mean("clipped"),
-        "correction_mean": sums.mean("correction"),
-        "capped_fraction": sums.mean("limited"),
-        "kl_behaviour": sums.mean("kl_behaviour"),
-        "tokens_trained": sums.tokens,
-        "tokens_processed": sums.inputs,
-        "padding": 1 - sums.inputs / sums.padded,
-        "logprob_gap_tokens": sums.by_token["clean"],
-        "logprob_gap_max": sums.gap_max if sums.by_token["clean"] else None,
-        "logprob_gap_mean": sums.mean("gap", per="clean") if sums.by_token["clean"] else None,
-        "kv_mixture": sums.mean("mixed"),
-        "kv_mixture_gap_mean": sums.mean("mixed_gap", per="mixed"),
-    }
-    if "kl_reference" in sums.by_token:
-        metrics["kl_reference"] = sums.mean("kl_reference")
-    return metrics

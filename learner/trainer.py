@@ -150,6 +150,7 @@ class Trainer:
             config=self.spec.config,
             path=self.path,
             max_staleness_steps=self.spec.max_staleness_steps,
+            ratio_law=self.spec.ratio_law,
             reference=self.reference,
         )
         self._hold(self.policy, batch.step)

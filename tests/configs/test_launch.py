@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,15 @@ import pytest
 from rich.console import Console
 from slipstream.buffer.errors import ConfigError
 from slipstream.configs import launch, scratch
+from slipstream.configs.claim import process_start_time, running_supervisor, supervising
 from slipstream.configs.closing import print_closing, resume_line
 from slipstream.configs.feed import Event
 from slipstream.configs.load import Loaded, load_experiment, load_table
 from slipstream.configs.result import Audited, Exported, RunResult, summarise, verdict
 from slipstream.configs.run_dir import (
-    claim_supervision,
     create_run_dir,
     end_branch,
-    leave_supervision,
-    process_start_time,
     read_run,
-    running_supervisor,
 )
 from slipstream.configs.specs import Launch, process_plans, user_module_path
 from slipstream.configs.track import check_tracking, make_trackers, scalars
@@ -134,34 +132,31 @@ def test_wandb_is_refused_when_it_is_not_installed(tmp_path: Path) -> None:
 def test_a_run_is_supervised_by_one_living_process_at_a_time(tmp_path: Path) -> None:
     run_dir = create_run_dir(load(tmp_path), None)
     assert running_supervisor(run_dir) is None
-    claim_supervision(run_dir)
-    assert running_supervisor(run_dir) == os.getpid()
-    with pytest.raises(ConfigError, match="is being run by process"):
-        claim_supervision(run_dir)
-    leave_supervision(run_dir)
+    with supervising(run_dir):
+        assert running_supervisor(run_dir) == os.getpid()
+        with pytest.raises(ConfigError, match="is running"), supervising(run_dir):
+            pass
     assert running_supervisor(run_dir) is None
 
 
 def test_a_reused_pid_is_not_taken_for_the_supervisor(tmp_path: Path) -> None:
     run_dir = create_run_dir(load(tmp_path), None)
-    claim_supervision(run_dir)
     pid_file = run_dir / "processes" / "supervisor.pid"
     pid_file.write_text(json.dumps({"pid": os.getpid(), "started": "1"}))
     assert running_supervisor(run_dir) is None
+    with supervising(run_dir):
+        assert running_supervisor(run_dir) == os.getpid()
 
 
-@pytest.mark.parametrize(
-    ("status", "message"), [("finished", "is finished"), ("running", "is running")]
-)
-def test_resume_refuses_a_run_that_is_finished_or_running(
-    tmp_path: Path, status: str, message: str
-) -> None:
+@pytest.mark.parametrize("status", ["finished", "running"])
+def test_resume_refuses_a_run_that_is_finished_or_running(tmp_path: Path, status: str) -> None:
     run_dir = create_run_dir(load(tmp_path), None)
-    if status == "running":
-        claim_supervision(run_dir)
-    else:
+    if status == "finished":
         end_branch(run_dir, "finished", "", None)
-    with pytest.raises(ConfigError, match=message):
+    with (
+        supervising(run_dir) if status == "running" else nullcontext(),
+        pytest.raises(ConfigError, match=f"is {status}"),
+    ):
         launch.resume(run_dir, console=quiet())
 
 
@@ -357,6 +352,7 @@ def test_the_verdict_needs_a_difference_beyond_its_interval(finished: Path) -> N
 def test_tensorboard_gets_every_number_and_no_torch_is_imported(tmp_path: Path) -> None:
     code = """
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from slipstream.configs.feed import Event
 from slipstream.configs.schema import TrackConfig

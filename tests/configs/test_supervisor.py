@@ -84,7 +84,7 @@ def test_the_final_evaluation_is_waited_for_with_a_deadline(start: Start) -> Non
     outcome = supervise(start(learner=DONE, feeder=FOREVER))
     assert outcome.status == "failed"
     assert outcome.process == "feeder"
-    assert "final evaluation: feeder did not end within 1 s" in outcome.reason
+    assert outcome.reason == "did not end within 1 s (final evaluation)"
 
 
 @pytest.mark.parametrize("name", ["buffer", "feeder", "worker-0", "learner"])
@@ -199,6 +199,16 @@ def test_children_do_not_see_the_terminals_ctrl_c_and_have_bounded_threads(run_d
     child = Child("learner", [sys.executable, "-c", script], run_dir=run_dir, threads=3)
     child.wait(deadline_s=10.0)
     assert child.log_path.read_text().split() == ["True", "3"]
+
+
+def test_a_process_whose_supervisor_died_before_it_was_up_ends_itself(run_dir: Path) -> None:
+    script = (
+        "import asyncio, pathlib, sys; from slipstream.buffer.process import run_process\n"
+        "run_process('late', pathlib.Path('.'), asyncio.sleep(600))"
+    )
+    environment = {"SLIPSTREAM_PARENT_PID": "999999999"}
+    child = Child("late", [sys.executable, "-c", script], run_dir=run_dir, environment=environment)
+    assert child.wait(deadline_s=20.0) in (0, -signal.SIGTERM)
 
 
 def test_the_working_directory_is_not_importable_by_a_child() -> None:

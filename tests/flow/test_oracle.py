@@ -101,7 +101,7 @@ steps = {steps}
 prompts_per_step = {P}
 micro_batch_tokens = 128
 [learner.optimizer]
-learning_rate = 3e-3
+learning_rate = 1e-3
 warmup_steps = 4
 max_grad_norm = 0.3
 [learner.checkpoint]
@@ -151,7 +151,7 @@ def run_oracle(folder: Path, *, steps: int, dtype: torch.dtype, truncated: bool,
             temperature=0.9,
             top_k=12 if truncated else 0,
             top_p=0.9 if truncated else 1.0,
-            learning_rate=3e-3,
+            learning_rate=1e-3,
             warmup_steps=4,
             max_grad_norm=0.3,
             drop_no_signal=refill,

@@ -12,6 +12,7 @@ from slipstream.buffer.errors import CorruptData
 from slipstream.buffer.records import SamplingParams, Version, VersionSpan
 from slipstream.learner.batch import (
     EFFICIENT_TOKENS,
+    RatioLaw,
     Sample,
     collate,
     plan_micro_batches,
@@ -140,26 +141,33 @@ def test_a_resumed_branch_holds_the_weights_of_its_parent():
 
 
 def test_kept_sets_follow_their_tokens_and_must_hold_them(make):
-    def sample(index, wrong=False):
-        rng = np.random.default_rng(index)
-        trajectory = make.trajectory(0, index, rng, num_prompt=3, num_written=3)
-        rows = [sorted({int(t), 5, 9}) for t in trajectory.token_ids[3:]]
+    def sample(index, wrong=False, **changes):
+        def build(**more):
+            fields = {"num_prompt": 3, "num_written": 3, "sampling": SamplingParams(top_k=3)}
+            return make.trajectory(0, index, np.random.default_rng(index), **(fields | more))
+
+        tokens = build().token_ids
+        rows = [sorted({int(t), 5, 9}) for t in tokens[3:]]
         if wrong:
-            rows[2] = [int(trajectory.token_ids[5]) ^ 1]
-        kept = {"kept_ids": make.ragged(rows)}
-        trajectory = make.trajectory(
-            0, index, np.random.default_rng(index), num_prompt=3, num_written=3, extras=kept
-        )
-        return Sample(trajectory=trajectory, advantage=1.0, first_trained=1), rows
+            rows[2] = [int(tokens[5]) ^ 1]
+        fields = {"extras": {"kept_ids": make.ragged(rows)}} | changes
+        return Sample(trajectory=build(**fields), advantage=1.0, first_trained=1), rows
+
+    def line_up(samples, law: RatioLaw = "kept_set"):
+        return collate(samples, HELD, torch.float64, law)
 
     (first, rows), (second, more) = sample(0), sample(1)
-    batch = collate([first, second], HELD, torch.float64)
+    kept = line_up([first, second]).kept
     want = [*rows[1:], *more[1:]]
-    assert batch.kept is not None
-    assert batch.kept.ids_M.tolist() == [i for row in want for i in row]
-    assert batch.kept.offsets_T1.diff().tolist() == [len(row) for row in want]
-    with pytest.raises(CorruptData, match="sample 7 of prompt 0"):
-        collate([first, sample(7, wrong=True)[0]], HELD, torch.float64)
+    assert kept is not None
+    assert kept.ids_M.tolist() == [i for row in want for i in row]
+    assert kept.offsets_T1.diff().tolist() == [len(row) for row in want]
+    assert line_up([first, second], "temperature").kept is None
+    assert line_up([sample(0, sampling=SamplingParams())[0]]).kept is None
+    with pytest.raises(CorruptData, match=r"sample 7 of prompt 0.* not in its own kept set"):
+        line_up([first, sample(7, wrong=True)[0]])
+    with pytest.raises(CorruptData, match=r"sample 3 of prompt 0.* lacks the kept ids"):
+        line_up([first, sample(3, extras={})[0]])
 
 
 def test_greedy_samples_and_promptless_ones_are_refused(make):

@@ -80,9 +80,10 @@ def test_sigterm_ends_at_a_step_boundary_with_a_checkpoint(
 
     def on_take(step):
         loop_task["loop"] = asyncio.get_running_loop()
-        loop_task["task"] = asyncio.current_task()
+        task: Any = asyncio.current_task()
+        loop_task["task"] = task
         if moment == "waiting" and step == 4:
-            loop_task["loop"].call_soon(loop_task["task"].cancel)
+            loop_task["loop"].call_soon(task.cancel)
 
     buffer.on_take = on_take
     monkeypatch.setattr(Trainer, "train", train)

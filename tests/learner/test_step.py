@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from slipstream.buffer.errors import TrainingFailed
-from slipstream.buffer.records import Version, VersionSpan
+from slipstream.buffer.records import SamplingParams, Version, VersionSpan
 from slipstream.buffer.staleness import LivePath
 from slipstream.learner import batch as batch_module
 from slipstream.learner import objective
@@ -26,7 +26,7 @@ def config(updates=1, micro=16_384, rate=1e-2, warmup=0, norm=1.0, **of_objectiv
     )
 
 
-def train(model, groups, settings, step=1, held=HELD, bound=1.0, policy=None, reference=None):
+def train(model, groups, settings, step=1, held=HELD, bound=1.0, policy=None, **more):
     policy = policy or Policy(model, settings.optimizer)
     result = train_step(
         policy,
@@ -36,7 +36,7 @@ def train(model, groups, settings, step=1, held=HELD, bound=1.0, policy=None, re
         config=settings,
         path=LivePath(0),
         max_staleness_steps=bound,
-        reference=reference,
+        **more,
     )
     return result
 
@@ -188,7 +188,11 @@ def test_kept_sets_renormalise_current_proximal_and_reference(make, build_policy
             float(logits[-6 + j][row].log_softmax(0)[row.index(int(base.token_ids[-5 + j]))])
             for j, row in enumerate(rows)
         ]
-        changes = {"extras": {"kept_ids": make.ragged(rows)}, "reward": float(index)}
+        changes = {
+            "extras": {"kept_ids": make.ragged(rows)},
+            "reward": float(index),
+            "sampling": SamplingParams(top_k=7),
+        }
         return make.trajectory(
             0, index, np.random.default_rng(index), num_written=5,
             behaviour_logprobs=np.array(logprobs), **changes,
@@ -196,8 +200,11 @@ def test_kept_sets_renormalise_current_proximal_and_reference(make, build_policy
 
     groups = [make.group(0, [kept_trajectory(i) for i in range(3)])]
     settings = config(kl_coefficient=1.0)
-    metrics = train(model, groups, settings, reference=copy.deepcopy(model)).metrics
+    reference = copy.deepcopy(model)
+    plain = train(build_policy(), groups, settings, reference=reference).metrics
+    metrics = train(model, groups, settings, reference=reference, ratio_law="kept_set").metrics
     assert metrics["logprob_gap_max"] < 1e-6
+    assert plain["logprob_gap_max"] > 1
     assert metrics["kl_reference"] == pytest.approx(0, abs=1e-12)
     assert metrics["entropy"] < np.log(7)
 

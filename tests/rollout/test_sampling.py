@@ -1,18 +1,21 @@
 """The sampling law against hand-checked numbers, exact distributions and reference rules."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slipstream.buffer.records import SamplingParams
+from slipstream.rollout.config import RatioLaw
 from slipstream.rollout.sampling import Draws, RowLaws, sample, sample_key, uniform
 
 # Probabilities .4 .3 .2 .1 of ids 0 .. 3: cumulative .4 .7 .9 1.
 FOUR = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
 
 
-def draw(logits, u, ratio_law="temperature", **law) -> Draws:
+def draw(logits, u, ratio_law: RatioLaw = "temperature", **law: Any) -> Draws:
     """Draw each row of uniforms from the same logits and law."""
     uniforms = np.atleast_1d(np.asarray(u, dtype=np.float64))
     rows = torch.as_tensor(logits).expand(len(uniforms), -1)
@@ -109,8 +112,13 @@ def test_nan_and_infinite_logits_give_nan_log_probabilities_and_no_crash():
     for bad in (float("nan"), float("inf")):
         rows = FOUR.repeat(3, 1)
         rows[1, 2] = bad
-        for law in ({}, {"top_k": 2}, {"temperature": 0.0}, {"top_p": 0.5}):
-            laws = RowLaws.of([SamplingParams(**law)] * 3)
+        for law in (
+            SamplingParams(),
+            SamplingParams(top_k=2),
+            SamplingParams(temperature=0.0),
+            SamplingParams(top_p=0.5),
+        ):
+            laws = RowLaws.of([law] * 3)
             draws = sample(rows, laws, np.full(3, 0.5))
             assert np.isnan(draws.logprobs_B).tolist() == [False, True, False], (bad, law)
             assert 0 <= draws.token_ids_B[1] < 4
@@ -191,7 +199,8 @@ def test_kept_set_removed_mass_and_log_probs_follow_the_definition(
     kept = np.flatnonzero(mask)
     cumulative = probabilities[kept].cumsum()
     token = kept[min(np.searchsorted(cumulative, u * cumulative[-1], "right"), len(kept) - 1)]
-    for ratio_law, mass in (("temperature", 1.0), ("kept_set", cumulative[-1])):
+    masses: dict[RatioLaw, float] = {"temperature": 1.0, "kept_set": cumulative[-1]}
+    for ratio_law, mass in masses.items():
         draws = sample(logits[None] * 3, RowLaws.of([law]), np.array([u]), ratio_law)
         assert draws.token_ids_B[0] == token
         assert draws.logprobs_B[0] == pytest.approx(np.log(probabilities[token] / mass), abs=1e-9)

@@ -9,6 +9,7 @@ from slipstream.buffer.client import BufferClient
 from slipstream.buffer.config import BufferConfig, ServiceSpec
 from slipstream.buffer.errors import CorruptData, Refused, TrainingFailed
 from slipstream.buffer.messages import (
+    Batch,
     Claim,
     Claims,
     Done,
@@ -61,7 +62,7 @@ class ScriptedBuffer:
                 setattr(self, name, value)
             self.changed.notify_all()
 
-    async def until(self, condition, wait_s=DEADLINE_S) -> None:
+    async def until(self, condition, wait_s: float = DEADLINE_S) -> None:
         """Wait for a condition on this object."""
         async with self.changed, asyncio.timeout(wait_s):
             await self.changed.wait_for(condition)
@@ -202,6 +203,7 @@ async def test_claims_ask_for_no_more_than_there_is_room_and_heartbeats_say_how_
 async def test_new_versions_are_loaded_while_samples_are_in_flight(tiny, started):
     buffer, _, engine, _, spec = await started()
     await buffer.change(claims=[claim(uid, tokens=200) for uid in range(4)])
+    manifest = buffer.manifest
     for step in range(1, 6):
         written = engine.stats().generated_tokens
         while engine.stats().generated_tokens < written + 40:
@@ -345,12 +347,14 @@ async def test_with_the_real_buffer_and_rewards_groups_are_taken_evaluated_and_c
             models[step - 1] = tiny.policy(folder, step)
             await learner.publish(tiny.publish(models[step - 1], step - 1))
             batch = await learner.take(step, wait_s=DEADLINE_S)
+            assert isinstance(batch, Batch)
             assert batch.proof.violations == 0
             assert [len(group.samples) for group in batch.groups] == [4, 4]
             for group in batch.groups:
                 for sample in group.samples:
                     _check(tiny, models, sample.trajectory)
         version = engine.serving
+        assert version is not None
         await learner.put_evaluation(
             job_id="e", version=version, prompts=[ticket(1 << 40).prompt], samples_per_prompt=8,
             sampling=SamplingParams(max_new_tokens=5),
