@@ -305,8 +305,9 @@ class Coordinator:
         groups: list[TrajectoryGroup] = []
         for uid, decisions in plan.groups:
             group = self.replay.state.groups[uid]
+            was_ready = group.state == "READY"
             loaded = self._load(group, decisions)
-            if loaded is None and group.state != "READY":
+            if loaded is None and not was_ready:
                 raise CorruptData(f"uid {uid} was TAKEN by step {plan.step} and is unreadable now")
             if loaded is not None:
                 groups.append(loaded)

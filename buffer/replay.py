@@ -289,12 +289,10 @@ class Replay:
             Refused: not the step after the newest version.
         """
         newest = self.state.newest
-        if newest is None or step != newest.step + 1 or step in self.state.steps:
-            held = f"holds version {newest}" if newest else "has not published a version"
-            taken = (
-                " and is TAKEN already under another request" if step in self.state.steps else ""
-            )
-            raise Refused(f"step {step} cannot be taken: the learner {held}, the step{taken}")
+        if step in self.state.steps:
+            raise Refused(f"step {step} is TAKEN already by another request")
+        if newest is None or step != newest.step + 1:
+            raise Refused(f"step {step} does not follow the newest version, {newest}")
         return plan_take(self, step, now)
 
     def quarantine(self, uid: int) -> None:
@@ -329,7 +327,8 @@ class Replay:
             raise Refused(
                 f"checkpoint {version} is not of this run; the newest version is {newest}"
             )
-        if any(step <= version.step for step in self.state.taken):
+        groups, taken = self.state.groups, self.state.taken
+        if any(groups[taken[k][0]].state == "TAKEN" for k in taken if k <= version.step):
             self._emit(events.Checkpointed(step=version.step))
 
     def open_branch(

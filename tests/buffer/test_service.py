@@ -1,0 +1,334 @@
+"""Service and client over real sockets: waits, retries, refusals, and nobody hangs."""
+
+import asyncio
+import contextlib
+import json
+import signal
+import time
+
+import msgspec
+import pytest
+import zmq
+import zmq.asyncio
+from slipstream.buffer import codec, waits
+from slipstream.buffer.client import BufferClient
+from slipstream.buffer.coordinator import Coordinator
+from slipstream.buffer.errors import CorruptData, PeerLost, Refused
+from slipstream.buffer.messages import (
+    AwaitVersion,
+    Batch,
+    Claims,
+    ClaimSamples,
+    EvaluationResults,
+    GetStats,
+    Hello,
+    NotYet,
+    PublishVersion,
+    PutPrompts,
+    RefusedReply,
+    Reply,
+)
+from slipstream.buffer.records import SamplingParams, Score
+
+from .conftest import SpecMaker, running, service_process
+from .make import manifest, prompt, ticket, trajectory, version
+
+
+async def finish_all(client: BufferClient, claims: Claims, *, step: int = 0) -> None:
+    """Hand in every sample of the claims, written by the version of `step`."""
+    for claim in claims.claims:
+        for index in claim.indices:
+            uid = claim.ticket.prompt.uid
+            sample = trajectory(uid, index, (step,) * 3, attempt=claim.attempt)
+            await client.finish(sample, claim.lease_id)
+
+
+async def test_a_prompt_travels_from_feeder_to_batch(make_spec: SpecMaker) -> None:
+    spec = make_spec()
+    async with running(spec) as client:
+        assert (await client.put_prompts([ticket(uid) for uid in range(5)])).count == 5
+        await client.publish(manifest(0))
+        claims = await client.claim(version(0), 64)
+        assert [claim.ticket.prompt.uid for claim in claims.claims] == [0, 1, 2, 3]
+        assert claims.newest == manifest(0)
+        await finish_all(client, claims)
+        batch = await client.take(1, wait_s=5)
+        assert isinstance(batch, Batch)
+        assert [group.prompt for group in batch.groups] == [prompt(0), prompt(1)]
+        assert [s.trajectory.index for g in batch.groups for s in g.samples] == [0, 1, 0, 1]
+        assert batch.proof.lag_counts == {0: 12}
+        again = await client.take(1, wait_s=5)
+        assert isinstance(again, Batch)
+        assert again.proof == batch.proof
+        assert codec.encode(again.groups)[1:] == codec.encode(batch.groups)[1:]
+        with pytest.raises(Refused, match="TAKEN already by another request"):
+            await client.take(1, wait_s=0, request_id="somebody else")
+        assert (await client.checkpoint_saved(version(0))).journal_sequence > 0
+        stats = await client.stats()
+        assert stats.counts == {"WAITING": 1, "READY": 2, "TAKEN": 2}
+        assert stats.capacity_groups == 4
+    lines = (spec.run_dir / "proof.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1]
+
+
+async def test_a_waiting_claim_is_answered_when_something_changes(make_spec: SpecMaker) -> None:
+    async with running(make_spec()) as client:
+        await client.publish(manifest(0))
+        claim = asyncio.create_task(client.claim(version(0), 4, wait_s=30))
+        version_ = asyncio.create_task(client.await_version(after=version(0), wait_s=30))
+        await asyncio.sleep(0.3)
+        assert not claim.done()
+        assert not version_.done()
+        words = (await client.stats()).waits
+        assert any("worker-0 waits" in line and "ClaimSamples" in line for line in words)
+        assert any("to answer ClaimSamples" in line for line in waits.describe())
+        await client.put_prompts([ticket(0)])
+        assert len((await asyncio.wait_for(claim, 5)).claims) == 1
+        await client.publish(manifest(1))
+        assert (await asyncio.wait_for(version_, 5)).manifest == manifest(1)
+    assert waits.describe() == []
+
+
+async def test_a_wait_ends_in_time_and_says_on_whom(make_spec: SpecMaker) -> None:
+    async with running(make_spec()) as client:
+        await client.publish(manifest(0))
+        began = time.monotonic()
+        reply = await client.take(1, wait_s=0.3)
+        assert isinstance(reply, NotYet)
+        assert reply.waiting_on.startswith("0 of 2 groups READY; no prompts WAITING")
+        assert 0.25 < time.monotonic() - began < 3
+        await client.put_prompts([ticket(0), ticket(1)])
+        await client.claim(version(0), 4)
+        reply = await client.take(1, wait_s=0)
+        assert isinstance(reply, NotYet)
+        assert reply.waiting_on.startswith("0 of 2 groups READY; 2 INFLIGHT at worker-0; oldest")
+        assert (await client.claim(version(0), 4, wait_s=0.1)).claims == ()
+        assert (await client.await_version(version(0), wait_s=0.1)).manifest == manifest(0)
+
+
+async def test_the_queue_pushes_back_on_the_feeder(make_spec: SpecMaker) -> None:
+    async with running(make_spec({"max_waiting_prompts": 3})) as client:
+        assert (await client.put_prompts([ticket(uid) for uid in range(5)])).count == 3
+        put = asyncio.create_task(client.put_prompts([ticket(3), ticket(4)], wait_s=30))
+        await asyncio.sleep(0.2)
+        assert not put.done()
+        await client.publish(manifest(0))
+        await client.claim(version(0), 2)
+        assert (await asyncio.wait_for(put, 5)).count == 1
+        with pytest.raises(Refused, match="uid 9"):
+            await client.put_prompts([ticket(9)])
+
+
+async def test_lost_leases_are_issued_again_and_finished_siblings_kept(
+    make_spec: SpecMaker,
+) -> None:
+    spec = make_spec({"lease_s": 0.4})
+    async with running(spec) as dead, BufferClient(spec.endpoint, "run", "worker-1") as alive:
+        await dead.put_prompts([ticket(0)])
+        await dead.publish(manifest(0))
+        (claim,) = (await dead.claim(version(0), 2)).claims
+        await dead.finish(trajectory(0, 1), claim.lease_id)
+        (again,) = (await alive.claim(version(0), 2, wait_s=10)).claims
+        assert (again.indices, again.attempt) == ((0,), 1)
+        with pytest.raises(Refused, match="has ended"):
+            await dead.finish(trajectory(0, 0), claim.lease_id)
+        await dead.finish(trajectory(0, 1), claim.lease_id)  # an exact repeat
+        for _ in range(4):  # heartbeats keep a lease alive for longer than it lasts
+            await asyncio.sleep(0.2)
+            await alive.heartbeat(version(0), {"running": 1.0})
+        await alive.finish(trajectory(0, 0, attempt=1), again.lease_id)
+        assert (await alive.stats()).counts == {"READY": 1}
+
+
+async def test_a_new_process_under_an_old_name_inherits_no_leases(make_spec: SpecMaker) -> None:
+    spec = make_spec()
+    coordinator = Coordinator(spec, 0.0)
+    hello = {"run_id": "run", "name": "worker-0"}
+    coordinator.answer(Hello(**hello, pid=1), 0.0, final=True)
+    coordinator.answer(PutPrompts(tickets=(ticket(0),)), 0.0, final=True)
+    coordinator.answer(PublishVersion(manifest=manifest(0)), 0.0, final=True)
+    request = ClaimSamples(worker="worker-0", serving=version(0), max_samples=2, request_id="a")
+    coordinator.answer(request, 0.0, final=True)
+    assert coordinator.replay.state.counts["INFLIGHT"] == 1
+    coordinator.answer(Hello(**hello, pid=2), 0.0, final=True)
+    assert coordinator.replay.state.counts["WAITING"] == 1
+    coordinator.close()
+
+
+async def test_work_granted_to_a_cancelled_claim_goes_back(make_spec: SpecMaker) -> None:
+    async with running(make_spec()) as client:
+        await client.publish(manifest(0))
+        claim = asyncio.create_task(client.claim(version(0), 2, wait_s=30))
+        await asyncio.sleep(0.2)
+        claim.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await claim
+        await client.put_prompts([ticket(0)])
+        async with asyncio.timeout(5):
+            while (await client.stats()).counts != {"WAITING": 1}:
+                await asyncio.sleep(0.05)
+
+
+async def test_evaluations_are_pinned_collected_and_outside_the_states(
+    make_spec: SpecMaker,
+) -> None:
+    spec = make_spec({"lease_s": 0.5})
+    async with running(spec, "gone") as gone, BufferClient(spec.endpoint, "run", "there") as there:
+        await gone.publish(manifest(0))
+        job = {
+            "job_id": "first",
+            "version": version(0),
+            "prompts": [prompt((1 << 40) + i) for i in range(3)],
+            "samples_per_prompt": 2,
+            "sampling": SamplingParams(temperature=0.0),
+        }
+        await gone.put_evaluation(**job)
+        await gone.put_evaluation(**job)
+        for step in (1, 2, 3):
+            await gone.publish(manifest(step))
+        assert len((await gone.claim(version(3), 0)).evaluations) == 3  # and never finishes them
+        reply = await there.await_evaluation("first", wait_s=0)
+        assert isinstance(reply, NotYet)
+        assert reply.waiting_on == "version 0.0: 0 of 6 samples; 6 in flight at gone"
+        claims = (await there.claim(version(3), 0, wait_s=10)).evaluations
+        assert {claim.manifest.version for claim in claims} == {version(0)}
+        for claim in claims:
+            for index in claim.indices:
+                await there.finish_evaluation(
+                    job_id="first",
+                    uid=claim.prompt.uid,
+                    index=index,
+                    text="4",
+                    score=Score(value=1.0),
+                    num_tokens=1,
+                )
+        results = await there.await_evaluation("first", wait_s=5)
+        assert isinstance(results, EvaluationResults)
+        assert len(results.results) == 6
+        assert (await there.stats()).counts == {}
+        with pytest.raises(Refused, match=r"0\.1 is not held"):
+            await there.put_evaluation(**{**job, "job_id": "late", "version": version(1)})
+
+
+async def test_closing_ends_every_wait_and_then_the_service(make_spec: SpecMaker) -> None:
+    spec = make_spec()
+    with service_process(spec) as process:
+        async with BufferClient(spec.endpoint, "run", "worker-0") as client:
+            await client.publish(manifest(0))
+            parked = [
+                asyncio.create_task(client.claim(version(0), 2, wait_s=60)),
+                asyncio.create_task(client.take(1, wait_s=60)),
+                asyncio.create_task(client.await_version(version(0), wait_s=60)),
+            ]
+            await asyncio.sleep(0.2)
+            await client.close_run("done")
+            for reply in await asyncio.wait_for(asyncio.gather(*parked), 5):
+                assert reply.closing
+            assert (await client.put_prompts([ticket(0)])).closing
+        assert await asyncio.to_thread(process.wait, 10) == 0
+
+
+async def test_sigterm_is_a_clean_end(make_spec: SpecMaker) -> None:
+    spec = make_spec()
+    with service_process(spec) as process:
+        async with BufferClient(spec.endpoint, "run", "feeder") as client:
+            await client.put_prompts([ticket(0)])
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, 10) == 0
+    assert not (spec.run_dir / "processes" / "buffer.error.json").exists()
+    coordinator = Coordinator(spec, 0.0)
+    assert coordinator.replay.state.next_uid == 1
+    coordinator.close()
+
+
+async def test_what_ends_the_service_is_recorded(make_spec: SpecMaker) -> None:
+    spec = make_spec()
+    Coordinator(spec, 0.0).close()
+    with service_process(make_spec(run_id="other")) as process:
+        assert await asyncio.to_thread(process.wait, 10) == 1
+    record = json.loads((spec.run_dir / "processes" / "buffer.error.json").read_text())
+    assert record["type"] == "CorruptData"
+    assert "run_id = run, not other" in record["message"]
+    with pytest.raises(CorruptData, match="prompts_per_step"):
+        Coordinator(make_spec(prompts_per_step=3), 0.0)
+
+
+async def test_a_client_of_another_run_is_refused(make_spec: SpecMaker) -> None:
+    spec = make_spec()
+    async with running(spec):
+        with pytest.raises(Refused, match="this is run run"):
+            async with BufferClient(spec.endpoint, "another", "worker-0"):
+                pass
+
+
+async def test_without_a_service_the_client_gives_up_in_time(make_spec: SpecMaker) -> None:
+    client = BufferClient(make_spec().endpoint, "run", "worker-0", timeout_s=0.5)
+    began = time.monotonic()
+    with pytest.raises(PeerLost, match=r"worker-0 waits .* for the buffer service"):
+        await client.connect()
+    assert time.monotonic() - began < 5
+    await client.close()
+
+
+async def test_a_service_that_dies_ends_the_longest_wait(make_spec: SpecMaker) -> None:
+    spec = make_spec()
+    with service_process(spec) as process:
+        client = BufferClient(spec.endpoint, "run", "learner", timeout_s=10)
+        await client.connect()
+        await client.publish(manifest(0))
+        client.timeout_s = 1.0
+        take = asyncio.create_task(client.take(1, wait_s=3600))
+        await asyncio.sleep(1.5)  # longer than the time-out: a parked request is no silence
+        assert not take.done()
+        process.kill()
+        began = time.monotonic()
+        with pytest.raises(PeerLost):
+            await asyncio.wait_for(take, 10)
+        assert time.monotonic() - began < 5
+        await client.close()
+
+
+async def test_malformed_messages_are_refused_or_dropped_and_nothing_breaks(
+    make_spec: SpecMaker,
+) -> None:
+    spec = make_spec()
+    async with running(spec) as client:
+        context = zmq.asyncio.Context()
+        socket = context.socket(zmq.DEALER)
+        socket.connect(spec.endpoint)
+        good = [bytes(frame) for frame in codec.encode(AwaitVersion(), 5)]
+        for message in ([b""], [b"rubbish"], [b"\x93\x01\x07\xc0", b"extra"], [*good, b"more"]):
+            await socket.send_multipart(message)
+        raw = codec.encode({"type": "Unheard"}, 8)
+        await socket.send_multipart([bytes(frame) for frame in raw])
+        numbers: set[int] = set()
+        while len(numbers) < 3:
+            frames = await asyncio.wait_for(socket.recv_multipart(), 5)
+            envelope = codec.open_envelope(frames)
+            assert isinstance(codec.decode_body(envelope, frames, Reply), RefusedReply)
+            numbers.add(envelope.request_number)
+        assert numbers == {5, 7, 8}
+        assert (await client.stats()).counts == {}
+        socket.close(linger=0)
+        context.term()
+
+
+async def test_a_repeat_of_an_answered_request_gets_the_same_answer(make_spec: SpecMaker) -> None:
+    spec = make_spec()
+    async with running(spec) as client:
+        await client.put_prompts([ticket(uid) for uid in range(4)])
+        await client.publish(manifest(0))
+        first = await client.claim(version(0), 2, request_id="same")
+        assert await client.claim(version(0), 2, request_id="same") == first
+        context = zmq.asyncio.Context()
+        socket = context.socket(zmq.DEALER)
+        socket.connect(spec.endpoint)
+        frames = [bytes(frame) for frame in codec.encode(GetStats(), 3)]
+        answers: list[bytes] = []
+        for _ in range(2):
+            await socket.send_multipart(frames)
+            answers += await asyncio.wait_for(socket.recv_multipart(), 5)
+        assert answers[0] == answers[1]
+        assert msgspec.msgpack.decode(answers[0])[1] == 3
+        socket.close(linger=0)
+        context.term()
