@@ -6,6 +6,7 @@ FOLDERS := buffer configs kernels learner rollout
 CODE := $(FOLDERS) tests
 
 INSTALLED := $(VENV)/.installed
+TRL_VENV := .venvs/trl
 LINKS := $(VENV)/pyright/slipstream/.linked
 
 .DEFAULT_GOAL := help
@@ -52,6 +53,16 @@ format: $(INSTALLED)  ## format, and mend what lint can
 
 docs: $(INSTALLED)  ## write docs/config.md from the schema
 	$(BIN)/python -m slipstream.configs.reference > docs/config.md
+
+# A peer gets an environment of its own: its pins must not decide ours.
+$(TRL_VENV)/.installed:
+	$(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(TRL_VENV)/bin/python -m pip install --quiet \
+	    trl==1.16.0 'torch~=2.13.0' 'transformers>=5.16.1,<5.20'
+	touch $@
+
+bench-e2e: $(TRL_VENV)/.installed
 
 bench-%: $(INSTALLED)  ## run tests/bench/bench_NAME.py; prints one JSON object a line
 	$(BIN)/python tests/bench/bench_$(subst -,_,$*).py

@@ -1,7 +1,7 @@
-"""Trajectory groups -> samples with advantages -> micro-batches of right-padded rows.
+"""Trajectory groups -> samples with advantages -> micro-batches of rows (see `rows.py`).
 
-Shape suffixes: B rows, L padded inputs of a row, N tokens the policy wrote in one trajectory,
-T trained tokens of a micro-batch, rows one after the other.
+Shape suffixes: N tokens the policy wrote in one trajectory, T trained tokens of a micro-batch, rows
+one after the other.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from ..buffer.errors import CorruptData
 from ..buffer.records import Trajectory, TrajectoryGroup, Version
 from ..kernels.definition import KeptSets
 from .advantage import group_advantages
+from .rows import MAX_SHARED_INPUTS, Layout, Piece, lay_out, row_width
 
 RatioLaw = Literal["temperature", "kept_set"]
 
@@ -41,20 +42,12 @@ class Sample:
         """Tokens with weight."""
         return self.trajectory.num_policy_tokens - self.first_trained
 
-    @property
-    def num_inputs(self) -> int:
-        """The last token predicts nothing, so it is not fed."""
-        return len(self.trajectory.token_ids) - 1
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Right-padded token rows and the tokens in them to be scored."""
+    """Token rows, and under which law the tokens in them are scored."""
 
-    input_ids_BL: Tensor
-    positions_T: Tensor
-    """Where, in [B * L], the hidden state lies that predicts each scored token."""
-    targets_T: Tensor
+    layout: Layout
     temperature_T: Tensor
     kept: KeptSets | None = None
 
@@ -106,96 +99,111 @@ def updates_of(groups: Sequence[TrajectoryGroup], num_updates: int) -> list[list
     return [ordered[a:b] for a, b in pairwise(cuts) if b > a]
 
 
-def plan_micro_batches(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
-    """Cut samples, stably sorted by length, into rows of at most `max_tokens` padded inputs.
+def plan_micro_batches(
+    samples: Sequence[Sample], max_tokens: int, *, share_prompts: bool = True
+) -> list[list[list[Sample]]]:
+    """Cut samples into micro-batches of rows, at most `max_tokens` padded inputs each.
 
-    A sample longer than that is a micro-batch of its own. A micro-batch that is large enough to
-    compute efficiently is closed early rather than padded by more than `MAX_PADDING`.
+    Rows are stably sorted by width. A row wider than `max_tokens` is a micro-batch of its own. A
+    micro-batch that is large enough to compute efficiently is closed early rather than padded by
+    more than `MAX_PADDING`.
+
+    Args:
+        samples: in canonical order.
+        max_tokens: bounds the memory of one forward and backward; changes no gradient.
+        share_prompts: whether samples of one prompt may share a row.
+    Returns:
+        Micro-batches of rows of samples.
     """
-    plan: list[list[Sample]] = []
+    plan: list[list[list[Sample]]] = []
     inputs = 0
-    for sample in sorted(samples, key=lambda sample: sample.num_inputs):
-        # Sorted: the newest row is the longest, so it sets the width of all.
-        padded = (len(plan[-1]) + 1 if plan else 1) * sample.num_inputs
-        wasteful = padded - inputs - sample.num_inputs > MAX_PADDING * padded
+    rows = _share_prefixes(samples, min(max_tokens, MAX_SHARED_INPUTS) if share_prompts else 0)
+    for width, row in sorted(((_width(row), row) for row in rows), key=lambda pair: pair[0]):
+        # Sorted: the newest row is the widest, so it sets the width of all.
+        padded = (len(plan[-1]) + 1 if plan else 1) * width
+        wasteful = padded - inputs - width > MAX_PADDING * padded
         if not plan or padded > max_tokens or (wasteful and inputs >= EFFICIENT_TOKENS):
             plan.append([])
             inputs = 0
-        plan[-1].append(sample)
-        inputs += sample.num_inputs
+        plan[-1].append(row)
+        inputs += width
     return plan
 
 
-def pad(
-    tokens: Sequence[np.ndarray], places: Sequence[np.ndarray]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Line rows up at the left and zero-pad them on the right.
+def _share_prefixes(samples: Sequence[Sample], max_inputs: int) -> list[list[Sample]]:
+    """Put neighbours of one prompt in one row while it stays within `max_inputs`."""
+    rows: list[list[Sample]] = []
+    for sample in samples:
+        if rows and _same_prefix(rows[-1][0], sample):
+            joined = [*rows[-1], sample]
+            if _width(joined) <= max_inputs:
+                rows[-1] = joined
+                continue
+        rows.append([sample])
+    return rows
 
-    Padding needs no mask: under causal attention no real token attends to a later one.
 
-    Args:
-        tokens: token ids of each row; the last one is not fed, as it predicts nothing.
-        places: of each row, the positions of the tokens to be scored; none of them 0.
-    Returns:
-        input_ids_BL, positions_T and targets_T as in `Rows`.
-    """
-    width = max(map(len, tokens)) - 1
-    inputs_BL = np.zeros((len(tokens), width), dtype=np.int64)
-    for row, ids in enumerate(tokens):
-        inputs_BL[row, : len(ids) - 1] = ids[:-1]
-    positions = [place - 1 + row * width for row, place in enumerate(places)]
-    targets = [ids[place] for ids, place in zip(tokens, places, strict=True)]
+def _same_prefix(one: Sample, other: Sample) -> bool:
+    a, b = _piece(one), _piece(other)
     return (
-        torch.from_numpy(inputs_BL),
-        torch.from_numpy(np.concatenate(positions)),
-        torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        one.trajectory.uid == other.trajectory.uid
+        and a.num_prefix == b.num_prefix
+        and np.array_equal(a.token_ids[: a.num_prefix], b.token_ids[: b.num_prefix])
+    )
+
+
+def _width(row: Sequence[Sample]) -> int:
+    return row_width([_piece(sample) for sample in row])
+
+
+def _piece(sample: Sample) -> Piece:
+    """The sample as rows see it; its prefix is what stands before the first written token."""
+    written = np.flatnonzero(sample.trajectory.policy_mask)
+    if written[0] == 0:
+        raise CorruptData(f"{_name(sample.trajectory)}: its first token has nothing before it")
+    return Piece(
+        token_ids=sample.trajectory.token_ids,
+        places=written[sample.first_trained :],
+        num_prefix=int(written[0]),
     )
 
 
 def collate(
-    rows: Sequence[Sample], held: Version, dtype: torch.dtype, law: RatioLaw = "temperature"
+    rows: Sequence[Sequence[Sample]],
+    held: Version,
+    dtype: torch.dtype,
+    law: RatioLaw = "temperature",
 ) -> MicroBatch:
     """Everything known of the trained tokens of some samples, lined up.
 
     Args:
-        rows: samples of one micro-batch.
+        rows: samples of one micro-batch, by row.
         held: the version the learner holds, for `clean_T`.
         dtype: of the loss's arithmetic.
         law: `kept_set`: log-probabilities are renormalised over the recorded kept ids.
     Raises:
         CorruptData: a record that cannot be trained on, by uid.
     """
-    inputs_BL, positions_T, targets_T = pad(
-        [sample.trajectory.token_ids for sample in rows], [_trained_places(s) for s in rows]
-    )
-    counts = np.array([sample.num_trained for sample in rows])
+    layout = lay_out([[_piece(sample) for sample in row] for row in rows])
+    samples = [sample for row in rows for sample in row]
+    counts = np.array([sample.num_trained for sample in samples])
 
     def spread(values: list[float]) -> Tensor:
         return torch.from_numpy(np.repeat(np.array(values, dtype=np.float64), counts)).to(dtype)
 
-    behaviour = [s.trajectory.behaviour_logprobs[s.first_trained :] for s in rows]
-    ages = [_ages(sample, held) for sample in rows]
+    behaviour = [s.trajectory.behaviour_logprobs[s.first_trained :] for s in samples]
+    ages = [_ages(sample, held) for sample in samples]
     return MicroBatch(
-        input_ids_BL=inputs_BL,
-        positions_T=positions_T,
-        targets_T=targets_T,
+        layout=layout,
         behaviour_T=torch.from_numpy(np.concatenate(behaviour)).to(dtype),
-        advantages_T=spread([sample.advantage for sample in rows]),
-        weights_T=spread([sample.weight for sample in rows]),
-        temperature_T=spread([_temperature(sample.trajectory) for sample in rows]),
-        kept=_kept_sets(rows, targets_T.numpy(), law),
+        advantages_T=spread([sample.advantage for sample in samples]),
+        weights_T=spread([sample.weight for sample in samples]),
+        temperature_T=spread([_temperature(sample.trajectory) for sample in samples]),
+        kept=_kept_sets(samples, layout.targets_T.numpy(), law),
         clean_T=torch.from_numpy(np.concatenate([clean for clean, _ in ages])),
         mixed_T=torch.from_numpy(np.concatenate([mixed for _, mixed in ages])),
-        num_inputs=sum(sample.num_inputs for sample in rows),
+        num_inputs=sum(map(_width, rows)),
     )
-
-
-def _trained_places(sample: Sample) -> np.ndarray:
-    """Positions of the trained tokens in the trajectory."""
-    places = np.flatnonzero(sample.trajectory.policy_mask)[sample.first_trained :]
-    if places[0] == 0:
-        raise CorruptData(f"{_name(sample.trajectory)}: its first token has nothing before it")
-    return places
 
 
 def _temperature(trajectory: Trajectory) -> float:
@@ -225,17 +233,17 @@ def same_weights(one: Version, other: Version) -> bool:
     return one.branch == other.branch or (one.digest == other.digest != "")
 
 
-def _kept_sets(rows: Sequence[Sample], targets_T: np.ndarray, law: RatioLaw) -> KeptSets | None:
+def _kept_sets(samples: Sequence[Sample], targets_T: np.ndarray, law: RatioLaw) -> KeptSets | None:
     """The recorded kept sets of the trained tokens; None under the temperature law, and when the
     sampling removed nothing.
 
     Raises:
         CorruptData: a sample was truncated and its sets are missing, or lack the sampled token.
     """
-    if law == "temperature" or not any(s.trajectory.sampling.truncates for s in rows):
+    if law == "temperature" or not any(s.trajectory.sampling.truncates for s in samples):
         return None
     ids, sizes = [], []
-    for sample in rows:
+    for sample in samples:
         kept = sample.trajectory.extras.get("kept_ids")
         if kept is None:
             raise CorruptData(f"{_name(sample.trajectory)} lacks the kept ids of its tokens")
@@ -246,9 +254,9 @@ def _kept_sets(rows: Sequence[Sample], targets_T: np.ndarray, law: RatioLaw) -> 
     owner_M = np.repeat(np.arange(len(sizes_T)), sizes_T)
     hits_T = np.bincount(owner_M, ids_M == targets_T[owner_M], minlength=len(sizes_T))
     if not hits_T.all():
-        ends = np.cumsum([sample.num_trained for sample in rows])
+        ends = np.cumsum([sample.num_trained for sample in samples])
         row = int(np.searchsorted(ends, hits_T.argmin(), side="right"))
-        raise CorruptData(f"{_name(rows[row].trajectory)}: a token is not in its own kept set")
+        raise CorruptData(f"{_name(samples[row].trajectory)}: a token is not in its own kept set")
     offsets_T1 = np.concatenate([[0], np.cumsum(sizes_T)])
     return KeptSets(torch.from_numpy(ids_M), torch.from_numpy(offsets_T1))
 

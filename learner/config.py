@@ -65,6 +65,9 @@ class LearnerConfig(Settings):
     """U. The batch is cut into U equal parts, one optimizer update each."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 16_384
     """Padded tokens of one forward and backward; bounds activation memory, changes no gradient."""
+    share_prompts: bool = True
+    """Compute the prompt of a group's samples once instead of once per sample. Changes gradients by
+    rounding alone; no effect on samples too long to be put side by side."""
     threads: Annotated[int, Field(ge=1)] = 1
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -40,7 +40,7 @@ class Sums:
         clean_gap_T = gap_T[batch.clean_T]
         self.tokens += len(gap_T)
         self.inputs += batch.num_inputs
-        self.padded += batch.input_ids_BL.numel()
+        self.padded += batch.layout.input_ids_BL.numel()
         self.gap_max = max(self.gap_max, float(clean_gap_T.max()) if len(clean_gap_T) else 0.0)
         self.add(
             {

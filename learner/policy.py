@@ -16,6 +16,7 @@ from ..kernels.definition import scores
 from ..kernels.models import assign_weights, policy_weights
 from .batch import Rows
 from .config import OptimizerConfig
+from .rows import Layout
 
 RNG_NAME = "rng.torch"
 PROBE_ROWS, PROBE_TOKENS = 4, 24
@@ -119,20 +120,27 @@ def score(model: PreTrainedModel, rows: Rows) -> tuple[Tensor, Tensor]:
 
     The LM head is applied only where such a token is predicted.
     """
-    hidden_TD = hidden_states(model, rows.input_ids_BL).flatten(0, 1)[rows.positions_T]
+    layout = rows.layout
+    hidden_TD = hidden_states(model, layout).flatten(0, 1)[layout.positions_T]
     head = model.get_output_embeddings()
     assert isinstance(head, torch.nn.Linear)  # kernels/models.py refuses other heads
-    return scores(hidden_TD, head.weight, rows.targets_T, rows.temperature_T, head.bias, rows.kept)
+    return scores(
+        hidden_TD, head.weight, layout.targets_T, rows.temperature_T, head.bias, rows.kept
+    )
 
 
-def hidden_states(model: PreTrainedModel, input_ids_BL: Tensor) -> Tensor:
-    """[B, L, D] last hidden states of right-padded rows.
+def hidden_states(model: PreTrainedModel, layout: Layout) -> Tensor:
+    """[B, L, D] last hidden states of a layout's rows.
 
-    No mask is given: transformers then uses torch's causal kernel, under which no real token sees
-    the padding behind it. Positions are 0, 1, ... in every row.
+    Rows without a shared prefix get no mask: transformers then uses torch's causal kernel.
     """
-    positions = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)[None]
-    output = model.get_decoder()(input_ids=input_ids_BL, position_ids=positions, use_cache=False)
+    mask = layout.mask_BLL
+    output = model.get_decoder()(
+        input_ids=layout.input_ids_BL,
+        position_ids=layout.position_ids_BL,
+        attention_mask=None if mask is None else mask[:, None],
+        use_cache=False,
+    )
     return output.last_hidden_state
 
 

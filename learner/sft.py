@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..buffer.errors import ConfigError, TrainingFailed
 from ..kernels.models import render_prompts
-from .batch import Rows, pad
+from .batch import Rows
 from .config import OptimizerConfig, SftConfig
 from .policy import Policy, score
+from .rows import Piece, lay_out
 
 SORT_BATCHES = 8
 """Examples are sorted by length within so many batches: little padding, still shuffled."""
@@ -183,13 +184,10 @@ def _update(
 
 def collate(batch: Sequence[Example], dtype: torch.dtype) -> Rows:
     """Padded rows in which exactly the assistant's tokens are scored, at temperature 1."""
-    inputs_BL, positions_T, targets_T = pad(
-        [example.token_ids for example in batch],
-        [np.arange(e.num_prompt, len(e.token_ids)) for e in batch],
+    layout = lay_out(
+        [
+            [Piece(token_ids=e.token_ids, places=np.arange(e.num_prompt, len(e.token_ids)))]
+            for e in batch
+        ]
     )
-    return Rows(
-        input_ids_BL=inputs_BL,
-        positions_T=positions_T,
-        targets_T=targets_T,
-        temperature_T=torch.ones(len(targets_T), dtype=dtype),
-    )
+    return Rows(layout=layout, temperature_T=torch.ones(len(layout.targets_T), dtype=dtype))

@@ -137,7 +137,9 @@ def _part(
         [sample.num_trained for sample in samples], config.objective.aggregation
     )
     samples = [replace(s, weight=w) for s, w in zip(samples, weights, strict=True)]
-    plan = plan_micro_batches(samples, config.micro_batch_tokens)
+    plan = plan_micro_batches(
+        samples, config.micro_batch_tokens, share_prompts=config.share_prompts
+    )
     batches = [line_up(rows) for rows in plan]
     return _Part(
         samples=samples, batches=batches, denominator=denominator, proximal=[None] * len(batches)

@@ -6,27 +6,16 @@ model folder and prompts. Planted errors show that the comparison can fail.
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from slipstream.configs.rollouts import read_rollouts
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 HERE = Path(__file__).parent
-TINY = HERE.parents[1] / "kernels" / "tiny"
-P, G, MAX_NEW_TOKENS = 4, 4, 6
-TIMEOUT_S = 240
-
-IN_THE_LEARNER = """
-import sys
-if "slipstream.learner.loop" in sys.orig_argv:
-"""
 
 
 def load_oracle() -> ModuleType:
@@ -42,112 +31,25 @@ def load_oracle() -> ModuleType:
 oracle = load_oracle()
 
 
-def make_inputs(folder: Path, dtype: torch.dtype) -> None:
-    """A random two-layer Llama, prompts, and the oracle's reward as a plug-in."""
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=448,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        initializer_range=0.15,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder / "model")
-    lines = [json.dumps({"prompt": f"{n % 9} + {n % 7} ="}) for n in range(400)]
-    (folder / "prompts.jsonl").write_text("\n".join(lines))
-    (folder / "reward.py").write_text(
-        "def reward(completion, prompt):\n"
-        "    text = completion.text\n"
-        "    return sum(c in '02468' for c in text) / max(1, len(text)) + 0.01 * len(text)\n"
-    )
-
-
-def experiment(*, steps: int, dtype: str, workers: int, truncated: bool, refill: bool) -> str:
-    law = 'top_k = 12\ntop_p = 0.9\n[rollout]\nratio_law = "kept_set"' if truncated else "[rollout]"
-    return f"""
-name = "oracle"
-model = "model"
-dtype = "{dtype}"
-mode = "sequential"
-seed = 3
-[prompts]
-source = "dataset"
-path = "prompts.jsonl"
-answer_column = ""
-shuffle = false
-held_out = 0
-[reward]
-name = "reward.py:reward"
-[rollout.sampling]
-max_new_tokens = {MAX_NEW_TOKENS}
-temperature = 0.9
-{law}
-workers = {workers}
-samples_per_prompt = {G}
-max_concurrent_samples = 5
-[buffer]
-drop_no_signal = {str(refill).lower()}
-[learner]
-steps = {steps}
-prompts_per_step = {P}
-micro_batch_tokens = 128
-[learner.optimizer]
-learning_rate = 1e-3
-warmup_steps = 4
-max_grad_norm = 0.3
-[learner.checkpoint]
-every_steps = 100
-[eval]
-enabled = false
-[track]
-tensorboard = false
-"""
-
-
-def run_system(folder: Path, text: str, plant: str = "") -> Path:
+def run_system(system: Any, plant: str = "") -> Path:
     """Run the experiment in processes of its own, with an error planted in the learner."""
-    (folder / "experiment.toml").write_text(text)
-    environment = dict(os.environ)
-    if plant:
-        (folder / "plant").mkdir()
-        (folder / "plant" / "sitecustomize.py").write_text(
-            IN_THE_LEARNER + textwrap.indent(plant, "    ")
-        )
-        environment["PYTHONPATH"] = str(folder / "plant")
-    run_dir = folder / "run"
-    command = [sys.executable, "-P", "-m", "slipstream.configs.cli", "run", "experiment.toml"]
-    done = subprocess.run(
-        [*command, "--output", str(run_dir)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return run_dir
+    system.start("run", "experiment.toml", "--output", "run", plant=plant).ended()
+    return system.folder / "run"
 
 
-def run_oracle(folder: Path, *, steps: int, dtype: torch.dtype, truncated: bool, refill: bool):
+def run_oracle(
+    system: Any, *, steps: int, dtype: torch.dtype, truncated: bool = False, refill: bool = False
+):
     return oracle.run(
         oracle.OracleConfig(
-            model_dir=folder / "model",
-            prompts_file=folder / "prompts.jsonl",
+            model_dir=system.folder / "model",
+            prompts_file=system.folder / "prompts.jsonl",
             dtype=dtype,
             seed=3,
             steps=steps,
-            prompts_per_step=P,
-            samples_per_prompt=G,
-            max_new_tokens=MAX_NEW_TOKENS,
+            prompts_per_step=system.prompts_per_step,
+            samples_per_prompt=system.samples_per_prompt,
+            max_new_tokens=system.max_new_tokens,
             temperature=0.9,
             top_k=12 if truncated else 0,
             top_p=0.9 if truncated else 1.0,
@@ -188,24 +90,22 @@ def assert_equal(run_dir: Path, expected: list[dict], tolerance: float) -> None:
 
 @pytest.mark.parametrize("truncated", [False, True], ids=["whole", "truncated"])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_thirty_steps_in_float64_equal_the_oracle(tmp_path, workers, truncated):
-    make_inputs(tmp_path, torch.float64)
+def test_thirty_steps_in_float64_equal_the_oracle(system, workers, truncated):
+    system.make_inputs(torch.float64)
     refill = truncated  # the truncated arm also refills groups without signal
-    text = experiment(
+    system.experiment(
         steps=30, dtype="float64", workers=workers, truncated=truncated, refill=refill
     )
-    run_dir = run_system(tmp_path, text)
-    expected = run_oracle(
-        tmp_path, steps=30, dtype=torch.float64, truncated=truncated, refill=refill
-    )
+    run_dir = run_system(system)
+    expected = run_oracle(system, steps=30, dtype=torch.float64, truncated=truncated, refill=refill)
     assert_equal(run_dir, expected, 1e-9)
 
 
-def test_first_five_steps_in_float32_equal_the_oracle(tmp_path):
-    make_inputs(tmp_path, torch.float32)
-    text = experiment(steps=5, dtype="float32", workers=2, truncated=False, refill=False)
-    run_dir = run_system(tmp_path, text)
-    expected = run_oracle(tmp_path, steps=5, dtype=torch.float32, truncated=False, refill=False)
+def test_first_five_steps_in_float32_equal_the_oracle(system):
+    system.make_inputs(torch.float32)
+    system.experiment(steps=5, dtype="float32", workers=2)
+    run_dir = run_system(system)
+    expected = run_oracle(system, steps=5, dtype=torch.float32)
     assert_equal(run_dir, expected, 1e-5)
 
 
@@ -242,10 +142,10 @@ Policy.update = with_the_rate_of_the_step_before
 
 
 @pytest.mark.parametrize("plant", PLANTS.values(), ids=PLANTS.keys())
-def test_a_planted_error_in_the_learner_differs_from_the_oracle(tmp_path, plant):
-    make_inputs(tmp_path, torch.float64)
-    text = experiment(steps=4, dtype="float64", workers=1, truncated=False, refill=False)
-    run_dir = run_system(tmp_path, text, plant)
-    expected = run_oracle(tmp_path, steps=4, dtype=torch.float64, truncated=False, refill=False)
+def test_a_planted_error_in_the_learner_differs_from_the_oracle(system, plant):
+    system.make_inputs(torch.float64)
+    system.experiment(steps=4, dtype="float64")
+    run_dir = run_system(system, plant)
+    expected = run_oracle(system, steps=4, dtype=torch.float64)
     with pytest.raises(AssertionError):
         assert_equal(run_dir, expected, 1e-9)

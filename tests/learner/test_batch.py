@@ -20,7 +20,8 @@ from slipstream.learner.batch import (
     samples_of,
     updates_of,
 )
-from slipstream.learner.policy import hidden_states
+from slipstream.learner.policy import hidden_states, score
+from slipstream.learner.rows import Piece, lay_out
 
 HELD = Version(branch=0, step=0)
 
@@ -46,10 +47,10 @@ def test_a_stale_prefix_is_context_without_weight(make):
     other = make.trajectory(1, 1, np.random.default_rng(1), num_prompt=3, num_written=4)
     group = make.group(1, [trajectory, other], s0={"stale_prefix": 2}, s1={"stale_prefix": 4})
     (sample,) = samples_of([group], "group_mean")
-    batch = collate([sample], HELD, torch.float64)
-    assert batch.input_ids_BL.shape == (1, 7)
-    assert batch.positions_T.tolist() == [4, 5, 6]
-    assert batch.targets_T.tolist() == trajectory.token_ids[5:].tolist()
+    batch = collate([[sample]], HELD, torch.float64)
+    assert batch.layout.input_ids_BL.shape == (1, 7)
+    assert batch.layout.positions_T.tolist() == [4, 5, 6]
+    assert batch.layout.targets_T.tolist() == trajectory.token_ids[5:].tolist()
     np.testing.assert_array_equal(batch.behaviour_T, trajectory.behaviour_logprobs[2:])
 
 
@@ -62,33 +63,48 @@ def test_observations_between_turns_are_never_trained(make):
     spans = {"versions": span, "kv_version_min": span}
     turned = make.trajectory(0, 0, rng, num_prompt=2, num_written=6, **fields, **spans)
     sample = Sample(trajectory=turned, advantage=1.0, first_trained=0)
-    batch = collate([sample], HELD, torch.float64)
-    assert batch.positions_T.tolist() == [1, 2, 5]
-    assert batch.targets_T.tolist() == turned.token_ids[[2, 3, 6]].tolist()
+    batch = collate([[sample]], HELD, torch.float64)
+    assert batch.layout.positions_T.tolist() == [1, 2, 5]
+    assert batch.layout.targets_T.tolist() == turned.token_ids[[2, 3, 6]].tolist()
     assert len(trajectory.token_ids) == 8
 
 
 @given(
-    lengths=st.lists(st.integers(2, 400), min_size=1, max_size=80),
+    answers=st.lists(
+        st.lists(st.integers(1, 150), min_size=1, max_size=8), min_size=1, max_size=12
+    ),
+    num_prompt=st.integers(1, 90),
     budget=st.integers(1, 3000),
 )
 @settings(max_examples=60, deadline=None)
-def test_micro_batches_hold_every_sample_once_within_the_budget(make_plain, lengths, budget):
-    samples = [make_plain(i, n) for i, n in enumerate(lengths)]
+def test_micro_batches_hold_every_sample_once_within_the_budget(
+    make_plain, answers, num_prompt, budget
+):
+    samples = [make_plain(u, num_prompt, n) for u, group in enumerate(answers) for n in group]
     plan = plan_micro_batches(samples, budget)
-    flat = [s for rows in plan for s in rows]
-    assert flat == sorted(samples, key=lambda s: s.num_inputs)  # stable
+    flat = [id(s) for rows in plan for row in rows for s in row]
+    assert sorted(flat) == sorted(map(id, samples))
     for rows in plan:
-        padded = len(rows) * max(s.num_inputs for s in rows)
+        for row in rows:
+            assert len({s.trajectory.uid for s in row}) == 1
+        widths = [width_of(row, num_prompt) for row in rows]
+        padded = len(rows) * max(widths)
         assert len(rows) == 1 or padded <= budget
-        if sum(s.num_inputs for s in rows) > EFFICIENT_TOKENS + 400:
-            assert padded <= 1.5 * sum(s.num_inputs for s in rows)
+        if sum(widths) > EFFICIENT_TOKENS + 600:
+            assert padded <= 1.5 * sum(widths)
+
+
+def width_of(row: list[Sample], num_prompt: int) -> int:
+    return num_prompt + sum(len(s.trajectory.token_ids) - 1 - num_prompt for s in row)
 
 
 @pytest.fixture(scope="module")
 def make_plain():
-    def build(uid: int, length: int) -> Sample:
-        trajectory: Any = SimpleNamespace(uid=uid, token_ids=range(length))
+    def build(uid: int, num_prompt: int, num_written: int) -> Sample:
+        length = num_prompt + num_written
+        trajectory: Any = SimpleNamespace(
+            uid=uid, token_ids=np.arange(length), policy_mask=np.arange(length) >= num_prompt
+        )
         return Sample(trajectory=trajectory, advantage=0.0, first_trained=0)
 
     return build
@@ -97,12 +113,60 @@ def make_plain():
 def test_padding_changes_no_hidden_state(make, build_policy):
     model = build_policy()
     samples = samples_of(make.groups(3, 3), "group_mean")
-    batch = collate(samples, HELD, torch.float64)
-    padded = hidden_states(model, batch.input_ids_BL)
+    batch = collate([[sample] for sample in samples], HELD, torch.float64)
+    padded = hidden_states(model, batch.layout)
     for row, sample in enumerate(samples):
         ids = torch.from_numpy(sample.trajectory.token_ids[:-1].astype(np.int64))[None]
         alone = model.model(ids).last_hidden_state[0]
         torch.testing.assert_close(padded[row, : ids.shape[1]], alone, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def siblings(make) -> list[Sample]:
+    """Samples of two prompts, of different lengths, the first with a stale prefix."""
+    samples = []
+    for uid, num_prompt in ((0, 5), (1, 3)):
+        prompt = np.random.default_rng(uid).integers(0, 20, num_prompt)
+        for index, num_written in enumerate((4, 1, 6)):
+            rng = np.random.default_rng(10 * uid + index)
+            trajectory = make.trajectory(
+                uid, index, rng, num_prompt=num_prompt, num_written=num_written
+            )
+            trajectory.token_ids[:num_prompt] = prompt
+            first = 2 if (uid, index) == (0, 0) else 0
+            samples.append(Sample(trajectory=trajectory, advantage=1.0, first_trained=first))
+    return samples
+
+
+def test_a_shared_prompt_changes_no_log_probability_and_no_gradient(build_policy, siblings):
+    model = build_policy()
+    shared = [siblings[:3], siblings[3:]]
+    results = []
+    for rows in (shared, [[sample] for sample in siblings]):
+        batch = collate(rows, HELD, torch.float64)
+        logprobs_T, entropy_T = score(model, batch)
+        loss = (logprobs_T * torch.arange(len(logprobs_T))).sum() + entropy_T.sum()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        results.append((logprobs_T.detach(), gradients))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-6)
+    for one, other in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_no_sample_of_a_row_sees_another(build_policy, siblings):
+    model = build_policy()
+    before = score(model, collate([siblings[:3]], HELD, torch.float64))[0]
+    siblings[1].trajectory.token_ids[-1] = 7  # the last token is a target only: never an input
+    siblings[2].trajectory.token_ids[5:-1] = 9
+    after = score(model, collate([siblings[:3]], HELD, torch.float64))[0]
+    count = siblings[0].num_trained
+    torch.testing.assert_close(before[:count], after[:count], rtol=0, atol=0)
+    assert not torch.allclose(before[count + 1 :], after[count + 1 :])
+
+
+def test_siblings_share_a_row_and_other_prompts_do_not(siblings):
+    (micro_batch,) = plan_micro_batches(siblings, 1000)
+    assert sorted([s.trajectory.uid for s in row] for row in micro_batch) == [[0] * 3, [1] * 3]
 
 
 def test_no_attention_mask_is_built(make, build_policy, monkeypatch):
@@ -115,7 +179,8 @@ def test_no_attention_mask_is_built(make, build_policy, monkeypatch):
         return plain(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    hidden_states(model, torch.ones(3, 9, dtype=torch.long))
+    piece = Piece(token_ids=np.ones(10, dtype=np.int64), places=np.array([9]))
+    hidden_states(model, lay_out([[piece]] * 3))
     assert seen == [(None, True)] * 2
 
 
@@ -127,7 +192,7 @@ def test_clean_tokens_are_those_of_the_held_version_over_its_own_keys(make):
         0, 0, np.random.default_rng(0), num_written=5, versions=versions, kv_version_min=keys
     )
     sample = Sample(trajectory=trajectory, advantage=1.0, first_trained=0)
-    batch = collate([sample], new, torch.float64)
+    batch = collate([[sample]], new, torch.float64)
     assert batch.mixed_T.tolist() == [False, False, True, True, False]
     assert batch.clean_T.tolist() == [False] * 4 + [True]
 
@@ -154,7 +219,7 @@ def test_kept_sets_follow_their_tokens_and_must_hold_them(make):
         return Sample(trajectory=build(**fields), advantage=1.0, first_trained=1), rows
 
     def line_up(samples, law: RatioLaw = "kept_set"):
-        return collate(samples, HELD, torch.float64, law)
+        return collate([[sample] for sample in samples], HELD, torch.float64, law)
 
     (first, rows), (second, more) = sample(0), sample(1)
     kept = line_up([first, second]).kept
@@ -174,10 +239,10 @@ def test_greedy_samples_and_promptless_ones_are_refused(make):
     rng = np.random.default_rng(0)
     greedy = make.trajectory(0, 0, rng, sampling=SamplingParams(temperature=0.0))
     with pytest.raises(CorruptData, match="greedily"):
-        collate([Sample(trajectory=greedy, advantage=1.0, first_trained=0)], HELD, torch.float64)
+        collate([[Sample(trajectory=greedy, advantage=1.0, first_trained=0)]], HELD, torch.float64)
     bare = make.trajectory(0, 0, rng, num_prompt=0)
     with pytest.raises(CorruptData, match="nothing before it"):
-        collate([Sample(trajectory=bare, advantage=1.0, first_trained=0)], HELD, torch.float64)
+        collate([[Sample(trajectory=bare, advantage=1.0, first_trained=0)]], HELD, torch.float64)
 
 
 def test_updates_are_whole_groups_in_order(make):

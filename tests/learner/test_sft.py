@@ -42,7 +42,9 @@ def test_examples_are_the_rendered_prompt_then_the_answer_then_the_end(
 def test_loss_and_gradient_come_from_assistant_tokens_alone(examples, build_policy):
     model, batch = build_policy(), examples[5:9]
     rows = collate(batch, torch.float64)
-    assert rows.targets_T.tolist() == [int(t) for e in batch for t in e.token_ids[e.num_prompt :]]
+    assert rows.layout.targets_T.tolist() == [
+        int(t) for e in batch for t in e.token_ids[e.num_prompt :]
+    ]
     got = -score(model, rows)[0].mean()
     terms = []
     for e in batch:

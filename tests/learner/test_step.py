@@ -21,6 +21,7 @@ def config(updates=1, micro=16_384, rate=1e-2, warmup=0, norm=1.0, **of_objectiv
     return LearnerConfig(
         updates_per_step=updates,
         micro_batch_tokens=micro,
+        share_prompts=False,  # the comparisons below are to 1e-9
         objective=ObjectiveConfig(**of_objective),
         optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=warmup, max_grad_norm=norm),
     )

@@ -1,7 +1,8 @@
 """Train with TRL's GRPOTrainer and print held-out reward against training seconds, as JSON lines.
 
 Runs in TRL's own environment (`make bench-e2e` builds it) and imports nothing of slipstream.
-Evaluation time is not counted: the clock stops while held-out prompts are scored.
+Evaluation time is not counted: the clock stops while held-out prompts are scored. It starts when
+training begins, with model and data loaded.
 """
 
 import argparse
@@ -23,15 +24,26 @@ class Done(Exception):
 
 def extract(text: str, pattern: str) -> str:
     """The answer in a completion, empty when there is none."""
-    found = re.findall(pattern, text, flags=re.DOTALL)
-    return found[-1].strip() if found else ""
+    found = re.findall(pattern, text)
+    return " ".join(found[-1].split()) if found else ""
 
 
 @torch.no_grad()
 def held_out_reward(model, tokenizer, rows, args) -> float:
     """Share of held-out prompts answered right, sampled as in training."""
     model.eval()
-    torch.manual_seed(args.seed)
+    with torch.random.fork_rng():  # training's own random numbers go on where they were
+        torch.manual_seed(args.seed)
+        texts = sample(model, tokenizer, rows, args)
+    model.train()
+    right = [
+        extract(text, args.pattern) == row["answer"] for text, row in zip(texts, rows, strict=True)
+    ]
+    return sum(right) / len(right)
+
+
+def sample(model, tokenizer, rows, args) -> list[str]:
+    """One completion per prompt, at temperature 1."""
     texts = []
     for start in range(0, len(rows), 256):
         prompts = [
@@ -52,11 +64,7 @@ def held_out_reward(model, tokenizer, rows, args) -> float:
         )
         ids = out[:, batch["input_ids"].shape[1] :]
         texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
-    right = [
-        extract(text, args.pattern) == row["answer"] for text, row in zip(texts, rows, strict=True)
-    ]
-    model.train()
-    return sum(right) / len(right)
+    return texts
 
 
 class Clock(TrainerCallback):
@@ -75,12 +83,27 @@ class Clock(TrainerCallback):
         self.resumed = time.perf_counter()
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.seconds = 0.0
-        self.resumed = time.perf_counter()
+        self.seconds, self.resumed = 0.0, time.perf_counter()
+        self.evaluate(model, 0)
+        self.seconds, self.resumed = 0.0, time.perf_counter()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.args.eval_every == 0:
             self.evaluate(model, state.global_step)
+
+
+class Trainer(GRPOTrainer):
+    """Warms up as slipstream does: step s at s / warmup_steps, so that the first one counts.
+
+    The schedules of transformers begin at (s - 1) / warmup_steps, which wastes a step.
+    """
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        warmup = max(1, self.args.warmup_steps)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda done: min(1.0, (done + 1) / warmup)
+        )
+        return self.lr_scheduler
 
 
 def main() -> None:
@@ -97,12 +120,17 @@ def main() -> None:
     parser.add_argument("--prompts-per-step", type=int, required=True)
     parser.add_argument("--samples-per-prompt", type=int, required=True)
     parser.add_argument("--max-new-tokens", type=int, required=True)
+    parser.add_argument("--scale-rewards", choices=["group", "none"], required=True)
+    parser.add_argument("--loss-type", choices=["dapo", "grpo"], required=True)
+    parser.add_argument("--warmup-steps", type=int, default=0)
+    parser.add_argument("--weight-decay", type=float, default=0.0)
     parser.add_argument("--max-grad-norm", type=float, default=1.0)
+    parser.add_argument("--beta1", type=float, default=0.9)
     parser.add_argument("--beta2", type=float, default=0.95)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--work", type=Path, required=True)
     args = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
 
     rows = [json.loads(line) for line in args.train.read_text().splitlines()]
     held_out = [json.loads(line) for line in args.held_out.read_text().splitlines()]
@@ -116,7 +144,7 @@ def main() -> None:
         ]
 
     clock = Clock(args, tokenizer, held_out)
-    trainer = GRPOTrainer(
+    trainer = Trainer(
         model=model,
         reward_funcs=reward,
         processing_class=tokenizer,
@@ -128,12 +156,16 @@ def main() -> None:
             num_generations=args.samples_per_prompt,
             max_completion_length=args.max_new_tokens,
             learning_rate=args.learning_rate,
-            lr_scheduler_type="constant",
+            warmup_steps=args.warmup_steps,
+            weight_decay=args.weight_decay,
             max_grad_norm=args.max_grad_norm,
+            adam_beta1=args.beta1,
             adam_beta2=args.beta2,
             beta=0.0,
             temperature=1.0,
-            loss_type="dapo",
+            loss_type=args.loss_type,
+            scale_rewards=args.scale_rewards,
+            shuffle_dataset=False,  # the prompts come in slipstream's order
             max_steps=10_000,
             save_strategy="no",
             report_to="none",
