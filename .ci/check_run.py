@@ -1,4 +1,8 @@
-"""Holds a finished quickstart against what the project promises: `check_run.py RUN_DIR`."""
+"""Holds a finished quickstart against what the project promises: `check_run.py RUN_DIR`.
+
+Times are printed and not judged: a machine with other work to do would fail for no fault of ours.
+Timed runs are recorded by `make bench-quickstart`.
+"""
 
 import json
 import sys
@@ -6,8 +10,6 @@ from pathlib import Path
 
 MIN_REWARD_RISE = 0.4
 MIN_MIXED_FRACTION = 0.05
-MAX_FIRST_STEP_S = 60.0
-MAX_TOTAL_S = 180.0
 MAX_LOGIT_DIFFERENCE = 1e-5
 
 
@@ -23,10 +25,6 @@ def broken_promises(run: dict) -> list[str]:
         f"trained trajectories with two versions >= {MIN_MIXED_FRACTION}": (
             result.get("mixed_fraction", 0) >= MIN_MIXED_FRACTION
         ),
-        f"first step within {MAX_FIRST_STEP_S:.0f} s": (
-            (result.get("first_step_seconds") or MAX_FIRST_STEP_S + 1) <= MAX_FIRST_STEP_S
-        ),
-        f"end within {MAX_TOTAL_S:.0f} s": result.get("total_seconds", 0) <= MAX_TOTAL_S,
         "export verified": export.get("ok") is True
         and (export.get("max_logit_difference") or 0) <= MAX_LOGIT_DIFFERENCE,
         "audit ok": audit.get("ok") is True,
@@ -36,7 +34,11 @@ def broken_promises(run: dict) -> list[str]:
 
 if __name__ == "__main__":
     path = Path(sys.argv[1]) / "run.json"
-    broken = broken_promises(json.loads(path.read_text()))
+    run = json.loads(path.read_text())
+    broken = broken_promises(run)
+    if (result := run["result"]) and result["first_step_seconds"]:
+        print(f"first step after {result['first_step_seconds']:.0f} s, ", end="")
+        print(f"everything after {result['total_seconds']:.0f} s")
     for promise in broken:
         print(f"{path}: not kept: {promise}", file=sys.stderr)
     print(f"{path}: {'not as promised' if broken else 'as promised'}")

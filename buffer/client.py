@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import zmq
 import zmq.asyncio
 
-from . import codec, waits
+from . import codec
 from .errors import PeerLost, Refused, WireError
 from .messages import (
     Accepted,
@@ -61,11 +61,13 @@ from .records import (
     Version,
     WeightsManifest,
 )
+from .waits import Wait
 
 T = TypeVar("T")
 
-RESEND_S = 2.0
-"""Seconds between repeats of an unanswered request."""
+RESEND_S = 6.0
+"""Seconds between repeats of an unanswered request; well above the usual `wait_s` of 2 s, so that
+repeats do not cross the answers to requests that were only parked."""
 
 
 class BufferClient:
@@ -153,11 +155,14 @@ class BufferClient:
         frames = codec.encode(request, number)
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._pending[number] = future
-        what = f"the buffer service to answer {type(request).__name__}"
-        patience_s = getattr(request, "wait_s", 0.0) + self.timeout_s
+        wait = Wait(
+            owner=self.name,
+            what=f"the buffer service to answer {type(request).__name__}",
+            since_s=time.monotonic(),
+            deadline_s=getattr(request, "wait_s", 0.0) + self.timeout_s,
+        )
         try:
-            async with waits.waiting(self.name, what, patience_s) as wait:
-                reply = await self._exchange(frames, future, wait)
+            reply = await self._exchange(frames, future, wait)
         except asyncio.CancelledError:
             if isinstance(request, ClaimSamples):
                 self._cut.add(number)
@@ -169,7 +174,7 @@ class BufferClient:
         return reply
 
     async def _exchange(
-        self, frames: list[codec.Frame], future: "asyncio.Future[Reply]", wait: waits.Wait
+        self, frames: list[codec.Frame], future: "asyncio.Future[Reply]", wait: Wait
     ) -> Reply:
         """Send and repeat; see the module's docstring for when it gives up."""
         while True:

@@ -47,7 +47,6 @@ class ServiceSpec(Settings):
     config: BufferConfig
     prompts_per_step: int
     """P."""
-    samples_per_prompt: int
     branch: int
     branch_parents: dict[int, tuple[int, int]] = {}
     """branch -> (parent branch, step at which it left); empty for a fresh run."""

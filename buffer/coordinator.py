@@ -23,6 +23,7 @@ from .replay import Replay
 from .staleness import capacity, proof_line
 from .state import Group, Lengths
 from .take import TakePlan
+from .waits import Wait
 
 REPORTED_ATTEMPTS = 3
 """A prompt on its fourth attempt is named in the stats: it may never fit the bound."""
@@ -51,6 +52,8 @@ class Coordinator:
         self._stats: dict[str, dict[str, float]] = {}
         self._tickets: dict[int, Ticket] = {}
         self._proofs: list[ProofLine] = []
+        self._step_wait: Wait | None = None
+        """The learner's, over all requests of a step."""
         self._check_same_run()
         self._open_branch(now)
         self.commit()
@@ -82,6 +85,8 @@ class Coordinator:
             if spec.resume_from is not None:
                 parents[spec.branch] = spec.resume_from
             self.replay.open_branch(spec.branch, parents, self.journal.intact)
+        else:
+            self.replay.quarantine_unreadable(self.journal.intact)
         for manifest in self.replay.state.manifests.values():
             self.mailbox.add(manifest)
         self.replay.state.finalize_branch()
@@ -104,6 +109,10 @@ class Coordinator:
     def close(self) -> None:
         """End with everything durable."""
         self.commit()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """End without what is not committed: after an error it may be half of a decision."""
         self.journal.close()
 
     @property
@@ -221,9 +230,11 @@ class Coordinator:
         self.replay.heartbeat(request.worker, now)
         if self.closing:
             return messages.Claims(newest=self._newest(), closing=True)
-        leases = self.replay.claim(
-            request.worker, request.serving, request.max_samples, request.request_id, now
-        )
+        # A repeat gets what the first one got and nothing besides: nobody might read it.
+        evaluations = self.evaluations.granted(request.worker, request.request_id)
+        repeated = bool(evaluations) or request.request_id in self.replay.state.requests
+        wanted = 0 if repeated else request.max_samples
+        leases = self.replay.claim(request.worker, request.serving, wanted, request.request_id, now)
         claims = tuple(
             Claim(
                 lease_id=lease_id,
@@ -234,8 +245,9 @@ class Coordinator:
             )
             for lease_id, lease in leases
         )
-        evaluations = self.evaluations.claim(request.worker)
-        if claims or evaluations or final:
+        if not repeated:
+            evaluations = self.evaluations.claim(request.worker, request.request_id)
+        if claims or evaluations or repeated or final:
             return messages.Claims(claims=claims, evaluations=evaluations, newest=self._newest())
         return None
 
@@ -276,6 +288,7 @@ class Coordinator:
                 groups=tuple((uid, state.groups[uid].decisions) for uid in state.taken[step]),
             )
             return self._batch(plan, self._load_all(plan), taken.proof)
+        self._step_wait, since = None, self._step_wait
         if self.closing:
             return NotYet(waiting_on=f"the run is closing: {self.closing}", closing=True)
         while not isinstance(plan := self.replay.plan_take(step, now), str):
@@ -285,6 +298,14 @@ class Coordinator:
                 self.replay.commit_take(plan, request.request_id, proof)
                 self._proofs.append(proof)
                 return self._batch(plan, groups, proof)
+        what = f"the batch of step {step}"
+        began_s = since.since_s if since is not None and since.what.startswith(f"{what}:") else now
+        self._step_wait = Wait(
+            owner="learner",
+            what=f"{what}: {plan}",
+            since_s=began_s,
+            deadline_s=self.spec.config.take_deadline_s,
+        )
         return NotYet(waiting_on=plan) if final else None
 
     def _batch(
@@ -318,7 +339,8 @@ class Coordinator:
         try:
             ticket = self._ticket(group)
         except CorruptData:
-            self.replay.quarantine(group.uid)
+            if group.state == "READY":
+                self.replay.quarantine(group.uid)
             return None
         samples: list[TrainingSample] = []
         for decision in decisions:
@@ -363,6 +385,7 @@ class Coordinator:
             path=state.path,
             dropped=dropped,
             length_bias=trained.mean / issued_mean if issued_mean else 1.0,
+            rewards=list(state.rewards_since.values()),
         )
 
     def _get_stats(self, now: float) -> Reply:
@@ -374,6 +397,7 @@ class Coordinator:
             lags[age] = lags.get(age, 0) + 1
         ages = [now - replay.claimed_at.get(name, now) for name in state.leases]
         law = (replay.config.max_staleness_steps, replay.prompts_per_step)
+        waiting = [self._step_wait.describe(now)] if self._step_wait is not None else []
         return messages.Stats(
             counts={word: number for word, number in state.counts.items() if number},
             dropped=dict(state.dropped),
@@ -382,7 +406,7 @@ class Coordinator:
             oldest_inflight_s=max(ages, default=0.0),
             capacity_groups=capacity(state.newest.step, *law) if state.newest else 0,
             workers=self._stats,
-            waits=self._often_issued(),
+            waits=[*waiting, *self._often_issued()],
             evaluation=self.evaluations.describe(),
         )
 

@@ -1,13 +1,13 @@
 """The one tree of errors, and who deals with which.
 
-| boundary           | example                              | what happens                                    |
-|--------------------|--------------------------------------|-------------------------------------------------|
-| the user's input   | unknown key, missing column          | `ConfigError`: exit 2 before anything starts    |
-| one sample         | a reward raised, a prompt too long   | data: recorded on the sample, the run goes on   |
-| one request        | unknown attempt, off-path version    | `Refused`: the caller gets the reason           |
-| stored bytes       | a torn segment, a digest mismatch    | `CorruptData`: never used, an older copy is     |
-| a process          | the buffer does not answer           | `PeerLost`: the process ends, exit 1, `resume`  |
-| our own mistake    | an impossible state                  | `AssertionError`: a crash, never caught         |
+| boundary         | example                            | what happens                             |
+|------------------|------------------------------------|------------------------------------------|
+| the user's input | unknown key, missing column        | `ConfigError`: exit 2, nothing starts    |
+| one sample       | a reward raised, a prompt too long | data: recorded on it, the run goes on    |
+| one request      | unknown attempt, off-path version  | `Refused`: the caller gets the reason    |
+| stored bytes     | a torn segment, a digest mismatch  | `CorruptData`: an older copy is used     |
+| a process        | the buffer does not answer         | `PeerLost`: it ends, exit 1, `resume`    |
+| our own mistake  | an impossible state                | `AssertionError`: a crash, never caught  |
 
 Every class takes one message, so that instances survive pickling without a `__reduce__`.
 """

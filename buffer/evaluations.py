@@ -29,9 +29,13 @@ class Job:
     manifest: WeightsManifest
     prompts: dict[int, Prompt]
     waiting: OrderedDict[Place, None] = field(default_factory=OrderedDict)
-    leased: dict[Place, str] = field(default_factory=dict)
-    """Sample -> worker."""
+    leased: dict[Place, tuple[str, str]] = field(default_factory=dict)
+    """Sample -> (worker, claim request)."""
     results: dict[Place, FinishEvaluation] = field(default_factory=dict)
+
+    def holders(self) -> list[str]:
+        """The worker of each sample in flight."""
+        return [worker for worker, _ in self.leased.values()]
 
     @property
     def complete(self) -> bool:
@@ -68,28 +72,29 @@ class Evaluations:
         self._jobs[request.job_id] = job
         self._close(job)
 
-    def claim(self, worker: str) -> tuple[EvaluationClaim, ...]:
+    def claim(self, worker: str, request_id: str) -> tuple[EvaluationClaim, ...]:
         """Lease samples of the oldest incomplete job to a worker, up to its allowance."""
-        held = sum(list(job.leased.values()).count(worker) for job in self._jobs.values())
+        held = sum(job.holders().count(worker) for job in self._jobs.values())
         room = EVALUATION_SAMPLES_PER_WORKER - held
         job = next((job for job in self._jobs.values() if job.waiting), None)
         if job is None or room <= 0:
             return ()
-        indices: dict[int, list[int]] = {}
-        for uid, index in list(job.waiting)[:room]:
-            del job.waiting[uid, index]
-            job.leased[uid, index] = worker
-            indices.setdefault(uid, []).append(index)
-        return tuple(
-            EvaluationClaim(
-                job_id=job.request.job_id,
-                manifest=job.manifest,
-                prompt=job.prompts[uid],
-                indices=tuple(chosen),
-                sampling=job.request.sampling,
-            )
-            for uid, chosen in indices.items()
-        )
+        places = list(job.waiting)[:room]
+        for place in places:
+            del job.waiting[place]
+            job.leased[place] = (worker, request_id)
+        return _claims(job, places)
+
+    def granted(self, worker: str, request_id: str) -> tuple[EvaluationClaim, ...]:
+        """What a claim request was given and its worker still holds: the answer to its repeat.
+
+        A repeat that crossed its answer comes before anything is handed in, so nothing is missing.
+        """
+        held = (worker, request_id)
+        claims: list[EvaluationClaim] = []
+        for job in self._jobs.values():
+            claims += _claims(job, [place for place, lease in job.leased.items() if lease == held])
+        return tuple(claims)
 
     def finish(self, result: FinishEvaluation) -> None:
         """Accept a result; the first one counts.
@@ -113,7 +118,7 @@ class Evaluations:
         """
         job = self._find(job_id)
         if not job.complete:
-            workers = ", ".join(sorted(set(job.leased.values()))) or "no worker"
+            workers = ", ".join(sorted(set(job.holders()))) or "no worker"
             return f"{job}; {len(job.leased)} in flight at {workers}"
         return EvaluationResults(
             job_id=job_id,
@@ -124,13 +129,13 @@ class Evaluations:
     def expire_worker(self, worker: str) -> None:
         """Put back what a silent worker holds."""
         for job in self._jobs.values():
-            for place in [place for place, holder in job.leased.items() if holder == worker]:
+            for place in [place for place, (name, _) in job.leased.items() if name == worker]:
                 del job.leased[place]
                 job.waiting[place] = None
 
     def workers(self) -> set[str]:
         """Who holds samples."""
-        return {worker for job in self._jobs.values() for worker in job.leased.values()}
+        return {worker for job in self._jobs.values() for worker in job.holders()}
 
     def describe(self) -> str:
         """The first incomplete job, for displays; empty without one."""
@@ -149,3 +154,20 @@ class Evaluations:
         done = [job_id for job_id, other in self._jobs.items() if other.complete]
         for job_id in done[:-KEPT_JOBS]:
             del self._jobs[job_id]
+
+
+def _claims(job: Job, places: list[Place]) -> tuple[EvaluationClaim, ...]:
+    """One claim per prompt."""
+    indices: dict[int, list[int]] = {}
+    for uid, index in places:
+        indices.setdefault(uid, []).append(index)
+    return tuple(
+        EvaluationClaim(
+            job_id=job.request.job_id,
+            manifest=job.manifest,
+            prompt=job.prompts[uid],
+            indices=tuple(chosen),
+            sampling=job.request.sampling,
+        )
+        for uid, chosen in indices.items()
+    )

@@ -89,16 +89,25 @@ class Journal:
         return True
 
     def commit(self, new: list[AnyEvent]) -> int:
-        """Make events and the payloads appended before durable; return the last sequence."""
+        """Make events and the payloads appended before durable: all of them, or none if it fails.
+
+        Returns:
+            The last sequence.
+        """
         self.segments.sync()  # before the ledger: an event never refers to bytes that are not there
         if new:
             rows = [
                 (self.sequence + i, self.branch, *columns(event), encode_event(event))
                 for i, event in enumerate(new, start=1)
             ]
-            self._database.execute("BEGIN IMMEDIATE")
-            self._database.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", rows)
-            self._database.execute("COMMIT")
+            try:
+                self._database.execute("BEGIN IMMEDIATE")
+                self._database.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", rows)
+                self._database.execute("COMMIT")
+            except sqlite3.Error:
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
+                raise
             self.sequence += len(new)
         return self.sequence
 

@@ -23,7 +23,7 @@ def file_digest(path: Path) -> tuple[int, str]:
     """(bytes, xxh3-128 hex digest) of a file.
 
     Raises:
-        CorruptData: it cannot be read.
+        CorruptData: it does not exist or cannot be read.
     """
     hasher = xxhash.xxh3_128()
     try:
@@ -31,6 +31,8 @@ def file_digest(path: Path) -> tuple[int, str]:
             while chunk := file.read(_CHUNK_BYTES):
                 hasher.update(chunk)
             return file.tell(), hasher.hexdigest()
+    except FileNotFoundError as error:
+        raise CorruptData(f"weights {path}: the file does not exist") from error
     except OSError as error:
         raise CorruptData(f"weights {path} cannot be read: {error}") from error
 

@@ -228,6 +228,10 @@ class ProofLine(Record):
     length_bias: float
     """Mean length of the trajectories trained over that of all issued and finished so far
     (1.0: no bias)."""
+    finished_samples: int = 0
+    """Samples with a reward finished since the last batch, those dropped since included."""
+    finished_reward_mean: float | None = None
+    """Their mean reward; None without any. Unlike that of the batch it is not biased by drops."""
 
 
 class Batch(Record, tag=True):

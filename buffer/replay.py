@@ -300,6 +300,12 @@ class Replay:
         step = self.state.next_step
         self._emit(events.Dropped(uid=uid, reason="quarantined", step=step))
 
+    def quarantine_unreadable(self, intact: Callable[[Ref], bool]) -> None:
+        """`quarantine` every open prompt whose ticket does not verify."""
+        for group in list(self.state.groups.values()):
+            if group.state in ("WAITING", "INFLIGHT", "READY") and not intact(group.ticket):
+                self.quarantine(group.uid)
+
     def reopen(self, uid: int, reason: DropReason) -> None:
         """Drop a READY group's attempt and issue the prompt again as the next one."""
         attempt = self.state.groups[uid].attempt + 1
@@ -350,11 +356,9 @@ class Replay:
         """
         resumed_at = parents[branch][1] if branch in parents else 0
         self._emit(events.BranchOpened(branch=branch, parents=parents, resumed_at=resumed_at))
+        self.quarantine_unreadable(intact)
         for group in list(self.state.groups.values()):
             if group.state in ("WAITING", "INFLIGHT", "READY"):
-                if not intact(group.ticket):
-                    self.quarantine(group.uid)
-                    continue
                 self._keep_intact(group, intact)
                 self._settle(group)
         while (surplus := self._surplus(resumed_at)) is not None:

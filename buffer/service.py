@@ -24,7 +24,7 @@ from . import codec
 from .config import ServiceSpec
 from .coordinator import Coordinator
 from .errors import ConfigError, WireError
-from .messages import RefusedReply, Reply, Request, Stats
+from .messages import RefusedReply, Reply, Request, Stats, TakeGroups
 from .process import run_process
 from .waits import Wait
 
@@ -73,7 +73,12 @@ class BufferService:
         self._last_heard = time.monotonic()
 
     async def serve(self) -> None:
-        """Bind and serve; on return, or when cancelled, everything acknowledged is durable."""
+        """Bind and serve; everything acknowledged is durable, however it ends.
+
+        What is decided and not yet acknowledged is kept on return and when cancelled (which happens
+        between turns), and not after an error, which may have come halfway through a decision.
+        """
+        end = self.coordinator.abandon
         context = zmq.asyncio.Context()
         socket = context.socket(zmq.ROUTER)
         monitor = socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
@@ -82,6 +87,10 @@ class BufferService:
             self._bind(socket)
             while not self._finished():
                 await self._turn(socket)
+            end = self.coordinator.close
+        except asyncio.CancelledError:
+            end = self.coordinator.close
+            raise
         finally:
             watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -90,7 +99,7 @@ class BufferService:
             monitor.close(linger=0)
             socket.close(linger=1000)  # milliseconds: the last replies may still leave
             context.term()
-            self.coordinator.close()
+            end()
 
     def _bind(self, socket: zmq.asyncio.Socket) -> None:
         """Bind a private socket.
@@ -187,7 +196,11 @@ class BufferService:
         """Encode a reply, and keep it for a repeat when it is small."""
         if isinstance(reply, Stats):
             now = time.monotonic()
-            reply.waits.extend(parked.wait.describe(now) for parked in self._parked.values())
+            reply.waits.extend(
+                parked.wait.describe(now)
+                for parked in self._parked.values()
+                if not isinstance(parked.request, TakeGroups)  # the coordinator says it better
+            )
         frames = codec.encode(reply, address[1])
         if len(frames) == 1 and len(frames[0]) <= KEPT_REPLY_BYTES:
             self._replies[address] = frames

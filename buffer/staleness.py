@@ -201,6 +201,7 @@ def proof_line(
     path: LivePath,
     dropped: Mapping[str, int] | None = None,
     length_bias: float = 1.0,
+    rewards: Sequence[float] = (),
 ) -> ProofLine:
     """Count what a step trains, from the samples themselves.
 
@@ -214,6 +215,7 @@ def proof_line(
         path: the live path.
         dropped: trajectories dropped since the last batch by reason; the buffer alone knows.
         length_bias: mean length of trained over that of all finished; the buffer alone knows.
+        rewards: of all samples finished since the last batch; the buffer alone knows.
     """
     bound = token_bound(max_staleness_steps)
     lags: Counter[int] = Counter()
@@ -244,6 +246,8 @@ def proof_line(
         trained_trajectories=trained,
         dropped=dict(dropped or {}),
         length_bias=length_bias,
+        finished_samples=len(rewards),
+        finished_reward_mean=math.fsum(rewards) / len(rewards) if rewards else None,
     )
 
 

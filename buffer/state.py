@@ -43,6 +43,8 @@ class Sample:
     """(branch, step) of the version it was claimed under: its lineage, tokens or not."""
     payload: Ref | None = None
     facts: Facts | None = None
+    counted: tuple[int, int] = (0, 0)
+    """(branch, step) of the take whose proof line counts its reward."""
     voided: tuple[DropReason, tuple[int, int]] | None = None
     """Why the sample cannot be made, and (branch, step) of when that was found."""
 
@@ -92,15 +94,23 @@ class Lengths:
     trajectories: int = 0
     tokens: int = 0
 
-    def add(self, num_tokens: int) -> None:
-        """Count one trajectory."""
-        self.trajectories += 1
+    def add(self, num_tokens: int, trajectories: int = 1) -> None:
+        """Count one trajectory, or as many; -1 undoes it."""
+        self.trajectories += trajectories
         self.tokens += num_tokens
 
     @property
     def mean(self) -> float:
         """Tokens per trajectory; 0 without any."""
         return self.tokens / self.trajectories if self.trajectories else 0.0
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one step counts, and what resuming from an earlier one undoes."""
+
+    trained: Lengths = field(default_factory=Lengths)
+    dropped: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(slots=True)
@@ -127,11 +137,19 @@ class State:
     taken: dict[int, list[int]] = field(default_factory=dict)
     """step -> uids, for the same steps."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Trajectories dropped, by reason, over the whole run."""
+    """Trajectories dropped, by reason, over the run along the live path."""
     dropped_since: Counter[str] = field(default_factory=Counter)
     """The same since the last `StepTaken`."""
+    reissued: Counter[str] = field(default_factory=Counter)
+    """The part of `dropped` that no resume undoes: its attempts are used up."""
+    rewards_since: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    """(uid, attempt, index) -> reward of the samples finished since the last `StepTaken`."""
+    next_take: tuple[int, int] = (0, 1)
+    """(branch, step) of the take to come."""
     finished: Lengths = field(default_factory=Lengths)
     trained: Lengths = field(default_factory=Lengths)
+    tallies: dict[tuple[int, int], Tally] = field(default_factory=dict)
+    """By (branch, step); `trained` and `dropped` are the sums over the live path."""
     dropped_uids: dict[int, list[int]] = field(default_factory=dict)
     """step -> uids DROPPED on the live branch since the last checkpoint."""
     final_branch: bool = False
@@ -207,7 +225,9 @@ class State:
                 self._taken(event)
             case events.StepTaken():
                 self.steps[event.step] = event
+                self.next_take = (self.path.branch, event.step + 1)
                 self.dropped_since.clear()
+                self.rewards_since.clear()
             case events.Published():
                 self.manifests[event.manifest.version.step] = event.manifest
                 self.path.publish(event.manifest.version)
@@ -248,10 +268,14 @@ class State:
                 if not lease.open:
                     del self.leases[group.samples[index].lease_id]
 
-    def _count_drops(self, reason: str, number: int) -> None:
+    def _tally(self, step: int) -> Tally:
+        return self.tallies.setdefault((self.path.branch, step), Tally())
+
+    def _count_drops(self, reason: str, number: int, booked: Counter[str]) -> None:
+        """Count dropped trajectories, also in what they are booked to."""
         if number:
-            self.dropped[reason] += number
-            self.dropped_since[reason] += number
+            for counts in (self.dropped, self.dropped_since, booked):
+                counts[reason] += number
 
     def _put(self, event: events.Put) -> None:
         samples = [Sample() for _ in range(event.num_samples)]
@@ -286,14 +310,27 @@ class State:
         sample = group.samples[event.index]
         sample.state, sample.payload, sample.facts = "READY", event.payload, event.facts
         self.finished.add(event.facts.num_tokens)
+        self._count_reward(group, event.index)
         self._settle(group)
+
+    def _count_reward(self, group: Group, index: int) -> None:
+        """Leave a finished sample's reward to the next take's proof line."""
+        sample = group.samples[index]
+        sample.counted = self.next_take
+        if sample.facts is not None and sample.facts.reward is not None:
+            self.rewards_since[group.uid, sample.attempt, index] = sample.facts.reward
 
     def _returned(self, event: events.Returned) -> None:
         group = self.groups[event.uid]
         self._close_leases(group, event.indices)
         for index in event.indices:
+            sample = group.samples[index]
+            if sample.state == "READY" and sample.facts is not None:  # it will be finished again
+                self.finished.add(-sample.facts.num_tokens, trajectories=-1)
+                self.rewards_since.pop((group.uid, sample.attempt, index), None)
             group.samples[index] = Sample(attempt=event.attempt)
-        self._count_drops(event.reason, len(event.indices) if event.reason != "resumed" else 0)
+        number = len(event.indices) if event.reason != "resumed" else 0
+        self._count_drops(event.reason, number, self.reissued)
         self._settle(group)
 
     def _voided(self, event: events.Voided) -> None:
@@ -303,32 +340,35 @@ class State:
             sample = group.samples[index]
             sample.state = "DROPPED"
             sample.voided = (event.reason, (self.path.branch, event.step))
-        self._count_drops(event.reason, len(event.indices))
+        self._count_drops(event.reason, len(event.indices), self._tally(event.step).dropped)
         self._settle(group)
 
     def _dropped(self, event: events.Dropped) -> None:
         group = self.groups[event.uid]
         self._close_leases(group, tuple(range(len(group.samples))))
-        self._count_drops(event.reason, len(group.indices("READY")))
+        number = len(group.indices("READY"))
+        self._count_drops(event.reason, number, self._tally(event.step).dropped)
         group.ended, group.drop_reason = (self.path.branch, event.step), event.reason
         self.dropped_uids.setdefault(event.step, []).append(event.uid)
         self._move(group, "DROPPED")
 
     def _reopened(self, event: events.Reopened) -> None:
         group = self.groups[event.uid]
-        self._count_drops(event.reason, len(group.indices("READY")))
+        self._count_drops(event.reason, len(group.indices("READY")), self.reissued)
         group.samples = [Sample(attempt=event.attempt) for _ in group.samples]
         self._settle(group)
 
     def _taken(self, event: events.Taken) -> None:
         group = self.groups[event.uid]
         group.ended, group.decisions = (self.path.branch, event.step), event.decisions
+        tally = self._tally(event.step)
         for decision in event.decisions:
             facts = group.samples[decision.index].facts
             if decision.trained and facts is not None:
                 self.trained.add(facts.num_tokens)
+                tally.trained.add(facts.num_tokens)
             elif decision.drop_reason:
-                self._count_drops(decision.drop_reason, 1)
+                self._count_drops(decision.drop_reason, 1, tally.dropped)
         self.taken.setdefault(event.step, []).append(event.uid)
         self._move(group, "TAKEN")
 
@@ -356,7 +396,7 @@ class State:
         self._forget([uid for uid in ended if uid not in live])
 
     def _branch_opened(self, event: events.BranchOpened) -> None:
-        """Undo what is off the new path: takes and drops of lost steps, and every lease.
+        """Undo what is off the new path: takes, drops and counts of lost steps, and every lease.
 
         Samples stay READY here; `Replay.open_branch` returns those that are orphaned or lost, as
         events of their own, because that depends on bytes on disk.
@@ -370,8 +410,24 @@ class State:
         self.steps.clear()
         self.taken.clear()
         self.dropped_uids.clear()
+        self.next_take = (event.branch, event.resumed_at + 1)
+        self._recount()
         for group in self.groups.values():
             self._onto_path(group)
+
+    def _recount(self) -> None:
+        """The totals along the live path; what lost steps counted is counted again when redone."""
+        self.trained, self.dropped = Lengths(), self.reissued.copy()
+        self.dropped_since.clear()
+        self.rewards_since.clear()
+        for place, tally in self.tallies.items():
+            if self.on_path(place):
+                self.trained.add(tally.trained.tokens, tally.trained.trajectories)
+                self.dropped.update(tally.dropped)
+        for group in self.groups.values():
+            for index in group.indices("READY"):
+                if not self.on_path(group.samples[index].counted):
+                    self._count_reward(group, index)
 
     def _onto_path(self, group: Group) -> None:
         """Bring one group over to the live path as it now is."""

@@ -108,10 +108,22 @@ def _missing(replay: "Replay", num_ready: int, now: float) -> str:
     head = f"{num_ready} of {replay.prompts_per_step} groups READY"
     inflight = replay.state.uids("INFLIGHT")
     if inflight:
-        return f"{head}; {_inflight(replay, inflight, now)}"
-    if replay.state.first_waiting() is None:
-        return f"{head}; no prompts WAITING: the feeder has to put some"
-    return f"{head}; {replay.state.counts['WAITING']} WAITING, none INFLIGHT: no worker claims"
+        others = _inflight(replay, inflight, now)
+    elif replay.state.first_waiting() is None:
+        others = "no prompts WAITING: the feeder has to put some"
+    else:
+        others = f"{replay.state.counts['WAITING']} WAITING, none INFLIGHT: no worker claims"
+    return f"{head}; {others}{_dropped(replay.state.dropped_since)}"
+
+
+def _dropped(dropped: Counter[str]) -> str:
+    """Say how many samples were dropped and why; nothing when none were."""
+    if not dropped:
+        return ""
+    reasons = list(dropped)
+    if len(reasons) > 1:
+        reasons = [f"{number} {reason}" for reason, number in dropped.most_common()]
+    return f"; {dropped.total()} dropped since the last step: {', '.join(reasons)}"
 
 
 def _inflight(replay: "Replay", uids: list[int], now: float) -> str:

@@ -1,13 +1,17 @@
-"""One supervisor per run: who runs it, told apart from a later process with the same number."""
+"""One supervisor per run: a lock on a file that stays, which the system frees when it dies."""
 
+import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import msgspec
+from typing import IO
 
 from ..buffer.errors import ConfigError
+
+LOOK_S = 0.2
+"""To ask whether a run is locked takes the lock for a moment, which is not to run it."""
 
 
 @contextmanager
@@ -17,32 +21,42 @@ def supervising(run_dir: Path) -> Iterator[None]:
     Raises:
         ConfigError: another living process is.
     """
-    path = _path(run_dir)
-    if running_supervisor(run_dir) is None:
-        path.unlink(missing_ok=True)  # of one that was killed
-    mine = {"pid": os.getpid(), "started": process_start_time(os.getpid())}
-    try:
-        with path.open("xb") as file:  # of two at once, only one can make it
-            file.write(msgspec.json.encode(mine))
-    except FileExistsError:
-        raise ConfigError(
-            f"{run_dir} is running (process {running_supervisor(run_dir)}); "
-            f"`slipstream stop {run_dir}` ends it"
-        ) from None
-    try:
+    with _path(run_dir).open("ab") as file:
+        if not _lock(file):
+            raise ConfigError(
+                f"{run_dir} is running (process {running_supervisor(run_dir)}); "
+                f"`slipstream stop {run_dir}` ends it"
+            )
+        file.truncate(0)
+        file.write(b"%d\n" % os.getpid())
+        file.flush()
         yield
-    finally:
-        path.unlink(missing_ok=True)
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Take the run, unless somebody keeps it longer than a look of `running_supervisor`."""
+    end = time.monotonic() + LOOK_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.01)
 
 
 def running_supervisor(run_dir: Path) -> int | None:
     """The living process that runs this run, or None."""
     try:
-        owner = msgspec.json.decode(_path(run_dir).read_bytes())
-    except (OSError, msgspec.DecodeError):
+        with _path(run_dir).open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+            except BlockingIOError:
+                return int(file.read())
+    except (OSError, ValueError):  # never run, or taken this very moment
         return None
-    alive = process_start_time(owner["pid"]) == owner["started"] is not None
-    return owner["pid"] if alive else None
 
 
 def process_start_time(pid: int) -> str | None:

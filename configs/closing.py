@@ -66,22 +66,28 @@ def _reward(result: Result) -> Iterator[str]:
         yield f"held-out reward {_interval(first)} on {first.prompts} prompts at step {first.step}"
     else:
         word = verdict(first, final)
+        rise = "" if result.reward_rise is None else f"{result.reward_rise:+.3f}, "
         yield (
             f"held-out reward {word}: from {_interval(first)} to {_interval(final)} on "
-            f"{final.prompts} prompts ({final.mean - first.mean:+.3f}, step {final.step})"
+            f"{final.prompts} prompts ({rise}step {final.step})"
         )
-        if word != "rose" and result.status == "finished":
+        if word in ("fell", "did not change measurably") and result.status == "finished":
             yield f"this run did not improve the policy: {_advice(result)}"
 
 
 def _interval(evaluated: Evaluated) -> str:
+    if evaluated.mean is None:
+        return "unknown (no sample could be scored)"
+    if evaluated.ci95_low is None or evaluated.ci95_high is None:
+        return f"{evaluated.mean:.3f} [no interval]"
     return f"{evaluated.mean:.3f} [95% CI {evaluated.ci95_low:.3f}, {evaluated.ci95_high:.3f}]"
 
 
 def _advice(result: Result) -> str:
     """What usually explains a reward that did not rise, from what the run saw."""
     no_signal = result.dropped.get("no_signal", 0)
-    if result.reward_first is not None and result.reward_first.mean < 0.02:
+    first = result.reward_first.mean if result.reward_first is not None else None
+    if first is not None and first < 0.02:
         return "it starts near 0, so groups hold no signal; give it a (longer) warm start: [sft]"
     if no_signal > 2 * result.steps:
         return f"{no_signal} samples were in groups of equal rewards; try more samples_per_prompt"
@@ -156,6 +162,10 @@ def _path(path: Path) -> str:
         return str(path)
 
 
+def _mean(evaluated: Evaluated | None) -> str:
+    return "-" if evaluated is None or evaluated.mean is None else f"{evaluated.mean:.3f}"
+
+
 def seeds_table(runs: Sequence[RunResult]) -> Table:
     """One row per sibling."""
     table = Table("run", "status", "reward from", "to", "rise", "first step", "total", box=None)
@@ -165,8 +175,8 @@ def seeds_table(runs: Sequence[RunResult]) -> Table:
         table.add_row(
             each.run_dir.name,
             each.status,
-            f"{first.mean:.3f}" if first else "-",
-            f"{final.mean:.3f}" if final else "-",
+            _mean(first),
+            _mean(final),
             f"{rise:+.3f}" if rise is not None else "-",
             f"{result.first_step_seconds:.1f} s" if result.first_step_seconds else "-",
             f"{result.total_seconds:.0f} s",

@@ -23,7 +23,7 @@ from ..buffer.errors import ConfigError, SlipstreamError
 from ..learner.checkpoint import complete_folders, find_checkpoint
 from .claim import running_supervisor, supervising
 from .closing import resume_line, seeds_table
-from .load import Loaded
+from .load import Loaded, with_overrides
 from .models import check_folder, resolve_model
 from .result import RunResult
 from .run_dir import (
@@ -116,10 +116,7 @@ def run_seeds(
 
 def _sibling(loaded: Loaded, seed: int) -> Loaded:
     name = f"{loaded.experiment.name}-seed{seed}"
-    experiment = loaded.experiment.model_copy(update={"seed": seed, "name": name})
-    origins = {**loaded.origins, "seed": "--seeds", "name": "--seeds"}
-    text = f"{loaded.source_text.rstrip()}\n# one of --seeds: seed={seed}\n"
-    return dataclasses.replace(loaded, experiment=experiment, origins=origins, source_text=text)
+    return with_overrides(loaded, [f"seed={seed}", f'name="{name}"'], "--seeds")
 
 
 def _prepare_or_remove(experiment: Experiment, run_dir: Path, console: Console) -> Launch:
@@ -131,7 +128,7 @@ def _prepare_or_remove(experiment: Experiment, run_dir: Path, console: Console) 
 
 
 def _prepare(experiment: Experiment, run_dir: Path, console: Console) -> Launch:
-    """Find the model while a process tries prompts and reward.
+    """Find the model while a process tries what the user gave.
 
     Raises:
         ConfigError: one of them cannot work.

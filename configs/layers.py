@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..buffer.errors import ConfigError
+from ..rollout.suggest import did_you_mean
 from . import toml
-from .refusals import suggestion
 from .toml import Table
 
 EXPERIMENTS_DIR = Path(__file__).parent / "experiments"
@@ -48,7 +48,7 @@ def find_experiment(path_or_name: str) -> Path:
     if path.with_suffix(".toml").is_file():
         return path.with_suffix(".toml")
     raise ConfigError(
-        f"there is no experiment {path_or_name!r}{suggestion(path_or_name, shipped)}; those that "
+        f"there is no experiment {path_or_name!r}{did_you_mean(path_or_name, shipped)}; those that "
         f"ship: {', '.join(sorted(shipped))}; your own: give the path of its .toml file"
     )
 

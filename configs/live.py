@@ -94,11 +94,11 @@ class PlainDisplay:
             self._print(f"{clock(time.time() - self._progress.started_s)}  {self._phase}")
 
     def _show_waits(self, patience_s: float = 15.0) -> None:
-        """After a long silence say who waits on whom."""
-        stats = self._progress.stats
-        if time.monotonic() - self._waits_s > patience_s and stats is not None and stats.waits:
+        """After a long silence say who holds the run up, if anybody does."""
+        waits = self._progress.waits
+        if time.monotonic() - self._waits_s > patience_s and waits:
             self._waits_s = time.monotonic()
-            self._print("waiting: " + "; ".join(stats.waits))
+            self._print("waiting: " + "; ".join(waits))
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -129,13 +129,17 @@ def plain_line(event: Event, progress: Progress) -> str:
 def evaluation_text(row: Row) -> str:
     """An evaluation's result with its interval."""
     mean, low, high = row["reward_mean"], row["ci95_low"], row["ci95_high"]
-    return f"reward {mean:.3f} (95% {low:.3f} to {high:.3f}) on {row['prompts']} held-out prompts"
+    if mean is None:
+        return f"no sample of {row['prompts']} held-out prompts could be scored"
+    interval = "no interval" if low is None else f"95% {low:.3f} to {high:.3f}"
+    return f"reward {mean:.3f} ({interval}) on {row['prompts']} held-out prompts"
 
 
 def buffer_text(progress: Progress) -> str:
-    """Groups by state, and what the law admits."""
+    """Groups by state: those the policy is at, of the (S + 1) P there may be, and the queue."""
     if progress.stats is None:
         return ""
     counts = progress.stats.counts
-    words = (f"{word} {counts.get(word, 0)}" for word in ("WAITING", "INFLIGHT", "READY"))
-    return joined((*words, f"of {progress.room_groups} admitted"))
+    inflight, ready = counts.get("INFLIGHT", 0), counts.get("READY", 0)
+    used = f"INFLIGHT {inflight} + READY {ready} of {progress.capacity_groups} groups"
+    return joined((used, f"WAITING {counts.get('WAITING', 0)}"))

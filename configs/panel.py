@@ -69,9 +69,12 @@ def _reward(progress: Progress) -> Text:
 
 def _evaluations(progress: Progress) -> Text:
     rows = [progress.evaluations[step] for step in sorted(progress.evaluations)]
-    text = Text(" → ".join(f"{row['reward_mean']:.3f}" for row in rows[-6:]), style="green")
-    half = (rows[-1]["ci95_high"] - rows[-1]["ci95_low"]) / 2
-    text.append(f"  ±{half:.3f} at step {rows[-1]['step']}", style="dim")
+    means = [row["reward_mean"] for row in rows[-6:]]
+    shown = ("-" if mean is None else f"{mean:.3f}" for mean in means)
+    text = Text(" → ".join(shown), style="green")
+    low, high = rows[-1]["ci95_low"], rows[-1]["ci95_high"]
+    half = "" if low is None or high is None else f"  ±{(high - low) / 2:.3f}"
+    text.append(f"{half} at step {rows[-1]['step']}", style="dim")
     if progress.stats is not None and progress.stats.evaluation:
         text.append(f"  {progress.stats.evaluation}", style="cyan")
     return text
@@ -101,9 +104,9 @@ def _speed(progress: Progress) -> Text:
 
 
 def _buffer(progress: Progress) -> Text:
-    """INFLIGHT, READY and TAKEN as parts of what the law admits."""
+    """INFLIGHT, READY and TAKEN as parts of the (S + 1) P groups there may be."""
     assert progress.stats is not None
-    counts, capacity = progress.stats.counts, progress.room_groups
+    counts, capacity = progress.stats.counts, progress.capacity_groups
     colours = {"INFLIGHT": "yellow", "READY": "green", "TAKEN": "blue"}
     bar, legend, used = Text(), Text(), 0
     for word, colour in colours.items():
@@ -112,7 +115,7 @@ def _buffer(progress: Progress) -> Text:
         legend.append(f"  {word} {counts.get(word, 0)}", style=colour)
         used += width
     bar.append("░" * (BAR_WIDTH - used), style="dim")
-    legend.append(f"  of {capacity} admitted", style="dim")
+    legend.append(f"  of {capacity} groups", style="dim")
     legend.append(f"   WAITING {counts.get('WAITING', 0)}")
     return bar.append_text(legend)
 
@@ -131,8 +134,7 @@ def _workers(progress: Progress) -> Text:
 
 
 def _waits(progress: Progress) -> Text:
-    assert progress.stats is not None
-    waits = progress.stats.waits[:3]
-    more = len(progress.stats.waits) - len(waits)
+    waits = progress.waits[:3]
+    more = len(progress.waits) - len(waits)
     text = "\n".join(waits) + (f"\n(and {more} more)" if more else "")
     return Text(text or "nobody", style="yellow" if text else "dim")

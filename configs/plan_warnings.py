@@ -115,4 +115,5 @@ def _without_effect(experiment: Experiment) -> Iterator[tuple[str, str]]:
         for key in ("every_steps", "samples_per_prompt", "temperature"):
             yield f"eval.{key}", "eval.enabled = false"
     if experiment.sft is not None and experiment.sft.data != "demonstrations":
-        yield "sft.demonstration", "sft.data names a file"
+        for key in ("demonstration", "examples"):
+            yield f"sft.{key}", f"all examples of {experiment.sft.data} are taken (sft.data)"

@@ -47,7 +47,12 @@ def _epochs(experiment: Experiment, prompts: int) -> str:
 
 def _before_and_beside(experiment: Experiment) -> Iterator[str]:
     sft, evaluation, steps = experiment.sft, experiment.eval, experiment.learner.steps
-    if sft is not None:
+    if sft is not None and sft.data != "demonstrations":
+        yield (
+            f"Before it, a supervised warm start on all examples of {sft.data} x {sft.epochs} "
+            f"epochs in batches of {sft.batch_size}."
+        )
+    elif sft is not None:
         updates = -(-sft.examples // sft.batch_size) * sft.epochs
         yield (
             f"Before it, a supervised warm start: {sft.examples:,} examples x {sft.epochs} epochs "

@@ -1,4 +1,4 @@
-"""Tries prompts and reward before a run starts, and writes the examples of its warm start.
+"""Tries model, prompts and reward before a run starts; writes the examples of its warm start.
 
 A process of its own, because a user's code may hang, crash or print at import.
 """
@@ -21,16 +21,41 @@ PROBED_PROMPTS = 2
 
 
 async def preflight(spec: PreflightSpec) -> None:
-    """Check everything that can be checked without a model.
+    """Check everything that can be checked without training.
 
     Raises:
-        ConfigError: no prompts, a reward that cannot be loaded or fails on every probe, or no
-            demonstrations.
+        ConfigError: a model folder that does not load, no prompts, a reward that cannot be loaded
+            or fails on every probe, or no examples for the warm start.
     """
+    if spec.model_folder is not None:
+        await asyncio.to_thread(check_model, spec.model_folder)
     source = PromptSource(spec.prompts, spec.seed)
     probed = [source.prompt(uid) for uid in range(PROBED_PROMPTS)]
     # At once, on two cores: both are on the way to the first step.
     await asyncio.gather(check_reward(spec, probed), asyncio.to_thread(write_examples, spec))
+
+
+def check_model(folder: Path) -> None:
+    """Load tokenizer and config as the run's processes will, and build the model without memory.
+
+    Raises:
+        ConfigError: they cannot be read, or name an architecture that is not there.
+    """
+    # Here and not above: seconds of import that a run of a built-in model need not wait for.
+    import torch
+
+    from ..kernels.models import ModelError, empty_model, load_tokenizer
+
+    try:
+        load_tokenizer(folder)
+        with torch.device("meta"):
+            empty_model(folder, "float32")
+    except ModelError as error:
+        raise ConfigError(f'model = "{folder}": {error}') from None
+    except ValueError as error:  # readable, of something else than a language model
+        raise ConfigError(
+            f'model = "{folder}": {folder / "config.json"} names no causal language model: {error}'
+        ) from None
 
 
 def write_examples(spec: PreflightSpec) -> None:

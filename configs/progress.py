@@ -1,6 +1,7 @@
 """Everything a run has reported so far, folded from its events and the buffer's stats."""
 
 import math
+import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,18 @@ from .feed import Event, Row
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
+LONG_POLLS = ("AwaitVersion", "PutPrompts", "ClaimSamples", "AwaitEvaluation")
+"""Requests that wait by design, whenever there is nothing to do."""
+POLL_SLACK_S = 2.0
+"""The service answers a long poll at its deadline, or a turn later."""
+PATIENCE_S = 5.0
+"""A learner that waits longer for its batch is held up."""
+_WAIT = re.compile(
+    r".+? waits (?P<waited>[0-9.]+) s of (?P<deadline>[0-9.e+]+) s for (?P<what>.+)",
+    re.DOTALL,
+)
+"""A line of `buffer/waits.py`."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Progress:
@@ -20,6 +33,8 @@ class Progress:
     total_steps: int
     bound: int
     """ceil(S)."""
+    capacity_groups: int = 1
+    """(S + 1) P: how many groups may be INFLIGHT, READY or TAKEN at once."""
     started_s: float = field(default_factory=time.time)
     phase: str = "starting"
     steps: dict[int, Row] = field(default_factory=dict)
@@ -47,14 +62,9 @@ class Progress:
         return self.steps.get(self.step, {})
 
     @property
-    def room_groups(self) -> int:
-        """How many groups the law lets be INFLIGHT, READY or TAKEN now.
-
-        Admission counts all groups of the run; those that are TRAINED will stay so.
-        """
-        if self.stats is None:
-            return 0
-        return max(1, self.stats.capacity_groups - self.stats.counts.get("TRAINED", 0))
+    def waits(self) -> list[str]:
+        """Who holds the run up, in the buffer's words; empty when all goes its usual way."""
+        return [line for line in self.stats.waits if _holds_up(line)] if self.stats else []
 
     @property
     def violations(self) -> int:
@@ -98,6 +108,20 @@ class Progress:
 
 def _proof(row: Row, key: str) -> int:
     return int(row.get("proof", {}).get(key, 0))
+
+
+def _holds_up(line: str) -> bool:
+    """Whether a wait means something: the learner's batch, or what is past its deadline.
+
+    The other requests are long polls, which end at their deadline and are asked again.
+    """
+    wait = _WAIT.fullmatch(line)
+    if wait is None:  # another thing that the buffer says
+        return True
+    waited_s, deadline_s = float(wait["waited"]), float(wait["deadline"])
+    if wait["what"].split()[0] in LONG_POLLS:
+        return waited_s > deadline_s + POLL_SLACK_S
+    return waited_s > PATIENCE_S
 
 
 def sparkline(values: Sequence[float], width: int = 32) -> str:

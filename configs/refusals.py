@@ -1,9 +1,9 @@
 """What pydantic refused, said so that a person can mend it: key, place, reason, remedy."""
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from ..rollout.suggest import did_you_mean
 from . import toml
 from .schema import all_keys, all_sections
 
@@ -69,15 +69,9 @@ def _hint(path: str) -> str:
     siblings = list(sections[section].model_fields)
     if name in EXPLAINED:
         return f"; {EXPLAINED[name]}"
-    if close := suggestion(name, siblings):
+    if close := did_you_mean(name, siblings):
         return close
     elsewhere = [key.path for key in all_keys() if key.path.rpartition(".")[2] == name]
     if elsewhere:
         return f"; did you mean {' or '.join(elsewhere)}?"
     return f"; [{section}] has {', '.join(siblings)}" if section else ""
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """`; did you mean ...?` when something known is close, else nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""

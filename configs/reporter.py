@@ -26,6 +26,7 @@ class Reporter:
             name=launch.run_dir.name,
             total_steps=experiment.learner.steps,
             bound=-int(-experiment.buffer.max_staleness_steps // 1),
+            capacity_groups=experiment.capacity_groups,
             started_s=launch.run.branches[-1].started_s,
         )
         self.observer: Observer | None = None

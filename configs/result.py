@@ -10,16 +10,18 @@ import msgspec
 
 from .feed import Row, latest_by_step, read_rows
 
-Verdict = Literal["rose", "fell", "did not change measurably"]
+Verdict = Literal["rose", "fell", "did not change measurably", "not comparable"]
 
 
 class Evaluated(msgspec.Struct, kw_only=True, frozen=True):
     """One evaluation on held-out prompts."""
 
     step: int
-    mean: float
-    ci95_low: float
-    ci95_high: float
+    mean: float | None
+    """None when no sample could be scored."""
+    ci95_low: float | None
+    """None, as the other end, when there are too few prompts for an interval."""
+    ci95_high: float | None
     prompts: int
 
 
@@ -81,7 +83,7 @@ class RunResult:
     seed: int
     status: str
     exit_code: int
-    """0 finished, 1 failed, 130 interrupted."""
+    """0 finished, 1 failed (2: for what the user asked), 130 interrupted."""
     result: Result
 
     @property
@@ -126,7 +128,7 @@ def summarise(
         planned_steps=planned_steps,
         reward_first=first,
         reward_final=final,
-        reward_rise=final.mean - first.mean if first and final else None,
+        reward_rise=_rise(first, final),
         staleness_violations=_total(lines, "violations"),
         orphaned_tokens=_total(lines, "orphaned_tokens"),
         max_lag=max((_proof(row).get("max_lag", 0) for row in rows), default=0),
@@ -147,13 +149,26 @@ def summarise(
 def verdict(first: Evaluated, final: Evaluated) -> Verdict:
     """Whether the difference of two evaluations lies beyond its 95% interval.
 
-    The two are taken as independent; on the same prompts that is the cautious side.
+    The two are taken as independent; on the same prompts that is the cautious side. Without both
+    intervals there is nothing to compare.
     """
-    halves = [(each.ci95_high - each.ci95_low) / 2 for each in (first, final)]
-    difference = final.mean - first.mean
+    halves = [
+        (each.ci95_high - each.ci95_low) / 2
+        for each in (first, final)
+        if each.ci95_low is not None and each.ci95_high is not None
+    ]
+    difference = _rise(first, final)
+    if difference is None or len(halves) < 2:
+        return "not comparable"
     if abs(difference) <= hypot(*halves):
         return "did not change measurably"
     return "rose" if difference > 0 else "fell"
+
+
+def _rise(first: Evaluated | None, final: Evaluated | None) -> float | None:
+    if first is None or final is None or first.mean is None or final.mean is None:
+        return None
+    return final.mean - first.mean
 
 
 def _evaluations(rows: list[Row]) -> tuple[Evaluated | None, Evaluated | None]:

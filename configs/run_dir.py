@@ -181,10 +181,19 @@ def read_experiment(run_dir: Path) -> Experiment:
 
 
 def write_run(run_dir: Path, run: RunFile) -> None:
-    """Replace the run's description atomically: readers see the old one or the new one."""
+    """Replace the run's description atomically and durably: the old one or the new one is there,
+    for readers and after a power cut."""
     new = run_dir / "run.json.new"
-    new.write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=2) + b"\n")
+    with new.open("wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(run), indent=2) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
     new.replace(run_dir / "run.json")
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def update_run(run_dir: Path, **changes: Any) -> RunFile:

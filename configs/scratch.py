@@ -10,14 +10,12 @@ from pathlib import Path
 
 from ..buffer.errors import ConfigError
 from .claim import process_start_time
+from .sizes import MAILBOX_VERSIONS
 
 TMPFS = Path("/dev/shm")
 
 MAX_SOCKET_PATH = 100
 """A Unix socket's path may have 107 bytes; a few are kept for the socket's name."""
-
-VERSIONS_HELD = 3
-"""Versions on tmpfs at once: the newest two and the one being written."""
 
 SPARE_BYTES = 256 * 2**20
 """Left free on tmpfs, because filling it takes memory away from everybody."""
@@ -43,7 +41,7 @@ def scratch(run_dir: Path, run_id: str, bytes_per_version: int) -> Iterator[Scra
     """
     sweep(TMPFS, Path(tempfile.gettempdir()))
     socket_dir = _socket_dir()
-    weights_dir = _weights_dir(run_dir, run_id, VERSIONS_HELD * bytes_per_version)
+    weights_dir = _weights_dir(run_dir, run_id, MAILBOX_VERSIONS * bytes_per_version)
     try:
         yield Scratch(endpoint=f"ipc://{socket_dir}/buffer", weights_dir=weights_dir)
     finally:

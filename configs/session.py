@@ -19,9 +19,9 @@ from .run_dir import end_branch, read_run
 from .scratch import Scratch, scratch
 from .sizes import DTYPE_BYTES, model_size
 from .specs import Launch, process_plans
-from .supervisor import POLL_S, Deadlines, Outcome, StopRequests, Supervisor
+from .supervisor import POLL_S, Deadlines, Outcome, StopRequests, Supervisor, failure_of
 
-EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
+EXIT_CODES = {"finished": 0, "interrupted": 130}
 
 UNKNOWN_MODEL_BYTES = 2 * 2**30
 """Assumed for a model whose config does not tell its size; decides only tmpfs or disk."""
@@ -61,7 +61,7 @@ def _session(launch: Launch, console: Console, work: Work, *, export: bool) -> R
         run_dir=launch.run_dir,
         seed=launch.experiment.seed,
         status=outcome.status,
-        exit_code=_exit_code(result),
+        exit_code=_exit_code(result, outcome),
         result=result,
     )
     print_closing(done, console, tensorboard=launch.experiment.track.tensorboard)
@@ -85,7 +85,7 @@ def _follow_warm_start(launch: Launch, reporter: Reporter, stop: StopRequests) -
     finally:
         child.kill()
     if child.poll() != 0:
-        return Outcome(status="failed", reason=child.why(), process="learner")
+        return failure_of(child)
     return Outcome(status="finished")
 
 
@@ -156,10 +156,10 @@ def _audit(run_dir: Path) -> Audited | None:
     return Audited(ok=report.ok, line=report.line)
 
 
-def _exit_code(result: Result) -> int:
-    """0 only when what a finished run promises holds as well."""
+def _exit_code(result: Result, outcome: Outcome) -> int:
+    """Of a failed run its process's own; 0 only when what a finished run promises holds as well."""
     broken = (result.export is not None and not result.export.ok) or (
         result.audit is not None and not result.audit.ok
     )
-    code = EXIT_CODES[result.status]
+    code = EXIT_CODES.get(outcome.status, outcome.exit_code)
     return 1 if code == 0 and (broken or result.staleness_violations) else code

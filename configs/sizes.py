@@ -13,8 +13,9 @@ from .schema import Experiment
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 PROCESS_BYTES = 350 * 2**20
 """Resident size of a process that has imported torch and transformers and run a tiny model."""
-MAILBOX_VERSIONS = 2
-"""The mailbox keeps the two newest versions (and any that an evaluation holds)."""
+MAILBOX_VERSIONS = 5
+"""At most at once: the newest two, one an evaluation holds, one being written, and one that was
+deleted but is still mapped by an engine."""
 
 SMOLLM2_CONFIG = {
     "vocab_size": 49152,
@@ -109,7 +110,11 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> list[Cost]:
     reference = weights if experiment.learner.objective.kl_coefficient else 0
     return [
         Cost("weights", weights, f"{size.num_parameters:,} parameters in {experiment.dtype}", True),
-        Cost("mailbox", MAILBOX_VERSIONS * weights, "two versions, on tmpfs when they fit"),
+        Cost(
+            "mailbox", MAILBOX_VERSIONS * weights,
+            f"at most {MAILBOX_VERSIONS} versions (newest two, one evaluated, one being written, "
+            "one still mapped), on tmpfs when they fit",
+        ),
         Cost(
             "KV cache of a worker", cache,
             f"at most, answers only: {rows} rows x {new_tokens} tokens; prompts come on top", True,

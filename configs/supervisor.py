@@ -28,8 +28,6 @@ Status = Literal["finished", "failed", "interrupted"]
 class Deadlines:
     """How long each way of ending may take, in seconds."""
 
-    final_evaluation_s: float = 900.0
-    """From the learner's end to the feeder's."""
     learner_save_s: float = 90.0
     """Ctrl-C: the learner ends its step and saves; a step of a real model takes a while."""
     learner_crash_s: float = 20.0
@@ -46,6 +44,15 @@ class Outcome:
     reason: str = ""
     process: str = ""
     """Which one ended the run, when it failed."""
+    exit_code: int = 1
+    """Of a failed run: what its process recorded; a `ConfigError` is a 2 wherever it shows."""
+
+
+def failure_of(child: Child) -> Outcome:
+    """The end of a run whose child ended badly."""
+    error = child.error()
+    code = 1 if error is None else error.exit_code
+    return Outcome(status="failed", reason=child.why(), process=child.name, exit_code=code)
 
 
 class StopRequests:
@@ -132,34 +139,26 @@ class Supervisor:
     def _follow(self) -> None:
         """The happy path; anything else raises `_Ended`."""
         self._wait_for("learner", phase="training", deadline_s=None)
-        self._wait_for("feeder", phase="final evaluation", deadline_s=self._final_deadline_s)
+        # However long it takes: the feeder itself gives up an evaluation that makes no progress.
+        self._wait_for("feeder", phase="final evaluation", deadline_s=None)
         self._closing = True
         self._close_run("finished")
         for name in self._workers:
-            self._wait_for(name, phase="closing", deadline_s=self._deadlines.end_s, must=False)
+            self._wait_for(name, phase="closing", deadline_s=self._deadlines.end_s)
         self._children["buffer"].terminate()
-        self._wait_for("buffer", phase="closing", deadline_s=self._deadlines.end_s, must=False)
-
-    @property
-    def _final_deadline_s(self) -> float:
-        return self._deadlines.final_evaluation_s
+        self._wait_for("buffer", phase="closing", deadline_s=self._deadlines.end_s)
 
     @property
     def _workers(self) -> list[str]:
         return [name for name in self._children if name.startswith("worker")]
 
-    def _wait_for(
-        self, name: str, *, phase: str, deadline_s: float | None, must: bool = True
-    ) -> None:
-        """Until this child ended well; past the deadline the run fails if it `must` end itself."""
+    def _wait_for(self, name: str, *, phase: str, deadline_s: float | None) -> None:
+        """Until this child ended well, or for so long; `run` kills what is left then."""
         end = None if deadline_s is None else time.monotonic() + deadline_s
         while self._children[name].poll() is None:
             self._tick(phase)
             self._check()
             if end is not None and time.monotonic() > end:
-                if must:
-                    reason = f"did not end within {deadline_s:.0f} s ({phase})"
-                    raise _Ended(Outcome(status="failed", reason=reason, process=name))
                 return
             time.sleep(POLL_S)
         self._check()
@@ -171,7 +170,7 @@ class Supervisor:
         ended = [child for child in self._children.values() if self._ended_badly(child)]
         if ended:
             cause = min(ended, key=_blame)
-            raise _Ended(Outcome(status="failed", reason=cause.why(), process=cause.name))
+            raise _Ended(failure_of(cause))
 
     def _ended_badly(self, child: Child) -> bool:
         code = child.poll()

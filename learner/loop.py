@@ -30,7 +30,6 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from ..buffer import waits
 from ..buffer.client import BufferClient
 from ..buffer.errors import PeerLost, Refused, TrainingFailed
 from ..buffer.messages import Batch, NotYet
@@ -138,9 +137,7 @@ class LearnerLoop:
         deadline = time.monotonic() + self.spec.take_deadline_s
         waiting_on = "the buffer service"
         while (left_s := deadline - time.monotonic()) > 0:
-            what = f"the batch of step {step}: {waiting_on}"
-            async with waits.waiting("learner", what, left_s):
-                reply = await self.client.take(step, wait_s=min(POLL_S, left_s))
+            reply = await self.client.take(step, wait_s=min(POLL_S, left_s))
             if isinstance(reply, Batch):
                 return reply
             if reply.closing:
@@ -200,8 +197,17 @@ class LearnerLoop:
         now_s = time.monotonic()
         seconds, self._step_began_s = now_s - self._step_began_s, now_s
         proof = msgspec.structs.replace(
-            result.proof, dropped=batch.proof.dropped, length_bias=batch.proof.length_bias
+            result.proof,
+            dropped=batch.proof.dropped,
+            length_bias=batch.proof.length_bias,
+            finished_samples=batch.proof.finished_samples,
+            finished_reward_mean=batch.proof.finished_reward_mean,
         )
+        # Of all samples finished since the last batch: that of the batch alone leaves out the
+        # groups dropped as all right or all wrong. None have when it was READY before that.
+        reward_mean = proof.finished_reward_mean
+        if reward_mean is None:
+            reward_mean = result.metrics["reward_trained_mean"]
         self._last_row = {
             "step": batch.step,
             "version": str(self.trainer.held),
@@ -211,6 +217,7 @@ class LearnerLoop:
             "seconds": seconds,
             "wait_seconds": wait_s,
             "tokens_per_s": result.metrics["tokens_trained"] / seconds,
+            "reward_mean": reward_mean,
             **result.metrics,
             "proof": {
                 **msgspec.to_builtins(proof),

@@ -60,7 +60,7 @@ def step_metrics(sums: Sums, groups: Sequence[TrajectoryGroup], num_updates: int
     metrics: dict[str, Any] = {
         "loss": sums.loss / num_updates,
         "updates": num_updates,
-        "reward_mean": float(rewards.mean()),
+        "reward_trained_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
         "entropy": sums.mean("entropy"),
         "ratio_mean": sums.mean("ratio"),

@@ -1,4 +1,4 @@
-"""Writes worked answers to the run's own training prompts, for a supervised warm start."""
+"""Writes the examples of a warm start: worked answers to training prompts, or the user's own."""
 
 import json
 import re
@@ -10,6 +10,7 @@ import xxhash
 
 from ..buffer.errors import ConfigError
 from ..buffer.records import Prompt
+from .chats import convert_chats
 from .config import PromptsConfig
 from .imports import import_object, where_raised
 from .prompts import PromptSource
@@ -28,23 +29,29 @@ class WarmStart(Protocol):
     """What we read of `[sft]`, which belongs to the learner."""
 
     @property
+    def data(self) -> str: ...
+    @property
     def demonstration(self) -> str: ...
     @property
     def examples(self) -> int: ...
 
 
 def write_sft_file(prompts: PromptsConfig, sft: WarmStart, seed: int, path: Path) -> int:
-    """Write one chat a line, {"messages": [...]}: a training prompt and its demonstration.
+    """Write one chat a line, {"messages": [...]}: those of the file that `sft.data` names, else
+    training prompts and their demonstrations.
 
-    They are taken from the end of the first epoch backwards (and around again when there are more
-    examples than items), so that the run, which starts at its beginning, meets other prompts first.
-    Held-out prompts are never among them: see `PromptSource`.
+    The prompts are taken from the end of the first epoch backwards (and around again when there are
+    more examples than items), so that the run, which starts at its beginning, meets other prompts
+    first. Held-out prompts are never among them: see `PromptSource`.
 
     Returns:
         The number of lines.
     Raises:
-        ConfigError: the prompts cannot be opened, or the demonstrator is unknown or fails.
+        ConfigError: the file or the prompts cannot be read, or the demonstrator is unknown or
+            fails.
     """
+    if sft.data != "demonstrations":
+        return convert_chats(Path(sft.data), prompts, path)
     demonstrate = load_demonstrator(sft.demonstration)
     source = PromptSource(prompts, seed)
     with path.open("w") as file:

@@ -74,9 +74,7 @@ class Engine(Protocol):
         """The version the next token will be written by; None until the first load is done."""
         ...
 
-    def generate(
-        self, requests: Sequence[GenerationRequest]
-    ) -> AsyncIterator[GenerationOutput]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[GenerationOutput]:
         """Yield each sample when it is finished, in any order."""
         ...
 

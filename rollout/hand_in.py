@@ -18,6 +18,10 @@ RELEASE_DEADLINE_S = 5.0
 MAX_ERRORS_IN_A_ROW = 64
 """So many impossible samples without a possible one: it is not the samples."""
 
+MAX_SCORING_ATTEMPTS = 3
+"""A sample whose reward process was lost is issued again; after so many attempts it is handed in
+without a reward, so that what takes the process down every time cannot go round for ever."""
+
 
 class HandIn:
     """Knows which leased samples are not handed in yet. Trace:
@@ -70,6 +74,9 @@ class HandIn:
         self._errors_in_a_row = 0
         score = await self._rewards.score(completion_of(output), claim.ticket.prompt)
         self._rewards.raise_if_failing()
+        if score.status == "infrastructure_failed" and claim.attempt + 1 < MAX_SCORING_ATTEMPTS:
+            await self._release(claim, [index], "expired", score.reason)
+            return
         trajectory = trajectory_of(
             claim,
             index,

@@ -99,7 +99,7 @@ class PromptSource:
             uid=uid,
             source_id=item.source_id,
             task=self._items.task,
-            messages=_messages(self._config, item.question),
+            messages=worded(self._config, item.question),
             payload=item.payload,
             epoch=epoch,
             seed=item.seed,
@@ -117,7 +117,7 @@ def _open(config: PromptsConfig, seed: int) -> Items:
     return DatasetItems(config)
 
 
-def _messages(config: PromptsConfig, question: str | tuple[Message, ...]) -> tuple[Message, ...]:
+def worded(config: PromptsConfig, question: str | tuple[Message, ...]) -> tuple[Message, ...]:
     """The chat the policy sees: a chat from the data is only given the system message."""
     if isinstance(question, str):
         content = config.template.replace("{prompt}", question)

@@ -7,14 +7,13 @@ import xxhash
 
 from ..buffer.errors import ConfigError
 from ..buffer.records import Message
+from .chats import ROLES
 from .config import PromptsConfig
 from .plain import plain
 from .prompts import Item, normalised_text
 from .readers import read_rows
 from .rewards.trl import CHAT_KEY
 from .suggest import did_you_mean
-
-ROLES = ("system", "user", "assistant", "tool")
 
 
 class DatasetItems:

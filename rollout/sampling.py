@@ -16,7 +16,6 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..buffer.records import SamplingParams
 from .config import RatioLaw
 
 _NARROW = 512
@@ -69,16 +68,6 @@ class RowLaws:
     """[B] float64."""
     min_p_B: np.ndarray
     """[B] float64."""
-
-    @classmethod
-    def of(cls, params: Sequence[SamplingParams]) -> "RowLaws":
-        """Stack the parameters of each row."""
-        return cls(
-            temperature_B=np.array([p.temperature for p in params], dtype=np.float64),
-            top_k_B=np.array([p.top_k for p in params], dtype=np.int64),
-            top_p_B=np.array([p.top_p for p in params], dtype=np.float64),
-            min_p_B=np.array([p.min_p for p in params], dtype=np.float64),
-        )
 
     def __getitem__(self, rows: np.ndarray) -> "RowLaws":
         """The laws of some rows."""

@@ -85,10 +85,11 @@ class RewardPool:
         Returns:
             A score whose status is `reward_failed`, with the reason, when the reward raised,
             returned something else than a finite number, took too long or took its process down;
-            `infrastructure_failed` when the pool was closed meanwhile.
+            `infrastructure_failed` when the pool was closed, or a lost child could not be replaced,
+            meanwhile.
         Raises:
             ConfigError: the reward could not be loaded at all.
-            PeerLost: a child that was lost could not be replaced.
+            PeerLost: a child that was lost before could not be replaced.
         """
         if self._closed:
             return _CLOSED
@@ -132,7 +133,7 @@ class RewardPool:
         self._closed = True
         for task in (*self._replacing, *filter(None, [self._starting])):
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, ConfigError):
+            with contextlib.suppress(asyncio.CancelledError, ConfigError, OSError):
                 await task
         await asyncio.gather(*(child.stop() for child in list(self._children)))
         self._drain()
@@ -175,7 +176,7 @@ class RewardPool:
         for attempt in range(1, MAX_STARTS + 1):
             try:
                 return await self._start_one()
-            except ConfigError as error:
+            except (ConfigError, OSError) as error:  # OSError: no process or memory to be had
                 if attempt == MAX_STARTS:
                     self._broken = PeerLost(f"the reward process cannot be restarted: {error}")
         self._drain()
@@ -184,10 +185,8 @@ class RewardPool:
         """Answer every job that no child will take any more."""
         while self._jobs:
             job = self._jobs.popleft()
-            if self._broken is None:
-                job.resolve(_CLOSED)
-            elif not job.future.done():
-                job.future.set_exception(self._broken)
+            broken = self._broken
+            job.resolve(failed(str(broken), "infrastructure_failed") if broken else _CLOSED)
 
     def _note(self, score: Score) -> None:
         self._failed.append(score.status == "reward_failed")

@@ -175,7 +175,9 @@ def draw(runs: dict[int, Path], lines: list[dict[str, Any]], path: Path) -> None
             [row["ci95_high"] - row["reward_mean"] for row in rows],
         )
         style = {"color": f"C{number}", "capsize": 3, "marker": "o"}
-        axes.errorbar([row["step"] for row in rows], mean, yerr=errors, label=f"seed {seed}", **style)
+        axes.errorbar(
+            [row["step"] for row in rows], mean, yerr=errors, label=f"seed {seed}", **style
+        )
         axes.axhline(line["peer"], color=f"C{number}", linestyle="--", linewidth=1)
     axes.set(xlabel="learner step", ylabel="held-out reward", ylim=(0, 1))
     axes.set_title("quickstart; dashed: further SFT for the same wall time", fontsize=10)
@@ -186,7 +188,7 @@ def draw(runs: dict[int, Path], lines: list[dict[str, Any]], path: Path) -> None
 
 def main() -> None:
     """Run all seeds, one after another."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", default="0,1,2", type=numbers)
     parser.add_argument("--work", type=Path, default=new_work_folder("quickstart"))
     parser.add_argument("--override", action="append", default=[], help="such as learner.steps=5")

@@ -92,7 +92,8 @@ def ratio_of_medians(
     """median(above) / median(below), with the percentile bootstrap's 95% interval.
 
     Args:
-        above, below: one number per run; position i of both is the same seed, and such pairs are
+        above: one number per run.
+        below: the same of the other side; position i of both is the same seed, and such pairs are
             resampled together.
         resamples: of the bootstrap.
         seed: of the bootstrap.

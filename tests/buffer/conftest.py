@@ -30,7 +30,6 @@ def make_spec(tmp_path: Path) -> Iterator[SpecMaker]:
                 "endpoint": f"ipc://{socket_dir}/buffer",
                 "config": BufferConfig(**(config or {})),
                 "prompts_per_step": 2,
-                "samples_per_prompt": 2,
                 "branch": 0,
             }
             return ServiceSpec(**{**values, **changes})

@@ -1,5 +1,7 @@
 """The wire format: what goes in comes out, and nothing else gets in."""
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
@@ -151,7 +153,8 @@ def test_arrays_that_are_not_contiguous_are_sent_in_order() -> None:
 
 
 def test_numpy_scalars_arrive_as_numbers() -> None:
-    heartbeat = Heartbeat(worker="w", serving=None, stats={"a": np.float32(0.5), "b": np.int64(3)})
+    stats: dict[str, Any] = {"a": np.float32(0.5), "b": np.int64(3)}
+    heartbeat = Heartbeat(worker="w", serving=None, stats=stats)
     assert codec.decode(codec.encode(heartbeat), Request).stats == {"a": 0.5, "b": 3}
 
 

@@ -13,7 +13,7 @@ from slipstream.buffer import journal as journal_module
 from slipstream.buffer.client import BufferClient
 from slipstream.buffer.coordinator import Coordinator
 from slipstream.buffer.errors import CorruptData
-from slipstream.buffer.events import Dropped, Put
+from slipstream.buffer.events import Dropped, Put, Taken
 from slipstream.buffer.journal import Journal
 from slipstream.buffer.messages import (
     Batch,
@@ -27,6 +27,8 @@ from slipstream.buffer.messages import (
     TakeGroups,
 )
 from slipstream.buffer.records import Ticket, Trajectory
+from slipstream.buffer.service import BufferService
+from slipstream.buffer.state import Lengths
 
 from .conftest import SpecMaker, service_process
 from .make import manifest, ticket, trajectory, version
@@ -195,8 +197,11 @@ def test_a_resume_undoes_what_followed_the_checkpoint(make_spec: SpecMaker) -> N
     batch = ask(resumed, TakeGroups(step=2, request_id="a", wait_s=0))
     assert isinstance(batch, Batch)
     assert [group.prompt.uid for group in batch.groups] == [2, 3]
+    assert (batch.proof.finished_samples, batch.proof.finished_reward_mean) == (4, 0.5)
     ask(resumed, PublishVersion(manifest=manifest(2, branch=1)))
     assert run_step(resumed, 3, branch=1) == [4, 5]
+    state = resumed.replay.state
+    assert state.trained == state.finished == Lengths(12, 36), "redone steps count once"
     resumed.close()
 
 
@@ -217,12 +222,102 @@ def test_a_drop_is_undone_with_its_step_and_made_again(make_spec: SpecMaker) -> 
     assert isinstance(batch, Batch)
     assert [group.prompt.uid for group in batch.groups] == [1, 2]
     assert batch.proof.dropped == {"no_signal": 2}
+    # The batch alone would say 1/2; the dropped group, all right, belongs to the mean.
+    assert (batch.proof.finished_samples, batch.proof.finished_reward_mean) == (6, 4 / 6)
+    assert coordinator.replay.state.rewards_since == {}
     coordinator.close()
     resumed = Coordinator(make_spec(branch=1, resume_from=(0, 0)), 0.0)
     assert [g.state for g in resumed.replay.state.groups.values()] == ["DROPPED", "READY", "READY"]
+    assert resumed.replay.state.dropped == {"no_signal": 2}, "undone, and then made again"
+    assert resumed.replay.state.dropped_since == {"no_signal": 2}
+    assert sum(resumed.replay.state.rewards_since.values()) == 4.0
     drops = [event for event in resumed.journal.events() if isinstance(event, Dropped)]
     assert [(drop.uid, drop.step) for drop in drops] == [(0, 1), (0, 1)]
     resumed.close()
+
+
+def test_a_failed_commit_leaves_nothing_behind(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    put = Put(uid=0, num_samples=2, ticket=journal.append(ticket(0)))
+    journal.commit([put])
+    journal.sequence = -1  # the second row will not be unique
+    with pytest.raises(sqlite3.IntegrityError):
+        journal.commit([put, put])
+    journal.sequence = 1
+    assert journal.commit([put]) == 2
+    assert len(journal.events()) == 2
+    journal.close()
+
+
+def test_half_a_step_is_never_durable(
+    make_spec: SpecMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of ours between `Taken` and `StepTaken` ends the service; the step never was."""
+    service = BufferService(make_spec())
+    ask(service.coordinator, PublishVersion(manifest=manifest(0)))
+    run_step(service.coordinator, 1)
+
+    async def broken(_: object) -> None:
+        service.coordinator.replay._emit(Taken(uid=0, step=2, decisions=()))
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(service, "_turn", broken)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        asyncio.run(service.serve())
+    again = Coordinator(make_spec(), 0.0)
+    assert again.replay.state.taken == {1: [0, 1]}
+    again.close()
+
+
+def spoil(coordinator: Coordinator, uid: int) -> None:
+    """Change the first byte of a ticket on disk, behind the service's back."""
+    ref = coordinator.replay.state.groups[uid].ticket
+    path = coordinator.journal.segments.folder / f"{ref.segment:06d}.seg"
+    with path.open("r+b") as file:
+        file.seek(ref.offset)
+        file.write(b"!")
+
+
+def test_a_corrupt_ticket_is_quarantined_by_a_restart_on_the_same_branch(
+    make_spec: SpecMaker,
+) -> None:
+    coordinator = Coordinator(make_spec(), 0.0)
+    ask(coordinator, PublishVersion(manifest=manifest(0)))
+    ask(coordinator, PutPrompts(tickets=(ticket(0), ticket(1))))
+    spoil(coordinator, 0)
+    coordinator.close()
+    again = Coordinator(make_spec(), 0.0)
+    request = ClaimSamples(worker="w", serving=version(0), max_samples=4, request_id="a")
+    claims = ask(again, request)
+    assert isinstance(claims, Claims)
+    assert [claim.ticket.prompt.uid for claim in claims.claims] == [1]
+    group = again.replay.state.groups[0]
+    assert (group.state, group.drop_reason) == ("DROPPED", "quarantined")
+    again.close()
+
+
+def test_a_taken_group_that_became_unreadable_stays_taken(make_spec: SpecMaker) -> None:
+    coordinator = Coordinator(make_spec(), 0.0)
+    ask(coordinator, PublishVersion(manifest=manifest(0)))
+    run_step(coordinator, 1)
+    spoil(coordinator, 0)
+    with pytest.raises(CorruptData, match="uid 0 was TAKEN by step 1 and is unreadable now"):
+        ask(coordinator, TakeGroups(step=1, request_id="a", wait_s=0))
+    assert coordinator.replay.state.groups[0].state == "TAKEN"
+    coordinator.close()
+
+
+def test_without_drops_at_bound_0_the_finished_samples_are_the_batch(make_spec: SpecMaker) -> None:
+    coordinator = Coordinator(make_spec({"max_staleness_steps": 0, "drop_no_signal": False}), 0.0)
+    ask(coordinator, PublishVersion(manifest=manifest(0)))
+    for step in (1, 2, 3):
+        run_step(coordinator, step)
+        batch = ask(coordinator, TakeGroups(step=step, request_id="a", wait_s=0))
+        assert isinstance(batch, Batch)
+        rewards = [s.trajectory.score.value for g in batch.groups for s in g.samples]
+        assert batch.proof.finished_samples == len(rewards) == 4
+        assert batch.proof.finished_reward_mean == sum(r or 0.0 for r in rewards) / 4
+    coordinator.close()
 
 
 def test_a_row_that_is_no_event_is_named(make_spec: SpecMaker, tmp_path: Path) -> None:

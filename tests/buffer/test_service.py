@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import time
 
@@ -10,7 +11,8 @@ import msgspec
 import pytest
 import zmq
 import zmq.asyncio
-from slipstream.buffer import codec, waits
+from slipstream.buffer import client as client_module
+from slipstream.buffer import codec
 from slipstream.buffer.client import BufferClient
 from slipstream.buffer.coordinator import Coordinator
 from slipstream.buffer.errors import CorruptData, PeerLost, Refused
@@ -20,10 +22,12 @@ from slipstream.buffer.messages import (
     Claims,
     ClaimSamples,
     EvaluationResults,
+    FinishEvaluation,
     GetStats,
     Hello,
     NotYet,
     PublishVersion,
+    PutEvaluation,
     PutPrompts,
     RefusedReply,
     Reply,
@@ -81,12 +85,10 @@ async def test_a_waiting_claim_is_answered_when_something_changes(make_spec: Spe
         assert not version_.done()
         words = (await client.stats()).waits
         assert any("worker-0 waits" in line and "ClaimSamples" in line for line in words)
-        assert any("to answer ClaimSamples" in line for line in waits.describe())
         await client.put_prompts([ticket(0)])
         assert len((await asyncio.wait_for(claim, 5)).claims) == 1
         await client.publish(manifest(1))
         assert (await asyncio.wait_for(version_, 5)).manifest == manifest(1)
-    assert waits.describe() == []
 
 
 async def test_a_wait_ends_in_time_and_says_on_whom(make_spec: SpecMaker) -> None:
@@ -208,6 +210,65 @@ async def test_evaluations_are_pinned_collected_and_outside_the_states(
         assert (await there.stats()).counts == {}
         with pytest.raises(Refused, match=r"0\.1 is not held"):
             await there.put_evaluation(**{**job, "job_id": "late", "version": version(1)})
+
+
+async def test_a_repeated_claim_gets_the_same_evaluations_and_no_more(
+    make_spec: SpecMaker,
+) -> None:
+    coordinator = Coordinator(make_spec(), 0.0)
+
+    def claim(request_id: str, max_samples: int = 0) -> Claims:
+        request = ClaimSamples(
+            worker="w", serving=version(0), max_samples=max_samples, request_id=request_id
+        )
+        reply = coordinator.answer(request, 0.0, final=False)
+        assert isinstance(reply, Claims)
+        return reply
+
+    coordinator.answer(PublishVersion(manifest=manifest(0)), 0.0, final=True)
+    many = PutEvaluation(
+        job_id="first",
+        version=version(0),
+        prompts=tuple(prompt((1 << 40) + i) for i in range(100)),
+        samples_per_prompt=1,
+        sampling=SamplingParams(),
+    )
+    coordinator.answer(many, 0.0, final=True)
+    first = claim("a")
+    assert len(first.evaluations) == 64
+    assert claim("a") == first
+    for granted in first.evaluations:
+        finished = FinishEvaluation(
+            job_id="first", uid=granted.prompt.uid, index=0, text="", score=Score(value=1.0),
+            num_tokens=1,
+        )  # fmt: skip
+        coordinator.answer(finished, 0.0, final=True)
+    second = claim("b", 4)
+    assert len(second.evaluations) == 36
+    coordinator.answer(PutPrompts(tickets=(ticket(0),)), 0.0, final=True)
+    assert claim("b", 4) == second, "nor training samples that the first answer did not hold"
+    training = claim("c", 1)
+    assert (len(training.claims), training.evaluations) == (1, ())
+    coordinator.evaluations.expire_worker("w")
+    assert claim("c", 1) == training
+    coordinator.close()
+
+
+async def test_stats_say_what_the_learner_waits_for_and_since_when(make_spec: SpecMaker) -> None:
+    async with running(make_spec(), "learner") as client:
+        await client.publish(manifest(0))
+        for _ in range(2):
+            await client.take(1, wait_s=0.2)
+        (line,) = (await client.stats()).waits
+        found = re.fullmatch(
+            r"learner waits (.*) s of 600 s for the batch of step 1: 0 of 2 groups READY; .*", line
+        )
+        assert found, line
+        assert float(found[1]) >= 0.4, "over all requests of the step"
+
+
+def test_repeats_come_later_than_usual_answers() -> None:
+    assert client_module.RESEND_S >= 3 * 2.0, "the worker's POLL_S"
 
 
 async def test_closing_ends_every_wait_and_then_the_service(make_spec: SpecMaker) -> None:

@@ -37,11 +37,16 @@ class Scene:
         return [lease.uid for _, lease in granted]
 
     def finish(
-        self, uid: int, index: int, steps: tuple[int, ...], status: ScoreStatus = "scored"
+        self,
+        uid: int,
+        index: int,
+        steps: tuple[int, ...],
+        status: ScoreStatus = "scored",
+        value: float | None = None,
     ) -> None:
         """Hand in one sample, its tokens written by these versions."""
         lease_id, attempt = self.leases[uid, index]
-        sample = trajectory(uid, index, steps, attempt=attempt, status=status)
+        sample = trajectory(uid, index, steps, attempt=attempt, status=status, value=value)
         self.replay.finish(sample, lease_id, lambda: NOWHERE, 0.0)
 
     def step(self, step: int, now: float = 0.0) -> list[int]:
@@ -194,3 +199,20 @@ def test_only_the_step_after_the_newest_version_is_taken(step: int) -> None:
 def test_only_the_version_after_the_newest_is_published(name: tuple[int, int]) -> None:
     with pytest.raises(Refused, match=r"expected 0\.1"):
         Scene().replay.publish(manifest(name[1], name[0]))
+
+
+def test_a_wait_for_a_signal_says_what_was_dropped_and_why() -> None:
+    scene = Scene()
+    for _ in range(2):
+        uid = scene.open(serving=0)[0]
+        for index in (0, 1):
+            scene.finish(uid, index, (0,), value=1.0)
+    assert scene.replay.plan_take(1, 0.0) == (
+        "0 of 1 groups READY; no prompts WAITING: the feeder has to put some; "
+        "4 dropped since the last step: no_signal"
+    )
+    scene.open(serving=0)
+    scene.replay.expire_worker("worker-0")
+    words = scene.replay.plan_take(1, 0.0)
+    assert isinstance(words, str)
+    assert words.endswith("; 6 dropped since the last step: 4 no_signal, 2 expired")

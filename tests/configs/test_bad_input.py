@@ -10,9 +10,9 @@ from slipstream.configs.load import load_experiment, load_table
 
 REFUSED = [
     # what is given -> what the message must name
-    (["learner.objective.clip_hgih=1"], ["clip_hgih (command line)", "did you mean clip_high?"]),
-    (["learner.stepz=1"], ["learner.stepz", "did you mean steps?"]),
-    (["lerner.steps=1"], ["unknown key lerner", "did you mean learner?"]),
+    (["learner.objective.clip_hgih=1"], ["clip_hgih (command line)", "did you mean 'clip_high'?"]),
+    (["learner.stepz=1"], ["learner.stepz", "did you mean 'steps'?"]),
+    (["lerner.steps=1"], ["unknown key lerner", "did you mean 'learner'?"]),
     (["rollout.temperature=1"], ["did you mean rollout.sampling.temperature"]),
     (["learner.ratio_law=kept_set"], ["both sides of a ratio use one law", "rollout.ratio_law"]),
     (["learner.steps=many"], ['learner.steps (command line) is "many"', "a whole number"]),
@@ -91,7 +91,7 @@ def test_an_unknown_key_is_found_in_its_file_and_line(tmp_path: Path):
         ("torn.toml", "[learner\nsteps = 5\n", "torn.toml is not valid TOML: .*line 1"),
         ("twice.toml", "seed = 1\nseed = 2\n", "not valid TOML"),
         ("ring.toml", 'extends = "ring.toml"\n', "circle: ring.toml -> ring.toml"),
-        ("orphan.toml", 'extends = "quickstrat"\n', "did you mean quickstart?"),
+        ("orphan.toml", 'extends = "quickstrat"\n', "did you mean 'quickstart'?"),
         ("number.toml", "extends = 3\n", r"extends \(number.toml:1\) must be a name"),
         ("date.toml", "seed = 2020-01-01\n", 'seed .date.toml:1. is "2020-01-01"'),
     ],
@@ -103,7 +103,7 @@ def test_a_broken_file_is_refused(tmp_path: Path, name: str, text: str, words: s
 
 
 def test_a_missing_experiment_says_what_there_is():
-    with pytest.raises(ConfigError, match=r"did you mean quickstart.*smollm2"):
+    with pytest.raises(ConfigError, match=r"did you mean 'quickstart'.*smollm2"):
         load_experiment("quikstart")
     with pytest.raises(ConfigError, match="slipstream new"):
         load_experiment("nowhere/mine.toml")

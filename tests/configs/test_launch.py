@@ -3,11 +3,16 @@
 import io
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +23,13 @@ from slipstream.configs.claim import process_start_time, running_supervisor, sup
 from slipstream.configs.closing import print_closing, resume_line
 from slipstream.configs.feed import Event
 from slipstream.configs.load import Loaded, load_experiment, load_table
+from slipstream.configs.models import TINY_DIR
 from slipstream.configs.result import Audited, Exported, RunResult, summarise, verdict
 from slipstream.configs.run_dir import (
     create_run_dir,
     end_branch,
     read_run,
+    write_run,
 )
 from slipstream.configs.specs import Launch, process_plans, user_module_path
 from slipstream.configs.track import check_tracking, make_trackers, scalars
@@ -122,6 +129,30 @@ def test_what_cannot_work_is_refused_before_anything_starts_and_leaves_no_folder
     assert run_folders(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("tokenizer.json", "{", r"has no readable tokenizer"),
+        ("config.json", '{"model_type": "martian"}', "martian"),
+        ("config.json", '{"model_type": "vit"}', "names no causal language model"),
+    ],
+)
+def test_a_model_folder_that_does_not_load_is_refused_before_anything_starts(
+    tmp_path: Path, file: str, text: str, message: str
+) -> None:
+    shutil.copytree(TINY_DIR, tmp_path / "model")
+    (tmp_path / "model" / file).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        launch.run(load(tmp_path, model=str(tmp_path / "model")), console=quiet())
+    assert run_folders(tmp_path) == []
+
+
+def test_a_warm_start_on_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sft\.data = .*nowhere\.jsonl.* cannot be read"):
+        launch.run(load(tmp_path, sft={"data": str(tmp_path / "nowhere.jsonl")}), console=quiet())
+    assert run_folders(tmp_path) == []
+
+
 def test_wandb_is_refused_when_it_is_not_installed(tmp_path: Path) -> None:
     if __import__("importlib.util").util.find_spec("wandb"):
         pytest.skip("wandb is installed")
@@ -139,13 +170,61 @@ def test_a_run_is_supervised_by_one_living_process_at_a_time(tmp_path: Path) -> 
     assert running_supervisor(run_dir) is None
 
 
-def test_a_reused_pid_is_not_taken_for_the_supervisor(tmp_path: Path) -> None:
+def test_a_number_that_a_killed_supervisor_left_is_nobodys(tmp_path: Path) -> None:
     run_dir = create_run_dir(load(tmp_path), None)
-    pid_file = run_dir / "processes" / "supervisor.pid"
-    pid_file.write_text(json.dumps({"pid": os.getpid(), "started": "1"}))
+    (run_dir / "processes" / "supervisor.pid").write_text(f"{os.getpid()}\n")
     assert running_supervisor(run_dir) is None
     with supervising(run_dir):
         assert running_supervisor(run_dir) == os.getpid()
+
+
+def test_of_many_supervisors_at_once_one_owns_the_run(tmp_path: Path) -> None:
+    run_dir = create_run_dir(load(tmp_path), None)
+    inside: list[int] = []
+
+    def try_it(number: int) -> bool:
+        try:
+            with supervising(run_dir):
+                inside.append(number)
+                assert len(inside) == 1
+                time.sleep(0.5)  # longer than a look is waited for
+                inside.remove(number)
+        except ConfigError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(try_it, range(8))) == 1
+    with supervising(run_dir):  # the file stays, the lock does not
+        assert running_supervisor(run_dir) == os.getpid()
+
+
+def test_the_file_of_a_run_is_on_disk_before_it_takes_the_old_ones_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = create_run_dir(load(tmp_path), None)
+    done: list[str] = []
+    replace, fsync = Path.replace, os.fsync
+
+    def noted_fsync(fd: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        fsync(fd)
+
+    def noted_replace(self: Path, target: Path) -> Path:
+        done.append("replace")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    write_run(run_dir, read_run(run_dir))
+    assert done == ["run.json.new", "replace", run_dir.name]
+
+
+def test_tmpfs_is_asked_for_room_for_every_version_that_may_lie_there(tmp_path: Path) -> None:
+    asked = shutil.disk_usage(scratch.TMPFS).free - scratch.SPARE_BYTES
+    just_too_large = asked // 5 + 1  # newest two, evaluated, being written, still mapped
+    with scratch.scratch(tmp_path, "r3", just_too_large) as places:
+        assert places.weights_dir == tmp_path / "weights"
 
 
 @pytest.mark.parametrize("status", ["finished", "running"])
@@ -347,6 +426,33 @@ def test_the_verdict_needs_a_difference_beyond_its_interval(finished: Path) -> N
     assert verdict(first, final) == "rose"
     assert verdict(final, first) == "fell"
     assert verdict(first, first) == "did not change measurably"
+
+
+def test_evaluations_without_intervals_are_not_compared(finished: Path) -> None:
+    row = {"reward_mean": 0.5, "ci95_low": None, "ci95_high": None, "prompts": 1}
+    write_lines(finished / "eval.jsonl", [{"step": 0, **row}, {"step": 3, **row}])
+    result = result_of(finished)
+    assert verdict(result.reward_first, result.reward_final) == "not comparable"
+    assert "reward not comparable: from 0.500 [no interval] to 0.500" in closing(finished)
+    row["reward_mean"] = None
+    write_lines(finished / "eval.jsonl", [{"step": 0, **row}, {"step": 3, **row}])
+    assert result_of(finished).reward_rise is None
+    assert "from unknown (no sample could be scored)" in closing(finished)
+
+
+def test_siblings_say_their_seed_and_name_in_the_experiment_that_runs_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        launch, "run", lambda loaded, *_, **__: SimpleNamespace(loaded=loaded, status="finished")
+    )
+    monkeypatch.setattr(launch, "seeds_table", lambda runs: "")
+    for seed, done in zip((3, 4), launch.run_seeds(load(tmp_path), [3, 4]), strict=True):
+        again = load_table(tomllib.loads(done.loaded.source_text)).experiment
+        assert (again.seed, again.name) == (seed, f"small-seed{seed}")
+        assert again == done.loaded.experiment
+    with pytest.raises(ConfigError, match="seed"):
+        launch.run_seeds(load(tmp_path), [-1])
 
 
 def test_tensorboard_gets_every_number_and_no_torch_is_imported(tmp_path: Path) -> None:

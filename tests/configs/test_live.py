@@ -2,15 +2,17 @@
 
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 from slipstream.buffer.messages import Stats
 from slipstream.buffer.records import Version
 from slipstream.configs.feed import Event, Feed, Tail
-from slipstream.configs.live import PanelDisplay, PlainDisplay, make_display
+from slipstream.configs.live import PanelDisplay, PlainDisplay, make_display, plain_line
 from slipstream.configs.panel import panel
 from slipstream.configs.progress import Progress, clock, sparkline
 
@@ -49,7 +51,11 @@ STATS = Stats(
 @pytest.fixture
 def progress() -> Progress:
     progress = Progress(
-        name="quickstart-20260101-101500", total_steps=100, bound=1, started_s=990.0
+        name="quickstart-20260101-101500",
+        total_steps=100,
+        bound=1,
+        started_s=990.0,
+        capacity_groups=64,
     )
     progress.phase = "training"
     for step in range(1, 43):
@@ -71,7 +77,7 @@ def test_the_panel_shows_step_reward_lag_speed_buffer_and_waits(progress: Progre
     for part in (
         "step 42/100", "1:40", "about 1:56 left", "0.720", "from 0.310", "0.310 → 0.680",
         "±0.040 at step 40", "60%", "40%", "bound 1, 0 violations", "2,310 trained",
-        "INFLIGHT 12", "READY 9", "of 64 admitted", "WAITING 64", "1,800 generated",
+        "INFLIGHT 12", "READY 9", "of 64 groups", "WAITING", "1,800 generated",
         "worker-0 48 rows, 1,800 tok/s, 25% idle, 41 swaps", "learner waits for 7 READY groups",
     ):  # fmt: skip
         assert part in text, part
@@ -109,8 +115,8 @@ def test_without_a_terminal_each_step_is_one_plain_line(progress: Progress) -> N
     lines = out.getvalue().splitlines()
     assert lines[0].startswith("step  42/100  reward 0.720 ▁")
     assert lines[0].endswith(
-        "lag 0:60% 1:40%  2,310 tok/s  1.9 s (waited 0.4 s)  WAITING 64  INFLIGHT 12  READY 9  "
-        "of 64 admitted"
+        "lag 0:60% 1:40%  2,310 tok/s  1.9 s (waited 0.4 s)  INFLIGHT 12 + READY 9 of 64 "
+        "groups  WAITING 64"
     )
     assert lines[2] == (
         "evaluation at step 40: reward 0.680 (95% 0.640 to 0.720) on 512 held-out prompts"
@@ -173,3 +179,39 @@ def test_a_sparkline_runs_from_the_lowest_to_the_highest_block() -> None:
 
 def test_a_clock_shows_hours_only_when_there_are_any() -> None:
     assert (clock(65), clock(7389)) == ("1:05", "2:03:09")
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("worker-0 waits 9.9 s of 10 s for AwaitVersion", False),
+        ("feeder waits 30.1 s of 30 s for PutPrompts (overdue)", False),  # is just being renewed
+        ("worker-0 waits 14.0 s of 10 s for ClaimSamples (overdue)", True),
+        ("learner waits 4.0 s of 600 s for the batch of step 3: 30 of 32 groups READY", False),
+        ("learner waits 5.1 s of 600 s for the batch of step 3: 30 of 32 groups READY", True),
+        ("uid 7 is at attempt 4: it may never fit the bound", True),
+    ],
+)
+def test_only_what_holds_the_run_up_is_called_a_wait(
+    progress: Progress, monkeypatch: pytest.MonkeyPatch, line: str, shown: bool
+) -> None:
+    progress.stats = msgspec.structs.replace(STATS, waits=[line])
+    out = io.StringIO()
+    display = PlainDisplay(progress, Console(file=out, width=80))
+    monkeypatch.setattr(display, "_waits_s", time.monotonic() - 60)
+    display.show([])
+    assert (f"waiting: {line}" in out.getvalue()) == shown
+    assert (line.split(" for ")[-1][:20] in rendered(progress)) == shown
+
+
+@pytest.mark.parametrize(
+    "unknown", [("ci95_low", "ci95_high"), ("ci95_low", "ci95_high", "reward_mean")]
+)
+def test_an_evaluation_without_an_interval_or_reward_is_shown(
+    progress: Progress, unknown: tuple[str, ...]
+) -> None:
+    row = {**evaluation_row(42, 0.7), **dict.fromkeys(unknown)}
+    progress.fold(Event(kind="evaluation", row=row))
+    assert "at step 42" in rendered(progress)
+    words = "could be scored" if "reward_mean" in unknown else "reward 0.700 (no interval)"
+    assert words in plain_line(Event(kind="evaluation", row=row), progress)

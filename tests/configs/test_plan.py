@@ -10,7 +10,7 @@ from slipstream.configs.load import load_table
 from slipstream.configs.plan import make_plan, plan_text
 from slipstream.configs.plan_warnings import late_share
 from slipstream.configs.plan_words import in_flight_steps
-from slipstream.configs.sizes import memory_costs, model_size
+from slipstream.configs.sizes import MAILBOX_VERSIONS, memory_costs, model_size
 
 SMALL = ["learner.prompts_per_step=16", "rollout.samples_per_prompt=4", "rollout.workers=2"]
 FITTING = [*SMALL, "rollout.max_concurrent_samples=16"]
@@ -103,7 +103,7 @@ def test_memory_is_counted_once_and_grows_with_what_it_is_made_of():
     assert size is not None
     costs = {c.what: c.num_bytes for c in memory_costs(load_table({}, FITTING).experiment, size)}
     assert costs["weights"] == 4 * size.num_parameters
-    assert costs["mailbox"] == 2 * costs["weights"]
+    assert costs["mailbox"] == MAILBOX_VERSIONS * costs["weights"]
     assert costs["KV cache of a worker"] == 16 * 256 * size.kv_elements_per_token * 4
     double = load_table({}, [*FITTING, "dtype=float64"]).experiment
     assert memory_costs(double, size)[0].num_bytes == 2 * costs["weights"]
@@ -134,3 +134,14 @@ def test_experts_are_refused_in_asynchronous_mode_with_the_reason(tmp_path: Path
     with pytest.raises(ConfigError, match=r"8 experts.*different experts"):
         make_plan(load_table({"model": model}))
     make_plan(load_table({"model": model, "mode": "sequential"}))
+
+
+def test_a_warm_start_on_a_file_is_planned_as_one():
+    text = plan_of("sft.data=own.jsonl", "sft.examples=7", "sft.demonstration=chain_sum")
+    assert "warm start on all examples of own.jsonl x 1 epochs in batches of 64" in text
+    for key in ("sft.examples", "sft.demonstration"):
+        assert f"{key} (command line) has no effect: all examples of own.jsonl" in text
+
+
+def test_the_plan_says_how_many_versions_lie_in_the_mailbox():
+    assert "at most 5 versions (newest two, one evaluated, one being written, one" in plan_of()

@@ -115,12 +115,12 @@ import slipstream.learner.advantage as module
 module.EPS = 0.05
 """,
     "mask shift": """
-import slipstream.learner.batch as module
-pad = module.pad
-def shifted(tokens, places):
-    inputs, positions, targets = pad(tokens, places)
-    return inputs, (positions - 1).clamp(min=0), targets
-module.pad = shifted
+import dataclasses, slipstream.learner.batch as module
+lay_out = module.lay_out
+def shifted(rows):
+    layout = lay_out(rows)
+    return dataclasses.replace(layout, positions_T=(layout.positions_T - 1).clamp(min=0))
+module.lay_out = shifted
 """,
     "loss scaling": """
 import slipstream.learner.objective as module

@@ -19,7 +19,8 @@ def tokenizer():
 def test_shipped_tokenizer_is_what_its_script_makes(tmp_path):
     path = Path(__file__).with_name("make_tiny_tokenizer.py")
     spec = importlib.util.spec_from_file_location("make_tiny_tokenizer", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     script.write(tmp_path)

@@ -221,6 +221,7 @@ class FakeBuffer:
             path=LivePath(0),
             dropped={"stale": 1},
             length_bias=0.9,
+            rewards=[1.0, 0.5] if step > 1 else [],
         )
         return Batch(step=step, groups=groups, proof=proof, journal_sequence=100 + step)
 

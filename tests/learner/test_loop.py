@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from slipstream.buffer import waits
 from slipstream.buffer.errors import ConfigError, CorruptData, TrainingFailed
 from slipstream.buffer.mailbox import verify
 from slipstream.kernels.models import read_weights
@@ -41,6 +40,10 @@ def test_metrics_have_one_line_a_step_with_the_proof(make_spec, fake_buffer, run
     assert proof["violations"] == 0
     assert proof["lag_counts"] == {"2": rows[3]["tokens_trained"]}
     assert (proof["dropped"], proof["length_bias"]) == ({"stale": 1}, 0.9)
+    # All samples finished since the last batch, not only those of the batch; without any, these.
+    assert (rows[3]["reward_mean"], proof["finished_samples"]) == (0.75, 2)
+    assert rows[3]["reward_mean"] != rows[3]["reward_trained_mean"]
+    assert rows[1]["reward_mean"] == rows[1]["reward_trained_mean"]
     for key in ("loss", "reward_mean", "grad_norm", "seconds", "wait_seconds", "tokens_per_s"):
         assert isinstance(rows[1][key], float)
 
@@ -48,11 +51,9 @@ def test_metrics_have_one_line_a_step_with_the_proof(make_spec, fake_buffer, run
 def test_a_batch_that_does_not_come_ends_the_run_and_says_who_was_waited_for(
     make_spec, fake_buffer, run_loop
 ):
-    spec, buffer, seen = make_spec(take_deadline_s=0.3), fake_buffer(2), []
-    buffer.on_take = lambda step: seen.extend(waits.describe())
+    spec, buffer = make_spec(take_deadline_s=0.3), fake_buffer(2)
     with pytest.raises(TrainingFailed, match=r"step 2 got no batch .* worker-0, which is asleep"):
         run_loop(spec, buffer)
-    assert any("the batch of step 1" in line for line in seen)
     assert find_checkpoint(spec.run_dir / "checkpoints")[0].version.step == 1  # nothing is lost
 
 

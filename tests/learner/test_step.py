@@ -1,6 +1,7 @@
 """A whole step against a plain re-statement of its docstring, and what must stop it."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -144,12 +145,15 @@ def test_micro_batch_split_changes_nothing(make, build_policy, updates):
 
 
 def test_a_mask_shift_by_one_is_caught_by_the_equivalence(make, build_policy, monkeypatch):
+    straight = batch_module._piece
+
     def shifted(sample):
-        return np.flatnonzero(sample.trajectory.policy_mask)[sample.first_trained :] - 1
+        piece = straight(sample)
+        return replace(piece, places=piece.places - 1)
 
     groups, settings = make.groups(2, 3), config()
     want = train(build_policy(), groups, settings).metrics["loss"]
-    monkeypatch.setattr(batch_module, "_trained_places", shifted)
+    monkeypatch.setattr(batch_module, "_piece", shifted)
     assert abs(train(build_policy(), groups, settings).metrics["loss"] - want) > 1e-3
 
 

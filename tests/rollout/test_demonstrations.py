@@ -1,7 +1,6 @@
 """Demonstrations: exact sums, training prompts only, clear refusals."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -110,7 +109,7 @@ def test_a_demonstrator_of_ones_own_is_found_by_file(tmp_path):
     ],
 )
 def test_a_demonstrator_that_cannot_work_is_refused(tmp_path, name, message):
-    sft = SimpleNamespace(demonstration=name, examples=1)
+    sft = SftConfig(demonstration=name, examples=1)
     with pytest.raises(ConfigError, match=message):
         write_sft_file(NARROW, sft, 0, tmp_path / "sft.jsonl")
 
@@ -121,3 +120,48 @@ def test_a_prompt_that_is_no_sum_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match=r"spell_backward/\d .*the question holds no sum"):
         write_sft_file(words, sft, 0, tmp_path / "sft.jsonl")
     assert set(BUILT_IN) == {"answer", "chain_sum", "chain_sum_mixed"}
+
+
+def test_a_file_of_ones_own_becomes_the_chats_the_learner_reads(tmp_path):
+    chat = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    own = tmp_path / "own.jsonl"
+    lines = [{"messages": chat, "source": "x"}, {"prompt": "2+2\u2028", "completion": "4"}]
+    own.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n")
+    sft = SftConfig(data=str(own), examples=1)
+    assert write_sft_file(NARROW, sft, 0, tmp_path / "sft.jsonl") == 2
+    written = [json.loads(line) for line in (tmp_path / "sft.jsonl").read_text().splitlines()]
+    assert written[0] == {"messages": chat}
+    assert written[1]["messages"] == [
+        {"role": "system", "content": "Add."},  # as before the run's own prompts
+        {"role": "user", "content": "2+2\u2028"},
+        {"role": "assistant", "content": "4"},
+    ]
+
+
+GOOD = '{"prompt": "1+1", "completion": "2"}'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"sft\.data = .*own\.jsonl.* cannot be read: No such file"),
+        ("", "holds no examples"),
+        ("\n \n", "holds no examples"),
+        (f"{GOOD}\n{{", "line 2: "),
+        (f"{GOOD}\n\n[]", "line 3: it is a list"),
+        ('{"prompt": "1+1"}', "line 1: it needs `messages`, or `prompt` and `completion`.*prompt"),
+        ('{"prompt": "1+1", "completion": ""}', "line 1: .*not empty"),
+        ('{"messages": [{"role": "assistant", "content": "2"}]}', "line 1: .*two or more"),
+        ('{"messages": [{"role": "user", "content": "2"}, 3]}', "line 1: each message needs"),
+        (
+            '{"messages": [{"role": "user", "content": "2"}, {"role": "user", "content": "3"}]}',
+            "line 1: the last message must be the assistant's",
+        ),
+    ],
+)
+def test_a_file_that_holds_no_examples_is_refused_with_its_line(tmp_path, text, message):
+    own = tmp_path / "own.jsonl"
+    if text is not None:
+        own.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        write_sft_file(NARROW, SftConfig(data=str(own)), 0, tmp_path / "sft.jsonl")

@@ -1,6 +1,7 @@
 """Whatever a reward does, its sample is answered in time and no other sample suffers."""
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from slipstream.buffer.errors import ConfigError, TrainingFailed
+from slipstream.buffer.errors import ConfigError, PeerLost, TrainingFailed
 from slipstream.buffer.records import Completion, Message, Prompt
 from slipstream.rollout.config import RewardConfig
 from slipstream.rollout.rewards import pool as pool_module
@@ -230,3 +231,19 @@ async def test_file_rewards_import_their_neighbours(tmp_path):
     )
     async with RewardPool(RewardConfig(name=f"{tmp_path}/mine.py:reward")) as pool:
         assert (await scores(pool, "ok"))[0].value == 0.25
+
+
+async def test_when_no_process_can_be_had_what_waits_fails_and_does_not_hang(tmp_path, monkeypatch):
+    async with RewardPool(config(tmp_path)) as pool:
+
+        async def refuse(*_):
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+        monkeypatch.setattr(pool_module.RewardChild, "start", refuse)
+        async with asyncio.timeout(20):
+            first, *behind = await scores(pool, "exit 3", *["ok"] * 6)
+        assert first.status == "reward_failed"
+        assert {score.status for score in behind} == {"infrastructure_failed"}
+        assert "Resource temporarily unavailable" in behind[-1].reason
+        with pytest.raises(PeerLost, match="cannot be restarted"):  # the worker ends with it
+            await scores(pool, "ok")

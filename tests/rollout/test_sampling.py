@@ -1,5 +1,6 @@
 """The sampling law against hand-checked numbers, exact distributions and reference rules."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,21 @@ from slipstream.rollout.sampling import Draws, RowLaws, sample, sample_key, unif
 FOUR = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
 
 
+def laws_of(params: Sequence[SamplingParams]) -> RowLaws:
+    """The parameters of each row, stacked."""
+    return RowLaws(
+        temperature_B=np.array([p.temperature for p in params], dtype=np.float64),
+        top_k_B=np.array([p.top_k for p in params], dtype=np.int64),
+        top_p_B=np.array([p.top_p for p in params], dtype=np.float64),
+        min_p_B=np.array([p.min_p for p in params], dtype=np.float64),
+    )
+
+
 def draw(logits, u, ratio_law: RatioLaw = "temperature", **law: Any) -> Draws:
     """Draw each row of uniforms from the same logits and law."""
     uniforms = np.atleast_1d(np.asarray(u, dtype=np.float64))
     rows = torch.as_tensor(logits).expand(len(uniforms), -1)
-    return sample(rows, RowLaws.of([SamplingParams(**law)] * len(uniforms)), uniforms, ratio_law)
+    return sample(rows, laws_of([SamplingParams(**law)] * len(uniforms)), uniforms, ratio_law)
 
 
 def test_uniforms_are_the_published_splitmix64_outputs():
@@ -118,7 +129,7 @@ def test_nan_and_infinite_logits_give_nan_log_probabilities_and_no_crash():
             SamplingParams(temperature=0.0),
             SamplingParams(top_p=0.5),
         ):
-            laws = RowLaws.of([law] * 3)
+            laws = laws_of([law] * 3)
             draws = sample(rows, laws, np.full(3, 0.5))
             assert np.isnan(draws.logprobs_B).tolist() == [False, True, False], (bad, law)
             assert 0 <= draws.token_ids_B[1] < 4
@@ -126,7 +137,7 @@ def test_nan_and_infinite_logits_give_nan_log_probabilities_and_no_crash():
 
 def test_rows_that_do_not_fit_are_refused_with_both_shapes():
     with pytest.raises(ValueError, match=r"\(1, 4\).*\(2,\)"):
-        sample(FOUR[None], RowLaws.of([SamplingParams()]), np.zeros(2))
+        sample(FOUR[None], laws_of([SamplingParams()]), np.zeros(2))
 
 
 LAWS = [
@@ -149,10 +160,10 @@ def test_a_row_draws_the_same_alone_and_in_any_batch(dtype, vocabulary):
     logits = torch.randn(len(LAWS), vocabulary, generator=generator, dtype=dtype) * 2
     uniforms = uniform(99, np.arange(len(LAWS)))
     for ratio_law in ("temperature", "kept_set"):
-        together = sample(logits, RowLaws.of(LAWS), uniforms, ratio_law)
+        together = sample(logits, laws_of(LAWS), uniforms, ratio_law)
         for row, law in enumerate(LAWS):
             alone = sample(
-                logits[row : row + 1], RowLaws.of([law]), uniforms[row : row + 1], ratio_law
+                logits[row : row + 1], laws_of([law]), uniforms[row : row + 1], ratio_law
             )
             assert alone.token_ids_B[0] == together.token_ids_B[row]
             assert alone.logprobs_B[0] == together.logprobs_B[row]
@@ -201,7 +212,7 @@ def test_kept_set_removed_mass_and_log_probs_follow_the_definition(
     token = kept[min(np.searchsorted(cumulative, u * cumulative[-1], "right"), len(kept) - 1)]
     masses: dict[RatioLaw, float] = {"temperature": 1.0, "kept_set": cumulative[-1]}
     for ratio_law, mass in masses.items():
-        draws = sample(logits[None] * 3, RowLaws.of([law]), np.array([u]), ratio_law)
+        draws = sample(logits[None] * 3, laws_of([law]), np.array([u]), ratio_law)
         assert draws.token_ids_B[0] == token
         assert draws.logprobs_B[0] == pytest.approx(np.log(probabilities[token] / mass), abs=1e-9)
         assert draws.removed_mass_B[0] == pytest.approx(1 - cumulative[-1], abs=1e-9)
@@ -229,7 +240,7 @@ def test_draws_have_exactly_the_laws_distribution(law):
     kept = kept_by_definition(probabilities, law)
     exact = np.where(kept, probabilities, 0) / probabilities[kept].sum()
     uniforms = uniform(11, np.arange(200_000))
-    laws = RowLaws.of([law] * 2000)
+    laws = laws_of([law] * 2000)
     counts = np.zeros(32, dtype=np.int64)
     for block in uniforms.reshape(-1, 2000):
         tokens = sample(logits.expand(2000, -1), laws, block).token_ids_B

@@ -323,7 +323,7 @@ async def test_with_the_real_buffer_and_rewards_groups_are_taken_evaluated_and_c
     service = BufferService(
         ServiceSpec(
             run_id="r", run_dir=tiny.root, endpoint=endpoint, prompts_per_step=2,
-            samples_per_prompt=4, branch=0,
+            branch=0,
             config=BufferConfig(max_staleness_steps=1, drop_no_signal=False),
         )
     )  # fmt: skip

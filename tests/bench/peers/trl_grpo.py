@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
 
 class Done(Exception):
@@ -59,7 +59,11 @@ def sample(model, tokenizer, rows, args) -> list[str]:
         )
         batch.pop("token_type_ids", None)
         out = model.generate(
-            **batch, max_new_tokens=args.max_new_tokens, do_sample=True, temperature=1.0, top_k=0,
+            **batch,
+            max_new_tokens=args.max_new_tokens,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
             pad_token_id=tokenizer.pad_token_id,
         )
         ids = out[:, batch["input_ids"].shape[1] :]
