@@ -36,7 +36,7 @@ run: $(INSTALLED)  ## train the quickstart: asynchronous RL on this machine in m
 	$(BIN)/slipstream run quickstart
 
 test: $(INSTALLED)  ## the whole suite but what is marked slow
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-long: $(INSTALLED)  ## the whole suite
 	$(BIN)/pytest -m "not gpu"

@@ -178,6 +178,7 @@ class Coordinator:
                     request.indices,
                     request.lease_id,
                     request.reason,
+                    closing=bool(self.closing),
                 )
             case messages.Heartbeat():
                 self.replay.heartbeat(request.worker, now)

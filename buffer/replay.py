@@ -169,11 +169,20 @@ class Replay:
         self._settle(group)
 
     def release(
-        self, uid: int, attempt: int, indices: Sequence[int], lease_id: str, reason: DropReason
+        self,
+        uid: int,
+        attempt: int,
+        indices: Sequence[int],
+        lease_id: str,
+        reason: DropReason,
+        *,
+        closing: bool = False,
     ) -> None:
         """Give samples back, to be issued again (`expired` ...) or as impossible (the others).
 
-        What the lease no longer holds was finished or given back before, and stays as it is.
+        What the lease no longer holds was finished or given back before, and stays as it is. While
+        the run is closing the attempt number stays, as after a crash: nobody is issued the sample
+        before a resume, which then repeats what an uninterrupted run would have sampled.
 
         Raises:
             Refused: the lease is for another attempt.
@@ -185,7 +194,7 @@ class Replay:
             raise Refused(f"lease {lease_id} is for uid {lease.uid}, attempt {lease.attempt}")
         group, held = self.state.groups[uid], tuple(i for i in indices if i in lease.open)
         if held and reason in REISSUED:
-            self._return(group, held, reason)
+            self._return(group, held, reason, keep_attempt=closing)
         elif held:
             step = self.state.next_step
             self._emit(events.Voided(uid=uid, indices=held, reason=reason, step=step))
@@ -214,10 +223,12 @@ class Replay:
             f"is {group.state}, the sample {sample.state} in attempt {sample.attempt}"
         )
 
-    def _return(self, group: Group, indices: tuple[int, ...], reason: str) -> None:
-        """Issue samples again, under the next attempt number."""
+    def _return(
+        self, group: Group, indices: tuple[int, ...], reason: str, *, keep_attempt: bool = False
+    ) -> None:
+        """Issue samples again, under the next attempt number unless that is to be kept."""
         for index in indices:
-            attempt = group.samples[index].attempt + 1
+            attempt = group.samples[index].attempt + (0 if keep_attempt else 1)
             self._emit(
                 events.Returned(uid=group.uid, indices=(index,), attempt=attempt, reason=reason)
             )

@@ -31,6 +31,9 @@ OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as learner.steps=5.")
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+ExportOption = Annotated[
+    bool, typer.Option("--export/--no-export", help="Whether a finished run is exported.")
+]
 OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", help="Run folder; else one is made in runs_dir.")
 ]
@@ -80,13 +83,17 @@ def run(
     overrides: OverridesArgument = None,
     seeds: Annotated[str, typer.Option(help="Sibling runs, one after another: 0,1,2.")] = "",
     output: OutputOption = None,
+    export: ExportOption = True,
 ) -> None:
     """Train, evaluate and export."""
     from . import launch
     from .load import load_experiment
 
     numbers, loaded = _seeds(seeds), load_experiment(experiment, overrides or ())
-    runs = launch.run_seeds(loaded, numbers, output) if numbers else [launch.run(loaded, output)]
+    if numbers:
+        runs = launch.run_seeds(loaded, numbers, output, export=export)
+    else:
+        runs = [launch.run(loaded, output, export=export)]
     raise typer.Exit(max(each.exit_code for each in runs))
 
 
@@ -99,11 +106,11 @@ def _seeds(text: str) -> list[int]:
 
 
 @app.command()
-def resume(run: RunArgument) -> None:
+def resume(run: RunArgument, export: ExportOption = True) -> None:
     """Continue a run from its last checkpoint, on a new branch."""
     from . import launch
 
-    raise typer.Exit(launch.resume(run).exit_code)
+    raise typer.Exit(launch.resume(run, export=export).exit_code)
 
 
 @app.command()

@@ -130,7 +130,7 @@ def train_step(
 def _part(
     samples: list[Sample],
     config: LearnerConfig,
-    line_up: Callable[[Sequence[Sample]], MicroBatch],
+    line_up: Callable[[Sequence[Sequence[Sample]]], MicroBatch],
 ) -> _Part:
     """Weigh the samples of one update and cut them into micro-batches."""
     weights, denominator = objective.token_weights(

@@ -61,7 +61,9 @@ def _chat(row: Any, prompts: PromptsConfig) -> list[dict[str, str]]:
     if "messages" in row:
         return _checked(row["messages"])
     asked, answer = row.get("prompt"), row.get("completion")
-    if not _is_text(asked) or not _is_text(answer):
+    if not (
+        isinstance(asked, str) and asked.strip() and isinstance(answer, str) and answer.strip()
+    ):
         raise ValueError(
             "it needs `messages`, or `prompt` and `completion` as texts that are not empty; it has "
             f"{', '.join(row) or 'nothing'}"

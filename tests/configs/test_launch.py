@@ -447,7 +447,8 @@ def test_siblings_say_their_seed_and_name_in_the_experiment_that_runs_them_again
         launch, "run", lambda loaded, *_, **__: SimpleNamespace(loaded=loaded, status="finished")
     )
     monkeypatch.setattr(launch, "seeds_table", lambda runs: "")
-    for seed, done in zip((3, 4), launch.run_seeds(load(tmp_path), [3, 4]), strict=True):
+    siblings: list[Any] = list(launch.run_seeds(load(tmp_path), [3, 4]))
+    for seed, done in zip((3, 4), siblings, strict=True):
         again = load_table(tomllib.loads(done.loaded.source_text)).experiment
         assert (again.seed, again.name) == (seed, f"small-seed{seed}")
         assert again == done.loaded.experiment

@@ -52,6 +52,8 @@ class System:
             pad_token_id=0,
         )
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[2] *= 4  # the end token: samples of all lengths
         model.save_pretrained(self.folder / "model")
         AutoTokenizer.from_pretrained(TINY).save_pretrained(self.folder / "model")
         lines = [json.dumps({"prompt": f"{n % 9} + {n % 7} ="}) for n in range(400)]
@@ -106,6 +108,7 @@ drop_no_signal = {str(refill).lower()}
 steps = {steps}
 prompts_per_step = {self.prompts_per_step}
 micro_batch_tokens = 128
+share_prompts = {str(dtype == "float32").lower()}
 [learner.optimizer]
 learning_rate = 1e-3
 warmup_steps = 4

@@ -33,7 +33,7 @@ oracle = load_oracle()
 
 def run_system(system: Any, plant: str = "") -> Path:
     """Run the experiment in processes of its own, with an error planted in the learner."""
-    system.start("run", "experiment.toml", "--output", "run", plant=plant).ended()
+    system.start("run", "experiment.toml", "--output", "run", "--no-export", plant=plant).ended()
     return system.folder / "run"
 
 
@@ -88,8 +88,15 @@ def assert_equal(run_dir: Path, expected: list[dict], tolerance: float) -> None:
             assert trajectory.score.value == pytest.approx(reward, abs=tolerance, rel=0)
 
 
-@pytest.mark.parametrize("truncated", [False, True], ids=["whole", "truncated"])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("workers", "truncated"),
+    [
+        pytest.param(1, False, id="one-whole"),
+        pytest.param(2, True, id="two-truncated"),
+        pytest.param(1, True, id="one-truncated", marks=pytest.mark.slow),
+        pytest.param(2, False, id="two-whole", marks=pytest.mark.slow),
+    ],
+)
 def test_thirty_steps_in_float64_equal_the_oracle(system, workers, truncated):
     system.make_inputs(torch.float64)
     refill = truncated  # the truncated arm also refills groups without signal
