@@ -44,20 +44,22 @@ def test_plan_all_shows_the_defaults_too():
 def test_run_hands_on_experiment_and_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     given = []
 
-    def run(loaded, output):
-        given.append((loaded.experiment.learner.steps, output))
+    def run(loaded, output, *, export):
+        given.append((loaded.experiment.learner.steps, output, export))
         return SimpleNamespace(exit_code=1)
 
     monkeypatch.setattr(launch, "run", run)
-    result = invoke("run", "quickstart", "learner.steps=5", "--output", str(tmp_path / "a"))
-    assert result.exit_code == 1
-    assert given == [(5, tmp_path / "a")]
+    folder = tmp_path / "a"
+    arguments = ("run", "quickstart", "learner.steps=5", "--output", str(folder))
+    assert invoke(*arguments).exit_code == 1
+    assert invoke(*arguments, "--no-export").exit_code == 1
+    assert given == [(5, folder, True), (5, folder, False)]
 
 
 def test_seeds_make_sibling_runs_and_the_worst_end_counts(monkeypatch: pytest.MonkeyPatch):
     given = []
 
-    def run_seeds(loaded, seeds, output):
+    def run_seeds(loaded, seeds, output, *, export):
         given.append((list(seeds), output))
         return [SimpleNamespace(exit_code=code) for code in (0, 1, 0)]
 
@@ -89,7 +91,7 @@ def test_a_command_calls_its_function(
     monkeypatch: pytest.MonkeyPatch,
 ):
     calls = []
-    monkeypatch.setattr(module, name, lambda *given: (calls.append(given), answer)[1])
+    monkeypatch.setattr(module, name, lambda *given, **_: (calls.append(given), answer)[1])
     result = invoke(command, *arguments)
     assert result.exit_code == 0, result.output
     assert calls[0][: len(arguments)] == tuple(Path(argument) for argument in arguments)
