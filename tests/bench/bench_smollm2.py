@@ -15,7 +15,8 @@ from common import RESULTS, emit, new_work_folder, read_lines, slipstream
 
 def record_line(run_dir: Path) -> dict[str, Any]:
     """What run.json says of the run."""
-    run = json.loads((run_dir / "run.json").read_text())
+    text = (run_dir / "run.json").read_text()
+    run = json.loads(text.replace(str(run_dir.absolute()), "RUN"))
     result = run["result"]
     first, final = result["reward_first"], result["reward_final"]
     return {
