@@ -189,7 +189,8 @@ def test_rows_in_memory_become_a_file_of_the_run(tmp_path: Path, prepared: dict[
 
 
 def test_a_datasets_dataset_is_taken_as_it_is(tmp_path: Path, prepared: dict[str, Any]) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     train(tmp_path, rewards=few_words, dataset=datasets.Dataset.from_list([{"prompt": "a"}] * 30))
     prompts = prepared["experiment"].prompts
     assert len(Path(prompts.path).read_text().splitlines()) == 30
