@@ -33,6 +33,7 @@ from .messages import (
     Done,
     Envelope,
     EvaluationResults,
+    ExtendGroup,
     FinishEvaluation,
     FinishSample,
     GetStats,
@@ -56,6 +57,7 @@ from .records import (
     Prompt,
     SamplingParams,
     Score,
+    SizingDecision,
     Ticket,
     Trajectory,
     Version,
@@ -237,6 +239,10 @@ class BufferClient:
     async def put_prompts(self, tickets: Sequence[Ticket], wait_s: float = 0.0) -> Accepted:
         """Put WAITING prompts in uid order without gaps; `count` of them were put (a prefix)."""
         return _expect(await self.call(PutPrompts(tickets=tuple(tickets), wait_s=wait_s)), Accepted)
+
+    async def extend(self, uid: int, sizing: SizingDecision) -> Done:
+        """Size an open group again: more samples (`num_samples` in all), or none and not staged."""
+        return _expect(await self.call(ExtendGroup(uid=uid, sizing=sizing)), Done)
 
     async def claim(
         self, serving: Version, max_samples: int, *, wait_s: float = 0.0, request_id: str = ""

@@ -13,6 +13,7 @@ from .records import (
     Record,
     SamplingParams,
     Score,
+    SizingDecision,
     Ticket,
     Trajectory,
     TrajectoryGroup,
@@ -38,6 +39,13 @@ class PutPrompts(Record, tag=True):
 
     tickets: tuple[Ticket, ...]
     wait_s: float = 0.0
+
+
+class ExtendGroup(Record, tag=True):
+    """Size an open group again; `sizing.num_samples` is the new total, never less than before."""
+
+    uid: int
+    sizing: SizingDecision
 
 
 class ClaimSamples(Record, tag=True):
@@ -145,6 +153,7 @@ class CloseRun(Record, tag=True):
 Request = (
     Hello
     | PutPrompts
+    | ExtendGroup
     | ClaimSamples
     | FinishSample
     | ReleaseSamples
