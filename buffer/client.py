@@ -36,6 +36,7 @@ from .messages import (
     ExtendGroup,
     FinishEvaluation,
     FinishSample,
+    FinishSamples,
     GetStats,
     Heartbeat,
     Hello,
@@ -267,6 +268,12 @@ class BufferClient:
         return _expect(
             await self.call(FinishSample(trajectory=trajectory, lease_id=lease_id)), Done
         )
+
+    async def finish_many(self, samples: Sequence[tuple[Trajectory, str]]) -> Done:
+        """Hand in (trajectory, lease id) pairs in one message; `refused` names those not taken."""
+        trajectories, lease_ids = zip(*samples, strict=True)
+        request = FinishSamples(trajectories=trajectories, lease_ids=lease_ids)
+        return _expect(await self.call(request), Done)
 
     async def release(
         self,

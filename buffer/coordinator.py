@@ -162,6 +162,8 @@ class Coordinator:
                 return self._hello(request)
             case messages.GetStats():
                 return self._get_stats(now)
+            case messages.FinishSamples():
+                return self._finish_many(request, now)
             case _:
                 self._carry_out(request, now)
                 return Done(journal_sequence=self.sequence)
@@ -233,6 +235,21 @@ class Coordinator:
         if count or not request.tickets or self.closing or final:
             return messages.Accepted(count=count, closing=bool(self.closing))
         return None
+
+    def _finish_many(self, request: messages.FinishSamples, now: float) -> Reply:
+        """Every sample on its own: its refusal is its own, too."""
+        if len(request.trajectories) != len(request.lease_ids):
+            raise Refused("as many trajectories as lease ids must be handed in")
+        refused: dict[int, str] = {}
+        pairs = zip(request.trajectories, request.lease_ids, strict=True)
+        for position, (trajectory, lease_id) in enumerate(pairs):
+            try:
+                store = self.journal.append
+                self.replay.finish(trajectory, lease_id, lambda t=trajectory: store(t), now)
+            except Refused as refusal:
+                refused[position] = str(refusal)
+        self.refused += len(refused)
+        return Done(journal_sequence=self.sequence, refused=refused)
 
     def _extend(self, request: messages.ExtendGroup) -> None:
         """Size a group again; the ticket is stored anew, with the decision it now has."""

@@ -66,6 +66,13 @@ class FinishSample(Record, tag=True):
     lease_id: str
 
 
+class FinishSamples(Record, tag=True):
+    """Hand in several trajectories at once; what one is refused for does not touch the others."""
+
+    trajectories: tuple[Trajectory, ...]
+    lease_ids: tuple[str, ...]
+
+
 class ReleaseSamples(Record, tag=True):
     """Give samples back unfinished (an engine that stops) or report them as impossible."""
 
@@ -156,6 +163,7 @@ Request = (
     | ExtendGroup
     | ClaimSamples
     | FinishSample
+    | FinishSamples
     | ReleaseSamples
     | Heartbeat
     | TakeGroups
@@ -295,6 +303,8 @@ class Done(Record, tag=True):
     """The request was carried out (and is durable, where that is promised)."""
 
     journal_sequence: int = 0
+    refused: dict[int, str] = {}
+    """Position in a `FinishSamples` -> why that one was refused."""
 
 
 class RefusedReply(Record, tag=True):
