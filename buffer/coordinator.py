@@ -241,10 +241,10 @@ class Coordinator:
         if len(request.trajectories) != len(request.lease_ids):
             raise Refused("as many trajectories as lease ids must be handed in")
         refused: dict[int, str] = {}
+        store = self.journal.append
         pairs = zip(request.trajectories, request.lease_ids, strict=True)
         for position, (trajectory, lease_id) in enumerate(pairs):
             try:
-                store = self.journal.append
                 self.replay.finish(trajectory, lease_id, lambda t=trajectory: store(t), now)
             except Refused as refusal:
                 refused[position] = str(refusal)
