@@ -13,6 +13,7 @@ import os
 import time
 import uuid
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import zmq
@@ -20,6 +21,7 @@ import zmq.asyncio
 
 from . import codec
 from .errors import PeerLost, Refused, WireError
+from .keys import needs_keys, secure_client
 from .messages import (
     Accepted,
     AwaitEvaluation,
@@ -76,15 +78,24 @@ repeats do not cross the answers to requests that were only parked."""
 class BufferClient:
     """A connection to the buffer service; use as `async with BufferClient(...) as client`."""
 
-    def __init__(self, endpoint: str, run_id: str, name: str, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        run_id: str,
+        name: str,
+        timeout_s: float = 30.0,
+        keys: Path | None = None,
+    ) -> None:
         """Prepare; nothing happens before `connect`.
 
         Args:
-            endpoint: what the service binds, `ipc://...`.
+            endpoint: what the service binds, `ipc://...` or `tcp://...`.
             run_id: the service refuses clients of another run.
             name: `worker-0`, `feeder`, `learner`, `supervisor`: shown to people, owns leases.
             timeout_s: silence after which the service counts as lost.
+            keys: the run's key file, for an address beyond ipc and loopback.
         """
+        self.keys = keys
         self.endpoint, self.run_id, self.name, self.timeout_s = endpoint, run_id, name, timeout_s
         self._numbers = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Reply]] = {}
@@ -116,6 +127,8 @@ class BufferClient:
         # An ipc path that does not exist yet is tried again this often, in milliseconds.
         socket.setsockopt(zmq.RECONNECT_IVL, 50)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        if needs_keys(self.endpoint):
+            secure_client(socket, self.endpoint, self.keys)
         socket.connect(self.endpoint)
         self._reader = asyncio.create_task(self._read(socket), name=f"{self.name} reader")
 
@@ -180,10 +193,13 @@ class BufferClient:
         self, frames: list[codec.Frame], future: "asyncio.Future[Reply]", wait: Wait
     ) -> Reply:
         """Send and repeat; see the module's docstring for when it gives up."""
+        patience_s = min(RESEND_S, self.timeout_s / 4)
         while True:
             if self._socket is not None:  # closed meanwhile: the future holds the error
-                await self._socket.send_multipart(frames, copy=False)
-            await asyncio.wait({future}, timeout=min(RESEND_S, self.timeout_s / 4))
+                with contextlib.suppress(TimeoutError):  # a service that lets us in not yet
+                    async with asyncio.timeout(patience_s):
+                        await self._socket.send_multipart(frames, copy=False)
+            await asyncio.wait({future}, timeout=patience_s)
             if future.done():
                 return future.result()
             now = time.monotonic()

@@ -209,7 +209,7 @@ class Trajectory(Record):
             )
         for name in ("versions", "kv_version_min"):
             covered = sum(span.length for span in getattr(self, name))
-            if covered != num_policy:
+            if covered != num_policy or any(span.length < 0 for span in getattr(self, name)):
                 raise ValueError(f"{name} covers {covered} tokens of {num_policy}")
 
     @property

@@ -23,6 +23,10 @@ from .staleness import admits, capacity, first_late, token_bound
 from .state import Group, Lease, State
 from .take import TakePlan, plan_take
 
+MAX_SAMPLES = 4096
+"""Of one prompt: what one request may make us build."""
+MAX_WORKERS = 10_000
+
 
 class Replay:
     """The state machine WAITING -> INFLIGHT -> READY -> TAKEN -> TRAINED, DROPPED(reason)."""
@@ -89,12 +93,12 @@ class Replay:
         Raises:
             Refused: a gap in the uids, or no samples.
         """
-        if uid < self.state.next_uid:
+        if 0 <= uid < self.state.next_uid:
             return True
-        if uid > self.state.next_uid or num_samples < 1:
+        if uid != self.state.next_uid or not 1 <= num_samples <= MAX_SAMPLES:
             raise Refused(
                 f"uid {uid} with {num_samples} samples cannot be put: the next is "
-                f"{self.state.next_uid}, and a prompt needs at least one sample"
+                f"{self.state.next_uid}, and a prompt has 1 to {MAX_SAMPLES} samples"
             )
         if self.state.counts["WAITING"] >= self.config.max_waiting_prompts:
             return False
@@ -122,7 +126,8 @@ class Replay:
             raise Refused(f"uid {uid} cannot be extended: it was never put")
         if len(group.samples) == num_samples and group.staged == staged:
             return
-        if group.state not in ("WAITING", "INFLIGHT", "READY") or num_samples < len(group.samples):
+        is_open = group.state in ("WAITING", "INFLIGHT", "READY")
+        if not is_open or not len(group.samples) <= num_samples <= MAX_SAMPLES:
             raise Refused(
                 f"uid {uid} cannot be extended to {num_samples} samples: it is {group.state} with "
                 f"{len(group.samples)}"
@@ -331,7 +336,13 @@ class Replay:
             self._emit(events.Dropped(uid=group.uid, reason=reason, step=step))
 
     def heartbeat(self, worker: str, now: float) -> None:
-        """Renew all leases of a worker."""
+        """Renew all leases of a worker.
+
+        Raises:
+            Refused: there are too many names.
+        """
+        if worker not in self.last_seen and len(self.last_seen) >= MAX_WORKERS:
+            raise Refused(f"{worker}: {MAX_WORKERS} workers are known, no more are accepted")
         self.last_seen[worker] = now
 
     def expire(self, now: float) -> int:

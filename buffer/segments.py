@@ -116,8 +116,9 @@ class Segments:
         return payload
 
     def close(self) -> None:
-        """Sync and let go of the files."""
-        self.sync()
+        """Let go of the files; what is not synced is not kept."""
+        self._unwritten.clear()
+        self._dirty = False
         for fd in [*self._read_fds.values(), self._write_fd]:
             if fd >= 0:
                 os.close(fd)

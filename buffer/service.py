@@ -24,6 +24,7 @@ from . import codec
 from .config import ServiceSpec
 from .coordinator import Coordinator
 from .errors import ConfigError, WireError
+from .keys import make_keys, needs_keys, secure_server
 from .messages import RefusedReply, Reply, Request, Stats, TakeGroups
 from .process import run_process
 from .waits import Wait
@@ -39,6 +40,15 @@ CLOSE_SILENCE_S = 60.0
 """A closed run whose clients neither speak nor leave ends after this long."""
 MAX_IPC_PATH = 107
 """Bytes of a socket path that Linux accepts."""
+
+MAX_PARKED = 4096
+"""Requests that may wait at once; more are refused, so that nobody can fill the memory."""
+MAX_WAIT_S = 3600.0
+HANDSHAKE_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+)
 
 Address = tuple[bytes, int]
 """(client identity, request number)."""
@@ -81,9 +91,15 @@ class BufferService:
         end = self.coordinator.abandon
         context = zmq.asyncio.Context()
         socket = context.socket(zmq.ROUTER)
-        monitor = socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        monitor = socket.get_monitor_socket(
+            zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED
+        )
+        authenticator = None
         watcher = asyncio.create_task(self._count_connections(monitor))
         try:
+            if needs_keys(self.spec.endpoint):
+                keys = make_keys(self.spec.run_dir / "keys" / "buffer.json")
+                authenticator = secure_server(socket, context, keys)
             self._bind(socket)
             while not self._finished():
                 await self._turn(socket)
@@ -97,6 +113,8 @@ class BufferService:
                 await watcher
             socket.disable_monitor()
             monitor.close(linger=0)
+            if authenticator is not None:
+                authenticator.stop()
             socket.close(linger=1000)  # milliseconds: the last replies may still leave
             context.term()
             end()
@@ -128,7 +146,10 @@ class BufferService:
     async def _count_connections(self, monitor: zmq.asyncio.Socket) -> None:
         while True:
             event = parse_monitor_message(await monitor.recv_multipart())["event"]
-            self._connections += 1 if event == zmq.EVENT_ACCEPTED else -1
+            if event & HANDSHAKE_FAILED:
+                self.coordinator.refused += 1
+            else:
+                self._connections += 1 if event == zmq.EVENT_ACCEPTED else -1
 
     async def _turn(self, socket: zmq.asyncio.Socket) -> None:
         """One round: everything that has arrived, one commit, then the replies."""
@@ -166,6 +187,7 @@ class BufferService:
             return [self._reply(address, RefusedReply(reason=str(error)))] if address[1] else []
         self._learn_name(identity, request)
         wait_s = getattr(request, "wait_s", 0.0)
+        wait_s = min(wait_s, MAX_WAIT_S) if wait_s > 0 and len(self._parked) < MAX_PARKED else 0.0
         reply = self.coordinator.answer(request, now, final=wait_s <= 0)
         if reply is None:
             self._park(address, request, wait_s, now)
@@ -176,6 +198,8 @@ class BufferService:
         name = getattr(request, "name", None) or getattr(request, "worker", None)
         if name:
             self._names[identity] = name
+            if len(self._names) > KEPT_REPLIES:
+                del self._names[next(iter(self._names))]
 
     def _park(self, address: Address, request: Request, wait_s: float, now: float) -> None:
         owner = self._names.get(address[0], "a client")
