@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import zmq
 import zmq.asyncio
 
-from . import codec
+from . import codec, waits
 from .errors import PeerLost, Refused, WireError
 from .messages import (
     Accepted,
@@ -161,6 +161,7 @@ class BufferClient:
             since_s=time.monotonic(),
             deadline_s=getattr(request, "wait_s", 0.0) + self.timeout_s,
         )
+        waits.put(future, wait)
         try:
             reply = await self._exchange(frames, future, wait)
         except asyncio.CancelledError:
@@ -168,6 +169,7 @@ class BufferClient:
                 self._cut.add(number)
             raise
         finally:
+            waits.put(future)
             del self._pending[number]
         if isinstance(reply, RefusedReply):
             raise Refused(reply.reason)

@@ -20,7 +20,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
-from . import codec
+from . import codec, waits
 from .config import ServiceSpec
 from .coordinator import Coordinator
 from .errors import ConfigError, WireError
@@ -71,6 +71,7 @@ class BufferService:
         self._names: dict[bytes, str] = {}
         self._connections = 0
         self._last_heard = time.monotonic()
+        self._told_s = 0.0
 
     async def serve(self) -> None:
         """Bind and serve; everything acknowledged is durable, however it ends.
@@ -142,6 +143,9 @@ class BufferService:
                 replies += self._receive([frame.buffer for frame in message])
         now = time.monotonic()
         self.coordinator.tick(now)
+        if now - self._told_s >= waits.PUBLISH_S:
+            self._told_s = now
+            waits.put("buffer", *self.coordinator.waits(now))
         replies += self._ask_parked(now)
         self.coordinator.commit()
         for (identity, _), frames in replies:

@@ -92,8 +92,14 @@ class Child:
 
     def terminate(self) -> None:
         """Ask it to end (SIGTERM to the process itself: it tells its own children)."""
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGTERM)
+        self.send(signal.SIGTERM)
+
+    def send(self, number: signal.Signals) -> bool:
+        """Signal the process itself; False when it has ended."""
+        if self.poll() is not None:
+            return False
+        os.kill(self.pid, number)
+        return True
 
     def kill(self) -> None:
         """End it and everything it started, now."""

@@ -122,6 +122,29 @@ def stop(run: RunArgument) -> None:
 
 
 @app.command()
+def scale(
+    run: RunArgument,
+    rollout_workers: Annotated[int, typer.Option(help="How many there shall be.")],
+) -> None:
+    """Let rollout workers join or leave a running run."""
+    from .scaling import request
+
+    print(request(run, rollout_workers))
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder.")] = None,
+) -> None:
+    """Say what a run waits for, alive or dead; without RUN, whether this machine can run one."""
+    from .doctor import machine_report, run_report
+
+    ok, lines = machine_report(Path.cwd()) if run is None else run_report(run)
+    print("\n".join(lines))
+    raise typer.Exit(0 if ok else 1)
+
+
+@app.command()
 def sft(
     experiment: ExperimentArgument,
     overrides: OverridesArgument = None,

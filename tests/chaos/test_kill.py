@@ -1,7 +1,4 @@
-"""kill -9 of each process of a real run: the reason is told, nobody is left, resume goes on.
-
-One run is killed five times, each time after it got further, and then finishes.
-"""
+"""kill -9 and SIGSTOP of each process of a real run: it goes on, and says what it did."""
 
 import json
 import os
@@ -101,6 +98,9 @@ class Run:
     def pid(self, name: str) -> int:
         return int((self.run_dir / "processes" / f"{name}.pid").read_text())
 
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid(name), number)
+
     def wait(self, deadline_s: float = END_DEADLINE_S) -> int:
         assert self.supervisor is not None
         return self.supervisor.wait(timeout=deadline_s)
@@ -140,21 +140,22 @@ def run(tmp_path: Path) -> Iterator[Run]:
             process.kill()
 
 
-def test_every_process_can_be_killed_and_the_run_still_finishes_with_its_prompts_accounted_for(
-    run: Run,
-) -> None:
-    run.start("run", "chaos.toml", "--output", "run")
-    for name in ("worker-0", "learner", "feeder", "buffer"):
+def test_every_process_can_be_killed_or_stopped_and_the_run_finishes_by_itself(run: Run) -> None:
+    """With the supervisor killed, too: then one command goes on."""
+    run.start("run", "chaos.toml", "--output", "run", "--no-export")
+    for name in ("worker-0", "buffer", "feeder", "learner"):
         run.wait_for_step(run.step() + STEPS_PER_LIFE)
-        os.kill(run.pid(name), signal.SIGKILL)
-        assert run.wait() == 1
-        told = run.output.read_text()
-        assert re.search(rf"reason: {name}: was killed by SIGKILL", told), told
-        assert "slipstream resume run" in told
-        assert run.processes() == []
-        run.start("resume", "run")
-
+        run.kill(name)
     run.wait_for_step(run.step() + STEPS_PER_LIFE)
+    run.kill("worker-0", signal.SIGSTOP)
+    run.wait_for_step(run.step() + STEPS_PER_LIFE)
+    told = run.output.read_text()
+    for name in ("worker-0", "buffer", "feeder"):
+        assert re.search(rf"{name}: was killed by SIGKILL .*; is restarted", told), told
+    assert "learner: was killed by SIGKILL" in told
+    assert re.search(r"stalled: learner <- .*", told), told
+    assert re.search(r"worker-0 \(pid \d+\) has been silent for 2\d s \(stopped", told), told
+
     assert run.supervisor is not None
     run.supervisor.kill()  # nobody is left to end the others: they do it themselves
     run.supervisor.wait()
@@ -167,4 +168,17 @@ def test_every_process_can_be_killed_and_the_run_still_finishes_with_its_prompts
     assert "0 staleness violations, 0 orphaned tokens" in told
     assert "audit: ok, issued" in told
     branches = json.loads((run.run_dir / "run.json").read_text())["branches"]
-    assert [branch["status"] for branch in branches] == ["failed"] * 4 + ["running", "finished"]
+    assert [branch["status"] for branch in branches] == ["failed", "running", "finished"]
+
+
+def test_without_restarts_a_kill_ends_the_run_with_its_name_and_the_line_that_resumes_it(
+    run: Run,
+) -> None:
+    run.start("run", "chaos.toml", "cluster.restarts=0", "--output", "run")
+    run.wait_for_step(STEPS_PER_LIFE)
+    run.kill("worker-0")
+    assert run.wait() == 1
+    told = run.output.read_text()
+    assert re.search(r"reason: worker-0: was killed by SIGKILL", told), told
+    assert "slipstream resume run" in told
+    assert run.processes() == []
