@@ -127,7 +127,7 @@ def dump_stacks(child: Child) -> str:
                 return f"stacks in {path}"
     if not child.send(signal.SIGUSR1):
         return "no stacks: it is gone"
-    end = time.monotonic() + 1.0
+    end = time.monotonic() + DUMP_S
     before = child.log_path.stat().st_size
     while child.log_path.stat().st_size == before and time.monotonic() < end:
         time.sleep(0.02)
