@@ -19,6 +19,7 @@ import zmq
 import zmq.asyncio
 
 from . import codec, waits
+from .curve import protect_client
 from .errors import PeerLost, Refused, WireError
 from .messages import (
     Accepted,
@@ -113,6 +114,7 @@ class BufferClient:
         # An ipc path that does not exist yet is tried again this often, in milliseconds.
         socket.setsockopt(zmq.RECONNECT_IVL, 50)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        protect_client(socket, self.endpoint)
         socket.connect(self.endpoint)
         self._reader = asyncio.create_task(self._read(socket), name=f"{self.name} reader")
 

@@ -23,6 +23,7 @@ from zmq.utils.monitor import parse_monitor_message
 from . import codec, waits
 from .config import ServiceSpec
 from .coordinator import Coordinator
+from .curve import protect_server
 from .errors import ConfigError, WireError
 from .messages import RefusedReply, Reply, Request, Stats, TakeGroups
 from .process import run_process
@@ -115,6 +116,7 @@ class BufferService:
             if len(os.fsencode(path)) > MAX_IPC_PATH:
                 raise ConfigError(f"endpoint {self.spec.endpoint}: over {MAX_IPC_PATH} bytes")
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        protect_server(socket, self.spec.endpoint)
         socket.bind(self.spec.endpoint)
         if self.spec.endpoint.startswith("ipc://"):
             path.chmod(0o600)

@@ -157,7 +157,7 @@ def chain(waits: Iterable[PublishedWait], start: str = "learner") -> str:
         links.append(link.what)
         waited_s = link.waited_s
         named = [wait.owner for wait in known if wait.owner in link.what and wait.owner not in seen]
-        if not named and owner == "learner":
+        if link.what.startswith("the batch of") or (not named and owner == "learner"):
             named = ["buffer"]
         if not named:
             break

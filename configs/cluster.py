@@ -27,6 +27,9 @@ class ClusterConfig(Settings):
     max_workers: Annotated[int, Field(ge=0)] = 0
     address: str = "auto"
     """Ray: `auto` (the cluster this machine is part of), or HOST:PORT of its head."""
+    tcp: bool = False
+    """Ray: meet over TCP, encrypted, with a key made for the run, even when all nodes are on this
+    machine; between machines it is always so."""
     worker_cpus: Annotated[float, Field(ge=0)] = 1.0
     """Ray: processors reserved for one rollout worker."""
     worker_gpus: Annotated[float, Field(ge=0)] = 0.0

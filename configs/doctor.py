@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -66,7 +67,7 @@ class Doctor:
         return [Stall(name, why) for name, why in found if why]
 
     def _examine(self, child: Child, now: float) -> str:
-        if child.poll() is not None:
+        if child.poll() is not None or not child.pid:  # ended, or waits for a place on a cluster
             self._beats.pop(child.name, None)
             return ""
         said = read_published(self._folder / f"{child.name}.waits.json")
@@ -117,7 +118,7 @@ def published_by(folder: Path) -> Iterator[tuple[str, Published]]:
 def dump_stacks(child: Child) -> str:
     """Have a hung process's stacks written, and say where: py-spy's, or its own to its log."""
     path = child.log_path.with_suffix(".stacks.txt")
-    spy = shutil.which("py-spy")
+    spy = shutil.which("py-spy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
     if spy is not None:
         command = [spy, "dump", "--nonblocking", "--pid", str(child.pid)]
         with suppress(OSError, subprocess.TimeoutExpired):

@@ -161,11 +161,6 @@ def check_prompts(experiment: Experiment) -> Iterator[str]:
 
 def check_launch(experiment: Experiment) -> Iterator[str]:
     """Yield what this version cannot start."""
-    if experiment.launcher == "ray":
-        yield (
-            'launcher = "ray" is not there yet: this version starts plain processes on one '
-            'machine; set launcher = "local"'
-        )
     low, high = experiment.learner.optimizer.betas
     if not (0 <= low < 1 and 0 <= high < 1):
         yield f"learner.optimizer.betas = [{low:g}, {high:g}] must both lie in [0, 1)"

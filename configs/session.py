@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..buffer.errors import SlipstreamError
+from ..buffer.errors import ConfigError, SlipstreamError
 from ..learner.checkpoint import complete_folders
 from .audit import audit_run
 from .child import Child
@@ -126,6 +126,16 @@ def _follow_warm_start(launch: Launch, reporter: Reporter, stop: StopRequests) -
 @contextmanager
 def _launcher(launch: Launch) -> Iterator[tuple[Scratch, Start]]:
     """Where the run's processes meet, and who starts them."""
+    if launch.experiment.launcher == "ray":
+        try:
+            from .ray_launcher import ray_launcher
+        except ImportError:
+            raise ConfigError(
+                "launcher = \"ray\" needs Ray: pip install 'slipstream[ray]'"
+            ) from None
+        with ray_launcher(launch, _version_bytes(launch)) as both:
+            yield both
+        return
     working_dir = Path(launch.run.working_dir)
     with scratch(launch.run_dir, launch.run.run_id, _version_bytes(launch)) as places:
         yield places, lambda plan: plan.start(launch.run_dir, working_dir)

@@ -36,13 +36,17 @@ class ProcessPlan:
     spec: Settings
     threads: int = 1
 
-    def start(self, run_dir: Path, working_dir: Path) -> Child:
-        """Write the spec and start the process."""
+    def write(self, run_dir: Path) -> list[str]:
+        """Write the spec; the command that reads it."""
         path = run_dir / "processes" / f"{self.name}.json"
         path.write_text(self.spec.model_dump_json(indent=2) + "\n")
+        return module_argv(self.module, path)
+
+    def start(self, run_dir: Path, working_dir: Path) -> Child:
+        """Write the spec and start the process."""
         return Child(
             self.name,
-            module_argv(self.module, path),
+            self.write(run_dir),
             run_dir=run_dir,
             threads=self.threads,
             environment=user_module_path(self.spec, working_dir),

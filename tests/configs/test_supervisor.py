@@ -238,7 +238,7 @@ def test_a_wait_past_its_deadline_is_found_with_its_chain_and_its_stacks(
     start: Start, run_dir: Path, monkeypatch: pytest.MonkeyPatch, body: str, told: str
 ) -> None:
     monkeypatch.setattr(doctor, "SLACK_S", 0.0)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name, path: None)
     around = Around(run_dir, lambda phase: None, {})
     what = "the engine of worker-0"
     children = start(worker_0=speaking("worker-0", "group 7 sample 3", what, body))
