@@ -239,7 +239,7 @@ def _wait_for_nodes(address: str, number: int, started: Sequence[LocalNode]) -> 
     Raises:
         SlipstreamError: one ended, or the time is up; with the end of its log.
     """
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 
     end = time.monotonic() + START_DEADLINE_S
     while time.monotonic() < end:

@@ -8,6 +8,7 @@ visible under the same paths on every node; without that nothing is started.
 
 import contextlib
 import dataclasses
+import logging
 import os
 import shutil
 import socket
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray._private.utils import read_ray_address
 from ray.exceptions import RayError
 from ray.util import get_node_ip_address
 
@@ -92,7 +94,7 @@ def connect(address: str, folder: Path) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
         with contextlib.chdir(folder):
             ray.init(address=address, namespace="slipstream", log_to_driver=False,
-                     logging_level="ERROR")  # fmt: skip
+                     logging_level=logging.ERROR)  # fmt: skip
     except (OSError, RayError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"no Ray cluster at {address!r}: {' '.join(str(error).splitlines()[:1])}. `slipstream "
@@ -102,7 +104,7 @@ def connect(address: str, folder: Path) -> None:
 
 def _this_machines() -> str:
     """The address of the cluster this machine is part of; empty without one."""
-    return os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address() or ""
+    return os.environ.get("RAY_ADDRESS") or read_ray_address() or ""
 
 
 def start_on_ray(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,6 +77,15 @@ class Run:
                 stderr=output,
                 env=os.environ | self.environment,
             )
+
+    def add_path(self, folder: Path) -> None:
+        """Put a folder before the others that its processes import from."""
+        old = os.environ.get("PYTHONPATH", "")
+        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), old]))
+
+    def matches(self, pattern: str) -> bool:
+        """Whether it said so."""
+        return re.search(pattern, self.output.read_text()) is not None
 
     def step(self) -> int:
         """The newest step in the metrics; 0 before the first."""

@@ -82,7 +82,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 def test_a_process_on_a_node_is_signalled_and_ends_as_a_local_one(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    connect(cluster.address, tmp_path)
+    connect(cluster.address or "", tmp_path)
     placement = Placement(experiment(1, worker_cpus=0.5, learner_cpus=0.5))
     placement.check_nodes(tmp_path)
     script = "import os, time; print('up', os.getcwd(), flush=True); time.sleep(600)"
@@ -119,7 +119,7 @@ def test_sixteen_ranks_and_four_engines_of_four_share_no_device_and_survive_a_lo
 ) -> None:
     nodes = [cluster.add_node(num_gpus=8, num_cpus=1) for _ in range(4)]
     cluster.wait_for_nodes()
-    connect(cluster.address, tmp_path)
+    connect(cluster.address or "", tmp_path)
     fleet = experiment(4, **FLEET)
     placement = Placement(fleet)
     facts = placement.check_nodes(tmp_path)
