@@ -13,15 +13,14 @@ import os
 import time
 import uuid
 from collections.abc import Coroutine, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import zmq
 import zmq.asyncio
 
-from . import codec
+from . import codec, waits
+from .curve import protect_client
 from .errors import PeerLost, Refused, WireError
-from .keys import needs_keys, secure_client
 from .messages import (
     Accepted,
     AwaitEvaluation,
@@ -78,14 +77,7 @@ repeats do not cross the answers to requests that were only parked."""
 class BufferClient:
     """A connection to the buffer service; use as `async with BufferClient(...) as client`."""
 
-    def __init__(
-        self,
-        endpoint: str,
-        run_id: str,
-        name: str,
-        timeout_s: float = 30.0,
-        keys: Path | None = None,
-    ) -> None:
+    def __init__(self, endpoint: str, run_id: str, name: str, timeout_s: float = 30.0) -> None:
         """Prepare; nothing happens before `connect`.
 
         Args:
@@ -93,9 +85,7 @@ class BufferClient:
             run_id: the service refuses clients of another run.
             name: `worker-0`, `feeder`, `learner`, `supervisor`: shown to people, owns leases.
             timeout_s: silence after which the service counts as lost.
-            keys: the run's key file, for an address beyond ipc and loopback.
         """
-        self.keys = keys
         self.endpoint, self.run_id, self.name, self.timeout_s = endpoint, run_id, name, timeout_s
         self._numbers = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Reply]] = {}
@@ -127,8 +117,7 @@ class BufferClient:
         # An ipc path that does not exist yet is tried again this often, in milliseconds.
         socket.setsockopt(zmq.RECONNECT_IVL, 50)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-        if needs_keys(self.endpoint):
-            secure_client(socket, self.endpoint, self.keys)
+        protect_client(socket, self.endpoint)
         socket.connect(self.endpoint)
         self._reader = asyncio.create_task(self._read(socket), name=f"{self.name} reader")
 
@@ -177,6 +166,7 @@ class BufferClient:
             since_s=time.monotonic(),
             deadline_s=getattr(request, "wait_s", 0.0) + self.timeout_s,
         )
+        waits.put(future, wait)
         try:
             reply = await self._exchange(frames, future, wait)
         except asyncio.CancelledError:
@@ -184,6 +174,7 @@ class BufferClient:
                 self._cut.add(number)
             raise
         finally:
+            waits.put(future)
             del self._pending[number]
         if isinstance(reply, RefusedReply):
             raise Refused(reply.reason)

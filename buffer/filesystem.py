@@ -10,8 +10,13 @@ from pathlib import Path
 from .errors import ConfigError, DiskFull
 
 NETWORK = frozenset(
-    ["nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "orangefs", "pvfs2", "ocfs2", "gfs2", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.s3fs", "fuse.gcsfuse", "fuse.juicefs", "fuse.rclone", "fuse.goofys", "fuse.blobfuse2"]
-)
+    [
+        "nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph",
+        "lustre", "gpfs", "beegfs", "glusterfs", "orangefs", "pvfs2", "ocfs2",
+        "gfs2", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.s3fs", "fuse.gcsfuse", "fuse.juicefs",
+        "fuse.rclone", "fuse.goofys", "fuse.blobfuse2",
+    ]
+)  # fmt: skip
 """Types of /proc/mounts that are not on this machine, or not like a disk."""
 
 

@@ -20,11 +20,11 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
-from . import codec
+from . import codec, waits
 from .config import ServiceSpec
 from .coordinator import Coordinator
+from .curve import protect_server
 from .errors import ConfigError, WireError
-from .keys import make_keys, needs_keys, secure_server
 from .messages import RefusedReply, Reply, Request, Stats, TakeGroups
 from .process import run_process
 from .waits import Wait
@@ -42,7 +42,7 @@ MAX_IPC_PATH = 107
 """Bytes of a socket path that Linux accepts."""
 
 MAX_PARKED = 4096
-"""Requests that may wait at once; more are refused, so that nobody can fill the memory."""
+"""Requests that may wait at once; more are answered now, so that nobody can fill the memory."""
 MAX_WAIT_S = 3600.0
 HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -81,6 +81,7 @@ class BufferService:
         self._names: dict[bytes, str] = {}
         self._connections = 0
         self._last_heard = time.monotonic()
+        self._told_s = 0.0
 
     async def serve(self) -> None:
         """Bind and serve; everything acknowledged is durable, however it ends.
@@ -94,12 +95,8 @@ class BufferService:
         monitor = socket.get_monitor_socket(
             zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED
         )
-        authenticator = None
         watcher = asyncio.create_task(self._count_connections(monitor))
         try:
-            if needs_keys(self.spec.endpoint):
-                keys = make_keys(self.spec.run_dir / "keys" / "buffer.json")
-                authenticator = secure_server(socket, context, keys)
             self._bind(socket)
             while not self._finished():
                 await self._turn(socket)
@@ -113,8 +110,6 @@ class BufferService:
                 await watcher
             socket.disable_monitor()
             monitor.close(linger=0)
-            if authenticator is not None:
-                authenticator.stop()
             socket.close(linger=1000)  # milliseconds: the last replies may still leave
             context.term()
             end()
@@ -132,6 +127,7 @@ class BufferService:
             if len(os.fsencode(path)) > MAX_IPC_PATH:
                 raise ConfigError(f"endpoint {self.spec.endpoint}: over {MAX_IPC_PATH} bytes")
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        protect_server(socket, self.spec.endpoint)
         socket.bind(self.spec.endpoint)
         if self.spec.endpoint.startswith("ipc://"):
             path.chmod(0o600)
@@ -164,6 +160,9 @@ class BufferService:
                 replies += self._receive([frame.buffer for frame in message])
         now = time.monotonic()
         self.coordinator.tick(now)
+        if now - self._told_s >= waits.PUBLISH_S:
+            self._told_s = now
+            waits.put("buffer", *self.coordinator.waits(now))
         replies += self._ask_parked(now)
         self.coordinator.commit()
         for (identity, _), frames in replies:

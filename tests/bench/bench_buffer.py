@@ -192,7 +192,7 @@ def peer(name: str, singles: int, batches: int, repeats: int) -> dict[str, Any]:
 
 
 def sync_ms() -> float:
-    """Median milliseconds of a sync after 64 rows' bytes, on the disk that the service writes to."""
+    """Median milliseconds of a sync after 64 rows' bytes, on the service's disk."""
     times: list[float] = []
     with tempfile.TemporaryFile(dir=ROOT / "runs") as file:
         for _ in range(50):

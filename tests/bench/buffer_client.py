@@ -73,7 +73,9 @@ async def main() -> None:
             words = (await asyncio.to_thread(sys.stdin.readline)).split() or ["quit"]
             answer: dict = {}
             if words[0] == "claim":
-                serving = (await client.await_version()).manifest.version
+                manifest = (await client.await_version()).manifest
+                assert manifest is not None
+                serving = manifest.version
                 claims = await client.claim(serving, int(words[1]))
                 held = [
                     (

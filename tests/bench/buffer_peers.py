@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false, reportArgumentType=false, reportPossiblyUnboundVariable=false
 """The peers' side of `bench_buffer`, run by their own Python: prints one JSON object.
 
 `transferqueue`: `kv_put`, `kv_batch_put` and `kv_batch_get` of TransferQueue with its default

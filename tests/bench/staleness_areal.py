@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false, reportArgumentType=false, reportPossiblyUnboundVariable=false
 """AReaL's side of `bench_staleness`, run by its own Python: prints one JSON object.
 
 AReaL 1.0.4's `BatchTaskDispatcher` and `StalenessManager`, unchanged; an episode is a sleep. The

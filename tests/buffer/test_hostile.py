@@ -1,20 +1,14 @@
-"""What a broken or hostile peer can send: refused, counted, forgotten; and who may connect."""
+"""What a broken or hostile peer can send: refused, counted, forgotten."""
 
-import asyncio
-import os
 import random
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import psutil
 import pytest
 from slipstream.buffer import codec
-from slipstream.buffer.client import BufferClient
-from slipstream.buffer.errors import ConfigError, PeerLost
-from slipstream.buffer.keys import make_keys, needs_keys
 from slipstream.buffer.messages import (
     AwaitVersion,
     CheckpointSaved,
@@ -177,76 +171,3 @@ async def test_random_bytes_on_the_socket_hurt_nobody(make_spec: SpecMaker) -> N
                 raw.connect(spec.endpoint.removeprefix("ipc://"))
                 raw.sendall(choice.randbytes(choice.randrange(1, 4096)))
         assert (await client.await_version()).manifest == manifest(0)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-@pytest.mark.parametrize("keys", ["none", "wrong"])
-async def test_without_the_runs_keys_nothing_is_read_or_written(
-    make_spec: SpecMaker, tmp_path: Path, keys: str
-) -> None:
-    port = free_port()
-    spec = make_spec(endpoint=f"tcp://0.0.0.0:{port}")
-    own = tmp_path / "keys" / "buffer.json"
-    service = BufferService(spec)
-    serving = asyncio.create_task(service.serve())
-    while not own.exists() and not serving.done():
-        await asyncio.sleep(0.01)
-    assert own.stat().st_mode & 0o777 == 0o600
-    # 127.0.0.2 is this host, too, and not an address that goes without keys.
-    endpoint = f"tcp://127.0.0.2:{port}"
-    async with BufferClient(endpoint, "run", "friend", timeout_s=10, keys=own) as friend:
-        await friend.publish(manifest(0))
-        stranger = BufferClient(
-            endpoint.replace("127.0.0.2", "127.0.0.1") if keys == "none" else endpoint,
-            "run",
-            "stranger",
-            timeout_s=1,
-            keys=None if keys == "none" else make_keys(tmp_path / "others" / "keys.json"),
-        )
-        with pytest.raises(PeerLost):
-            await stranger.connect()
-        await stranger.close()
-        assert "stranger" not in service._names.values()
-        assert (await friend.stats()).counts == {}
-        assert service.coordinator.refused, "a failed handshake is counted"
-    serving.cancel()
-    await asyncio.gather(serving, return_exceptions=True)
-
-
-async def test_an_open_address_without_keys_is_refused_with_the_remedy() -> None:
-    client = BufferClient("tcp://10.0.0.1:5555", "run", "worker-0")
-    with pytest.raises(ConfigError, match=r"keys/buffer\.json"):
-        await client.connect()
-    await client.close()
-
-
-@pytest.mark.parametrize(
-    ("endpoint", "needed"),
-    [
-        ("ipc:///run/buffer", False),
-        ("tcp://127.0.0.1:5", False),
-        ("tcp://localhost:5", False),
-        ("tcp://[::1]:5", False),
-        ("tcp://0.0.0.0:5", True),
-        ("tcp://*:5", True),
-        ("tcp://10.1.2.3:5", True),
-        ("tcp://[fe80::1]:5", True),
-    ],
-)
-def test_keys_are_needed_beyond_ipc_and_loopback(endpoint: str, needed: bool) -> None:
-    assert needs_keys(endpoint) == needed
-
-
-async def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
-    keys = make_keys(tmp_path / "keys.json")
-    os.chmod(keys, 0o644)
-    client = BufferClient("tcp://10.0.0.1:5", "run", "worker-0", keys=keys)
-    with pytest.raises(ConfigError, match="chmod 600"):
-        await client.connect()
-    await client.close()
