@@ -13,7 +13,8 @@ NETWORK = frozenset(
     [
         "nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph",
         "lustre", "gpfs", "beegfs", "glusterfs", "orangefs", "pvfs2", "ocfs2",
-        "gfs2", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.s3fs", "fuse.gcsfuse", "fuse.juicefs",
+        "gfs2", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.s3fs", "fuse.gcsfuse",
+        "fuse.juicefs",
         "fuse.rclone", "fuse.goofys", "fuse.blobfuse2",
     ]
 )  # fmt: skip
