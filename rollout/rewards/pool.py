@@ -106,7 +106,7 @@ class RewardPool:
         self._jobs.append(job)
         self._pump()
         score = await job.future
-        self._note(score)
+        self.note(score)
         return score
 
     @property
@@ -188,7 +188,8 @@ class RewardPool:
             broken = self._broken
             job.resolve(failed(str(broken), "infrastructure_failed") if broken else _CLOSED)
 
-    def _note(self, score: Score) -> None:
+    def note(self, score: Score) -> None:
+        """Count a score, also one that an environment gave, in the rate of failure."""
         self._failed.append(score.status == "reward_failed")
         if score.status == "reward_failed":
             self._last_reason = score.reason
