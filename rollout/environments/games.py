@@ -161,8 +161,12 @@ class GemHunt:
         )
 
 
+TOWARDS = 0.45
+"""Share of a demonstration's steps that are chosen to go towards the gem; the others wander."""
+
+
 def gem_demonstration(prompt: Prompt) -> list[dict[str, str]]:
-    """A walk of a few turns, for a warm start: half of its steps go towards the gem."""
+    """A walk of at most four turns, for a warm start that knows how to walk and hardly where to."""
     data = prompt.payload
     here, gem, size = tuple(data["here"]), tuple(data["gem"]), data["size"]
     random = np.random.default_rng(prompt.seed + 1)
@@ -173,7 +177,7 @@ def gem_demonstration(prompt: Prompt) -> list[dict[str, str]]:
             for word, (dx, dy) in _MOVES.items()
             if dx * (gem[0] - here[0]) + dy * (gem[1] - here[1]) > 0
         ]
-        word = str(random.choice(towards if random.random() < 0.3 else list(_MOVES)))
+        word = str(random.choice(towards if random.random() < TOWARDS else list(_MOVES)))
         messages.append({"role": "assistant", "content": word})
         x, y = here[0] + _MOVES[word][0], here[1] + _MOVES[word][1]
         here = (x, y) if 0 <= x < size and 0 <= y < size else here
