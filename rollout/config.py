@@ -65,6 +65,11 @@ class RewardConfig(Settings):
     """Keyword arguments for a reward that is a class."""
     timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """A reward that takes longer is killed; the sample is recorded as failed, never as 0."""
+    memory_mb: Annotated[int, Field(ge=64)] = 4096
+    """Address space that scoring may take in each reward process, above what it has when loaded
+    (Linux); asking for more raises MemoryError in the reward."""
+    processes: Annotated[int, Field(ge=1)] = 1
+    """Reward processes of each rollout worker."""
     max_failure_rate: Annotated[float, Field(ge=0, le=1)] = 0.2
     """The run ends when more than this share of the last 200 rewards failed."""
 

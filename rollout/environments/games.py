@@ -133,7 +133,14 @@ def gem_world(seed: int, size: int = 5) -> dict[str, Any]:
 
 
 def _places(here: tuple[int, int], gem: tuple[int, int]) -> str:
-    return f"you {here[0]} {here[1]} gem {gem[0]} {gem[1]}"
+    ways = " ".join(towards(here, gem)) or "here"
+    return f"you {here[0]} {here[1]} gem {gem[0]} {gem[1]} {ways}"
+
+
+def towards(here: tuple[int, int], gem: tuple[int, int]) -> list[str]:
+    """The words that lead nearer to the gem."""
+    offset = (gem[0] - here[0], gem[1] - here[1])
+    return [word for word, (x, y) in _MOVES.items() if x * offset[0] + y * offset[1] > 0]
 
 
 class GemHunt:
@@ -161,7 +168,7 @@ class GemHunt:
         )
 
 
-TOWARDS = 0.45
+TOWARDS = 0.3
 """Share of a demonstration's steps that are chosen to go towards the gem; the others wander."""
 
 
@@ -172,12 +179,8 @@ def gem_demonstration(prompt: Prompt) -> list[dict[str, str]]:
     random = np.random.default_rng(prompt.seed + 1)
     messages: list[dict[str, str]] = []
     for _ in range(4):
-        towards = [
-            word
-            for word, (dx, dy) in _MOVES.items()
-            if dx * (gem[0] - here[0]) + dy * (gem[1] - here[1]) > 0
-        ]
-        word = str(random.choice(towards if random.random() < TOWARDS else list(_MOVES)))
+        ways = towards(here, gem) if random.random() < TOWARDS else list(_MOVES)
+        word = str(random.choice(ways))
         messages.append({"role": "assistant", "content": word})
         x, y = here[0] + _MOVES[word][0], here[1] + _MOVES[word][1]
         here = (x, y) if 0 <= x < size and 0 <= y < size else here

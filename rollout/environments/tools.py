@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from ...buffer.errors import ConfigError
 from ...buffer.records import Prompt
 from ..imports import import_object
+from ..rewards.sandbox import run_python
 from .base import Step
 from .games import evaluate
 
@@ -32,8 +33,6 @@ def calculator(expression: str) -> str:
 
 def python(code: str) -> str:
     """Run Python code, in a process without network or files; returns what it prints."""
-    from ..rewards.sandbox import run_python
-
     done = run_python(code)
     return done.stdout if done.ok else f"{done.stdout}\n{done.error}".strip()
 

@@ -6,6 +6,7 @@ import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -269,7 +270,8 @@ def test_a_template_that_rewrites_answers_is_refused():
 
 def test_following_tokens_are_those_that_the_template_writes_behind_the_answer():
     tokenizer = load_tokenizer(TINY)
-    chat, end = ChatFormat(tokenizer), tokenizer.eos_token_id
+    chat = ChatFormat(tokenizer)
+    end: Any = tokenizer.eos_token_id
     answer = tokenizer("north", add_special_tokens=False)["input_ids"]
     more = (Message(role="user", content="you 1 3"),)
     whole = [*PROMPT.messages, Message(role="assistant", content="north"), *more]
