@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+from ..buffer import waits
 from ..buffer.client import BufferClient
 from ..buffer.errors import PeerLost, Refused, TrainingFailed
 from ..buffer.messages import Claim
@@ -44,6 +45,11 @@ class HandIn:
     def lease(self, claim: Claim, request_id: str, index: int) -> None:
         """Note a sample that must be handed in or given back."""
         self._open[request_id] = (claim, index)
+        self._wait(claim, index, request_id, f"the engine of {self._engine_id}")
+
+    def _wait(self, claim: Claim, index: int, request_id: str, what: str) -> None:
+        owner = f"group {claim.ticket.prompt.uid} sample {index}"
+        waits.put(request_id, waits.Wait(owner=owner, what=what, since_s=time.monotonic()))
 
     async def finish(
         self,
@@ -66,6 +72,7 @@ class HandIn:
         else:
             await self._score(claim, index, request, output, claimed_s, episode)
         self._open.pop(output.request_id, None)
+        waits.put(output.request_id)
 
     async def _score(
         self,
@@ -78,6 +85,7 @@ class HandIn:
     ) -> None:
         self._errors_in_a_row = 0
         if episode is None or episode.score is None:
+            self._wait(claim, index, output.request_id, f"reward {self._rewards.describe()}")
             completion = episode.completion if episode else completion_of(output)
             score = await self._rewards.score(completion, claim.ticket.prompt)
         else:
@@ -108,6 +116,7 @@ class HandIn:
             TrainingFailed: there was no possible one for long.
         """
         self._open.pop(request_id, None)
+        waits.put(request_id)
         self._errors_in_a_row += 1
         if self._errors_in_a_row >= MAX_ERRORS_IN_A_ROW:
             raise TrainingFailed(

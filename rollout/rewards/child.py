@@ -135,6 +135,11 @@ class RewardChild(asyncio.SubprocessProtocol):
         return child
 
     @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._pid
+
+    @property
     def load(self) -> int:
         """Calls sent and not answered."""
         return len(self._inflight)

@@ -2,8 +2,8 @@
 
 The prompt's `tests` is a list of {"stdin": ..., "stdout": ...} and {"call": "f(2)", "equals": 4},
 or a text of asserts. Expected values of the list's forms never enter the sandbox, so a program
-cannot read or forge them. Asserts run beside the program, which could pass by tampering with them: only
-an end that was reached counts, but prefer the list.
+cannot read or forge them. Asserts run beside the program, which could pass by tampering with them:
+only an end that was reached counts, but prefer the list.
 """
 
 import ast

@@ -119,6 +119,11 @@ class RewardPool:
             self._remember(key, score)
         return score
 
+    def describe(self) -> str:
+        """The reward and its processes, for people who wait for it."""
+        pids = ", ".join(str(child.pid) for child in self._children) or "starting"
+        return f"{self.config.name}, pid {pids}"
+
     def _key(self, completion: Completion, prompt: Prompt) -> bytes:
         """A digest of all that a reward may look at but the sample's number in the stream."""
         asked = (prompt.task, prompt.messages, prompt.payload)

@@ -226,8 +226,11 @@ def test_a_classifier_scores_a_batch_like_each_alone(tmp_path):
     from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    config: Any = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=16, max_position_embeddings=64, num_labels=1)  # fmt: skip
+    sizes: dict[str, Any] = {
+        "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 16, "max_position_embeddings": 64, "num_labels": 1,
+    }  # fmt: skip
+    config = BertConfig(**sizes)
     BertForSequenceClassification(config).save_pretrained(tmp_path)
     words = {"<pad>": 0, "<unk>": 1, **{c: i + 2 for i, c in enumerate("abcdefghijk why?\n")}}
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
