@@ -141,6 +141,9 @@ class Turn(Record):
     end: int
     role: Literal["prompt", "policy", "observation"]
     state_hash: str = ""
+    """Of the environment's state that a policy turn answered; "" when it has none."""
+    reward: float = 0.0
+    """What the environment gave for a policy turn."""
 
 
 class Timings(Record):

@@ -12,7 +12,9 @@ from pathlib import Path
 from ..buffer.errors import ConfigError
 from ..buffer.process import run_process
 from ..buffer.records import Completion, Prompt, Score
+from ..rollout.config import RewardConfig
 from ..rollout.demonstrations import write_sft_file
+from ..rollout.environments.base import load_environment
 from ..rollout.prompts import PromptSource
 from ..rollout.rewards.pool import RewardPool
 from .specs import PreflightSpec
@@ -31,8 +33,11 @@ async def preflight(spec: PreflightSpec) -> None:
         await asyncio.to_thread(check_model, spec.model_folder)
     source = PromptSource(spec.prompts, spec.seed)
     probed = [source.prompt(uid) for uid in range(PROBED_PROMPTS)]
+    if spec.environment is not None:
+        load_environment(spec.environment)
     # At once, on two cores: both are on the way to the first step.
-    await asyncio.gather(check_reward(spec, probed), asyncio.to_thread(write_examples, spec))
+    checks = [check_reward(spec.reward, probed)] if spec.reward is not None else []
+    await asyncio.gather(*checks, asyncio.to_thread(write_examples, spec))
 
 
 def check_model(folder: Path) -> None:
@@ -68,13 +73,13 @@ def write_examples(spec: PreflightSpec) -> None:
         write_sft_file(spec.prompts, spec.sft, spec.seed, spec.sft_file)
 
 
-async def check_reward(spec: PreflightSpec, prompts: Sequence[Prompt]) -> None:
+async def check_reward(reward: RewardConfig, prompts: Sequence[Prompt]) -> None:
     """Let the reward score something once: one answer that it can score is enough.
 
     Raises:
         ConfigError: it failed on all of them, or took longer than its time-out.
     """
-    pool = RewardPool(spec.reward, num_processes=1)
+    pool = RewardPool(reward, num_processes=1)
     failures: list[Score] = []
     try:
         for completion, prompt in _probes(prompts):
@@ -83,12 +88,12 @@ async def check_reward(spec: PreflightSpec, prompts: Sequence[Prompt]) -> None:
             if score.status == "scored":
                 return
             failures.append(score)
-            if time.monotonic() - began >= spec.reward.timeout_s:
+            if time.monotonic() - began >= reward.timeout_s:
                 break  # it would only take that long again
     finally:
         await pool.close()
     raise ConfigError(
-        f'reward.name = "{spec.reward.name}" could not score any of {len(failures)} trial '
+        f'reward.name = "{reward.name}" could not score any of {len(failures)} trial '
         f"answers: {failures[0].reason}. Try it alone, and return a finite number or a Score "
         "within reward.timeout_s"
     )

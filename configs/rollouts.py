@@ -184,6 +184,7 @@ def _advantages(run_dir: Path, entries: list[Entry]) -> dict[tuple[int, int], fl
     """What the learner computed from the groups that the step took."""
     resolved = json.loads((run_dir / "resolved.json").read_bytes())
     kind = resolved["learner"]["objective"]["advantage"]
+    kind = "group_mean" if kind == "gigpo" else kind  # of the whole episode
     groups: dict[int, list[Entry]] = {}
     for entry in entries:
         if entry.decision is not None:

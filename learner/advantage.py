@@ -35,3 +35,44 @@ def group_advantages(
         centred /= rewards.std() + EPS
     advantages_G[scored_G] = centred
     return advantages_G
+
+
+def gigpo_advantages(
+    returns_G: Sequence[float | None],
+    step_rewards: Sequence[Sequence[float]],
+    anchors: Sequence[Sequence[str]],
+    *,
+    kind: Literal["group_std", "group_mean"],
+    discount: float,
+    step_weight: float,
+) -> list[np.ndarray]:
+    """Two-level advantages of episodes: against the sibling episodes, plus, for each turn, against
+    all turns of the group that were taken in the same state.
+
+    Args:
+        returns_G: [G] score of each episode of one prompt; None where there is none.
+        step_rewards: per episode, the reward of each of its policy turns.
+        anchors: per episode, the hash of the state each turn was taken in; "" is like no other.
+        kind: how both levels are normalised, as in `group_advantages`.
+        discount: gamma; a turn's return is the discounted sum of its and all later rewards.
+        step_weight: omega, of the turn's level.
+    Returns:
+        Per episode a [turns] float64; zeros for an episode without a score.
+    Source: GiGPO (arXiv:2505.10978), eq. 3, 6-8. A state met once has a turn advantage of 0.
+    """
+    episode_G = group_advantages(returns_G, kind)
+    advantages = [np.full(len(a), e) for a, e in zip(anchors, episode_G, strict=True)]
+    met: dict[str, list[tuple[int, int, float]]] = {}
+    for episode, (rewards, states) in enumerate(zip(step_rewards, anchors, strict=True)):
+        if returns_G[episode] is None:
+            continue
+        to_go = 0.0
+        for turn in reversed(range(len(states))):
+            to_go = rewards[turn] + discount * to_go
+            if states[turn]:
+                met.setdefault(states[turn], []).append((episode, turn, to_go))
+    for places in met.values():
+        values = group_advantages([to_go for _, _, to_go in places], kind)
+        for (episode, turn, _), value in zip(places, values, strict=True):
+            advantages[episode][turn] += step_weight * value
+    return advantages

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..buffer.errors import CorruptData
 from ..buffer.records import Trajectory, TrajectoryGroup, Version
 from ..kernels.definition import KeptSets
-from .advantage import group_advantages
+from .advantage import gigpo_advantages, group_advantages
+from .config import ObjectiveConfig
 from .rows import MAX_SHARED_INPUTS, Layout, Piece, lay_out, row_width
 
 RatioLaw = Literal["temperature", "kept_set"]
@@ -31,7 +32,8 @@ class Sample:
     """A trajectory that carries gradient."""
 
     trajectory: Trajectory
-    advantage: float
+    advantage: float | np.ndarray
+    """Of all trained tokens, or of each: [num_trained] float64."""
     first_trained: int
     """Policy-written tokens before this one (the stale prefix) are context with zero weight."""
     weight: float = 1.0
@@ -67,9 +69,7 @@ class MicroBatch(Rows):
     """Inputs without padding."""
 
 
-def samples_of(
-    groups: Sequence[TrajectoryGroup], advantage: Literal["group_std", "group_mean"]
-) -> list[Sample]:
+def samples_of(groups: Sequence[TrajectoryGroup], objective: ObjectiveConfig) -> list[Sample]:
     """The samples that carry gradient, in canonical order (uid, index).
 
     Rewards of samples that are not trained count in their group's advantages all the same.
@@ -77,19 +77,36 @@ def samples_of(
     samples = []
     for group in sorted(groups, key=lambda group: group.prompt.uid):
         ordered = sorted(group.samples, key=lambda sample: sample.trajectory.index)
-        rewards_G = [sample.trajectory.score.value for sample in ordered]
-        advantages_G = group_advantages(rewards_G, advantage)
-        for sample, reward, value in zip(ordered, rewards_G, advantages_G, strict=True):
-            left = sample.trajectory.num_policy_tokens - sample.stale_prefix
-            if sample.trained and reward is not None and left > 0:
-                samples.append(
-                    Sample(
-                        trajectory=sample.trajectory,
-                        advantage=float(value),
-                        first_trained=sample.stale_prefix,
-                    )
-                )
+        trajectories = [sample.trajectory for sample in ordered]
+        for sample, value in zip(ordered, _advantages(trajectories, objective), strict=True):
+            trajectory, stale = sample.trajectory, sample.stale_prefix
+            left = trajectory.num_policy_tokens - stale
+            if sample.trained and trajectory.score.value is not None and left > 0:
+                value = value[stale:] if isinstance(value, np.ndarray) else value
+                samples.append(Sample(trajectory=trajectory, advantage=value, first_trained=stale))
     return samples
+
+
+def _advantages(
+    trajectories: Sequence[Trajectory], objective: ObjectiveConfig
+) -> list[float] | list[np.ndarray]:
+    """The advantage of each sample of one group; under GiGPO of each of its N tokens."""
+    rewards_G = [trajectory.score.value for trajectory in trajectories]
+    if objective.advantage != "gigpo":
+        return group_advantages(rewards_G, objective.advantage).tolist()
+    turns = [[turn for turn in t.turns if turn.role == "policy"] for t in trajectories]
+    by_turn = gigpo_advantages(
+        rewards_G,
+        [[turn.reward for turn in each] for each in turns],
+        [[turn.state_hash for turn in each] for each in turns],
+        kind="group_mean",
+        discount=objective.step_discount,
+        step_weight=objective.step_weight,
+    )
+    return [
+        np.repeat(values, [turn.end - turn.start for turn in each])
+        for values, each in zip(by_turn, turns, strict=True)
+    ]
 
 
 def updates_of(groups: Sequence[TrajectoryGroup], num_updates: int) -> list[list[TrajectoryGroup]]:
@@ -196,7 +213,9 @@ def collate(
     return MicroBatch(
         layout=layout,
         behaviour_T=torch.from_numpy(np.concatenate(behaviour)).to(dtype),
-        advantages_T=spread([sample.advantage for sample in samples]),
+        advantages_T=torch.from_numpy(
+            np.concatenate([np.broadcast_to(s.advantage, s.num_trained) for s in samples])
+        ).to(dtype),
         weights_T=spread([sample.weight for sample in samples]),
         temperature_T=spread([_temperature(sample.trajectory) for sample in samples]),
         kept=_kept_sets(samples, layout.targets_T.numpy(), law),

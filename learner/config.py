@@ -25,8 +25,13 @@ class ObjectiveConfig(Settings):
     `correction_high`; `mask` zeroes tokens outside [correction_low, correction_high]."""
     correction_low: Annotated[float, Field(ge=0, lt=1)] = 0.125
     correction_high: Annotated[float, Field(ge=1)] = 2.0
-    advantage: Literal["group_std", "group_mean"] = "group_std"
-    """`group_std`: (reward - mean) / (std + eps), GRPO; `group_mean`: reward - mean, Dr.GRPO."""
+    advantage: Literal["group_std", "group_mean", "gigpo"] = "group_std"
+    """`group_std`: (reward - mean) / (std + eps), GRPO; `group_mean`: reward - mean, Dr.GRPO;
+    `gigpo`: `group_mean` of episodes plus that of turns taken in the same state."""
+    step_discount: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """`gigpo`: how much a turn counts of the rewards that come one turn later."""
+    step_weight: Annotated[float, Field(ge=0)] = 1.0
+    """`gigpo`: of the turns' advantage beside the episodes'."""
     aggregation: Literal["token", "sequence"] = "token"
     """`token`: the mean over all trained tokens of the batch; `sequence`: the mean over samples of
     each one's mean."""

@@ -68,7 +68,7 @@ def train_step(
 
     1. Samples in the order (uid, index). Per group, over all samples with a reward, trained or not:
        advantage = (reward - mean) / (std + 1e-6), std of the population (`group_std`), or
-       reward - mean (`group_mean`); float64.
+       reward - mean (`group_mean`), or both levels of `gigpo_advantages` (`gigpo`); float64.
     2. The groups are cut, in order of uid, into U parts [P i // U, P (i + 1) // U); each part is
        one optimizer update. With U = 1 the proximal policy is the current one without gradient;
        with U >= 2 its log-probabilities are taken for the whole batch before the first update.
@@ -107,7 +107,7 @@ def train_step(
     parts = [
         _part(samples, config, lambda rows: collate(rows, held, policy.loss_dtype, ratio_law))
         for groups_of_update in updates_of(groups, config.updates_per_step)
-        if (samples := samples_of(groups_of_update, config.objective.advantage))
+        if (samples := samples_of(groups_of_update, config.objective))
     ]
     proof = _prove(parts, step, max_staleness_steps, path)
     if len(parts) > 1:

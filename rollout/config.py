@@ -15,13 +15,14 @@ KvPolicy = Literal["keep", "recompute"]
 class PromptsConfig(Settings):
     """`[prompts]`: where prompts come from; a seeded stream over epochs that a resume continues."""
 
-    source: Literal["reasoning_gym", "dataset"] = "reasoning_gym"
+    source: Literal["reasoning_gym", "dataset", "function"] = "reasoning_gym"
     task: str = "chain_sum"
-    """`source = "reasoning_gym"`: the name of the task."""
+    """`source = "reasoning_gym"`: the name of the task. `source = "function"`: `module:function` or
+    `file.py:function` of a seed, which returns a row: {"prompt": ..., "answer": ..., ...}."""
     task_config: dict[str, Any] = {}
     """`source = "reasoning_gym"`: arguments of the task, as reasoning-gym names them."""
     size: Annotated[int, Field(ge=1)] = 100_000
-    """`source = "reasoning_gym"`: number of distinct items before the next epoch."""
+    """`source = "reasoning_gym"`, `"function"`: distinct items before the next epoch."""
     path: str = ""
     """`source = "dataset"`: a JSONL, JSON or Parquet file, a folder made by `save_to_disk`, or a
     Hugging Face dataset name."""
@@ -64,8 +65,32 @@ class RewardConfig(Settings):
     """Keyword arguments for a reward that is a class."""
     timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """A reward that takes longer is killed; the sample is recorded as failed, never as 0."""
+    memory_mb: Annotated[int, Field(ge=64)] = 4096
+    """Address space that scoring may take in each reward process, above what it has when loaded
+    (Linux); asking for more raises MemoryError in the reward."""
+    processes: Annotated[int, Field(ge=1)] = 1
+    """Reward processes of each rollout worker."""
     max_failure_rate: Annotated[float, Field(ge=0, le=1)] = 0.2
     """The run ends when more than this share of the last 200 rewards failed."""
+
+
+class EnvironmentConfig(Settings):
+    """`[environment]`: episodes of several turns instead of single answers."""
+
+    name: str
+    """An entry point of the group `slipstream.environments`, `module:Class` or `file.py:Class`; or
+    a function (prompt, endpoint) that runs any agent against an OpenAI-compatible address."""
+    arguments: dict[str, Any] = {}
+    """Keyword arguments of the class."""
+    max_turns: Annotated[int, Field(ge=1)] = 8
+    """Answers of the policy in one episode. `rollout.sampling.max_new_tokens` is the budget of
+    tokens of all of them together."""
+    max_turn_tokens: Annotated[int, Field(ge=0)] = 0
+    """New tokens of one answer; 0: whatever the episode has left."""
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """For one reset or step, and for the whole of an agent function."""
+    show_budget: bool = True
+    """Whether each observation ends with the number of turns left."""
 
 
 class RolloutConfig(Settings):
@@ -128,3 +153,4 @@ class WorkerSpec(Settings):
     dtype: Literal["float32", "float64", "bfloat16"]
     rollout: RolloutConfig
     reward: RewardConfig
+    environment: EnvironmentConfig | None = None

@@ -4,20 +4,21 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import xxhash
 
 from ..buffer.errors import ConfigError
 from ..buffer.records import Prompt
-from .chats import convert_chats
+from .chats import ROLES, convert_chats
 from .config import PromptsConfig
 from .imports import import_object, where_raised
 from .prompts import PromptSource
 from .suggest import did_you_mean
 
-Demonstrator = Callable[[Prompt], str]
-"""Returns the assistant's text for a prompt."""
+Demonstrator = Callable[[Prompt], Any]
+"""Returns the assistant's text for a prompt, or the messages of an episode after it; then each of
+the assistant's is an example of its own."""
 
 ANSWERED_SHARE = 0.35
 """`chain_sum_mixed` ends with the answer line for this share of the prompts."""
@@ -57,9 +58,11 @@ def write_sft_file(prompts: PromptsConfig, sft: WarmStart, seed: int, path: Path
     with path.open("w") as file:
         for number in range(sft.examples):
             prompt = source.prompt(len(source) - 1 - number % len(source))
-            answer = {"role": "assistant", "content": _demonstration(demonstrate, sft, prompt)}
-            asked = [{"role": m.role, "content": m.content} for m in prompt.messages]
-            file.write(json.dumps({"messages": [*asked, answer]}) + "\n")
+            chat = [{"role": m.role, "content": m.content} for m in prompt.messages]
+            for message in _demonstration(demonstrate, sft, prompt):
+                chat.append(message)
+                if message["role"] == "assistant":
+                    file.write(json.dumps({"messages": chat}) + "\n")
     return sft.examples
 
 
@@ -82,16 +85,24 @@ def load_demonstrator(name: str) -> Demonstrator:
     return cast(Demonstrator, found)
 
 
-def _demonstration(demonstrate: Demonstrator, sft: WarmStart, prompt: Prompt) -> str:
-    """The demonstrator's text, checked."""
+def _demonstration(demonstrate: Demonstrator, sft: WarmStart, prompt: Prompt) -> list[dict]:
+    """The demonstrator's text, or messages, checked."""
     where = f"sft.demonstration = {sft.demonstration!r} on prompt {prompt.source_id}"
     try:
         text = demonstrate(prompt)
     except Exception as error:  # the user's code: a config that cannot work ends the run early
         raise ConfigError(f"{where} raised {where_raised(error)}") from error
-    if not isinstance(text, str) or not text.strip():
-        raise ConfigError(f"{where} returned {text!r}; it must return a text")
-    return text
+    messages = [{"role": "assistant", "content": text}] if isinstance(text, str) else text
+    known = isinstance(messages, list) and all(
+        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str)
+        for m in messages
+    )
+    if not known or not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+        raise ConfigError(
+            f"{where} returned {text!r}; it must return a text, or messages with one of the "
+            "assistant's"
+        )
+    return messages
 
 
 def answer(prompt: Prompt) -> str:

@@ -10,7 +10,10 @@ from ..buffer.client import BufferClient
 from ..buffer.errors import Refused
 from ..buffer.messages import EvaluationClaim
 from ..buffer.records import Message, Score
-from .engine import Engine, GenerationOutput
+from .engine import Engine, GenerationOutput, GenerationRequest
+from .environments.conversation import Episode
+from .environments.episode import EpisodeFailed, Player
+from .rewards.base import failed
 from .rewards.pool import RewardPool
 from .samples import completion_of, evaluation_requests
 
@@ -24,6 +27,7 @@ class Evaluator:
         rewards: scores the completions.
         client: gets the results.
         seed: of the run.
+        player: plays the samples as episodes, when there is an environment.
     """
 
     def __init__(
@@ -33,9 +37,11 @@ class Evaluator:
         rewards: RewardPool,
         client: BufferClient,
         seed: int,
+        player: Player | None = None,
     ) -> None:
         self._make_engine, self._render = make_engine, render
         self._rewards, self._client, self._seed = rewards, client, seed
+        self._player = player
         self._claims: asyncio.Queue[EvaluationClaim] = asyncio.Queue()
         self._engine: Engine | None = None
 
@@ -79,24 +85,53 @@ class Evaluator:
             ).items()
         }
         async with asyncio.TaskGroup() as tasks:
+            if self._player is not None:
+                for claim, index, request in samples.values():
+                    tasks.create_task(self._play(self._player, claim, index, request))
+                return
             requests = [request for _, _, request in samples.values()]
             async for output in self._engine.generate(requests):
                 claim, index, _ = samples[output.request_id]
                 tasks.create_task(self._hand_in(claim, index, output))
 
-    async def _hand_in(self, claim: EvaluationClaim, index: int, output: GenerationOutput) -> None:
-        if output.error:
+    async def _play(
+        self, player: Player, claim: EvaluationClaim, index: int, request: GenerationRequest
+    ) -> None:
+        assert self._engine is not None
+        try:
+            episode = await player.play(self._engine, request, claim.prompt)
+        except EpisodeFailed as error:
+            await self._finish(claim, index, "", 0, failed(str(error)))
+        else:
+            await self._hand_in(claim, index, episode.output, episode)
+
+    async def _hand_in(
+        self,
+        claim: EvaluationClaim,
+        index: int,
+        output: GenerationOutput,
+        episode: Episode | None = None,
+    ) -> None:
+        if episode is not None and episode.score is not None:
+            score = episode.score
+        elif output.error:
             score = Score(value=None, status="infrastructure_failed", reason=output.error)
         else:
-            score = await self._rewards.score(completion_of(output), claim.prompt)
+            completion = episode.completion if episode else completion_of(output)
+            score = await self._rewards.score(completion, claim.prompt)
+        await self._finish(claim, index, output.text, len(output.token_ids), score)
+
+    async def _finish(
+        self, claim: EvaluationClaim, index: int, text: str, num_tokens: int, score: Score
+    ) -> None:
         try:
             await self._client.finish_evaluation(
                 job_id=claim.job_id,
                 uid=claim.prompt.uid,
                 index=index,
-                text=output.text,
+                text=text,
                 score=score,
-                num_tokens=len(output.token_ids),
+                num_tokens=num_tokens,
             )
         except Refused:
             return  # the job is gone: its version was replaced, or somebody else finished it

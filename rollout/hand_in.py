@@ -11,6 +11,7 @@ from ..buffer.errors import PeerLost, Refused, TrainingFailed
 from ..buffer.messages import Claim
 from ..buffer.records import DropReason
 from .engine import GenerationOutput, GenerationRequest
+from .environments.conversation import Episode
 from .rewards.pool import RewardPool
 from .samples import completion_of, trajectory_of
 
@@ -57,17 +58,20 @@ class HandIn:
         request: GenerationRequest,
         output: GenerationOutput,
         claimed_s: float,
+        episode: Episode | None = None,
     ) -> None:
         """Score one sample and hand it in, or give it back when there is nothing to score.
 
         Raises:
             TrainingFailed: rewards, or samples, fail more often than allowed.
         """
-        if output.error or output.finish_reason == "abort":
-            await self._reject(claim, index, output)
+        if output.error:
+            await self.reject(claim, index, output.request_id, output.error)
+        elif output.finish_reason == "abort":
+            await self._release(claim, [index], "expired", "the engine stopped")
         else:
-            await self._score(claim, index, request, output, claimed_s)
-        self._open.pop(output.request_id)
+            await self._score(claim, index, request, output, claimed_s, episode)
+        self._open.pop(output.request_id, None)
         waits.put(output.request_id)
 
     async def _score(
@@ -77,10 +81,16 @@ class HandIn:
         request: GenerationRequest,
         output: GenerationOutput,
         claimed_s: float,
+        episode: Episode | None,
     ) -> None:
         self._errors_in_a_row = 0
-        self._wait(claim, index, output.request_id, f"reward {self._rewards.describe()}")
-        score = await self._rewards.score(completion_of(output), claim.ticket.prompt)
+        if episode is None or episode.score is None:
+            self._wait(claim, index, output.request_id, f"reward {self._rewards.describe()}")
+            completion = episode.completion if episode else completion_of(output)
+            score = await self._rewards.score(completion, claim.ticket.prompt)
+        else:
+            score = episode.score
+            self._rewards.note(score)
         self._rewards.raise_if_failing()
         if score.status == "infrastructure_failed" and claim.attempt + 1 < MAX_SCORING_ATTEMPTS:
             await self._release(claim, [index], "expired", score.reason)
@@ -94,21 +104,25 @@ class HandIn:
             engine_id=self._engine_id,
             claimed_s=claimed_s,
             scored_s=time.time(),
+            written=episode and episode.written_scored(score),
         )
         with suppress(Refused):  # the lease expired or the version was orphaned: issued again
             await self._client.finish(trajectory, claim.lease_id)
 
-    async def _reject(self, claim: Claim, index: int, output: GenerationOutput) -> None:
-        """An impossible sample ends its prompt, with the reason; an aborted one is issued again."""
-        if not output.error:
-            await self._release(claim, [index], "expired", "the engine stopped")
-            return
+    async def reject(self, claim: Claim, index: int, request_id: str, error: str) -> None:
+        """End the prompt of an impossible sample, with the reason.
+
+        Raises:
+            TrainingFailed: there was no possible one for long.
+        """
+        self._open.pop(request_id, None)
+        waits.put(request_id)
         self._errors_in_a_row += 1
         if self._errors_in_a_row >= MAX_ERRORS_IN_A_ROW:
             raise TrainingFailed(
-                f"{self._errors_in_a_row} samples in a row cannot be generated: {output.error}"
+                f"{self._errors_in_a_row} samples in a row cannot be generated: {error}"
             )
-        await self._release(claim, [index], "quarantined", output.error)
+        await self._release(claim, [index], "quarantined", error)
 
     async def give_back(self) -> None:
         """Release what is not handed in, so that others need not wait for the leases' expiry."""

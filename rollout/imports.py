@@ -49,8 +49,12 @@ def importing(where: str, load: Callable[[], Any]) -> Any:
 def where_raised(error: BaseException) -> str:
     """The error in one line, with the line of code that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
+    try:
+        message = str(error)
+    except Exception:  # the user's class: even its message may raise
+        message = "(its message cannot be shown)"
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
+    return f"{type(error).__name__}: {message}{place}"
 
 
 def _file_module(path: Path, where: str) -> ModuleType:

@@ -108,13 +108,14 @@ class PromptSource:
 
 def _open(config: PromptsConfig, seed: int) -> Items:
     """The items behind the config; each kind imports what it needs only here."""
-    if config.source == "reasoning_gym":
-        from .tasks import ReasoningGymItems
+    if config.source == "dataset":
+        from .rows import DatasetItems
 
-        return ReasoningGymItems(config, seed)
-    from .rows import DatasetItems
+        return DatasetItems(config)
+    from .tasks import FunctionItems, ReasoningGymItems
 
-    return DatasetItems(config)
+    kind = FunctionItems if config.source == "function" else ReasoningGymItems
+    return kind(config, seed)
 
 
 def worded(config: PromptsConfig, question: str | tuple[Message, ...]) -> tuple[Message, ...]:

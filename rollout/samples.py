@@ -20,6 +20,7 @@ from ..buffer.records import (
 )
 from .config import RolloutConfig
 from .engine import GenerationOutput, GenerationRequest
+from .environments.conversation import Written
 from .sampling import sample_key
 
 
@@ -86,17 +87,16 @@ def trajectory_of(
     engine_id: str,
     claimed_s: float,
     scored_s: float,
+    written: Written | None = None,
 ) -> Trajectory:
-    """The record that travels to the learner."""
-    prompt_ids = np.array(request.prompt_token_ids, dtype=np.int32)
-    token_ids_L = np.concatenate([prompt_ids, output.token_ids])
-    num_prompt, num_all = len(prompt_ids), len(token_ids_L)
+    """The record that travels to the learner; `written` are the tokens of an episode."""
+    written = written or _single_turn(request, output)
     return Trajectory(
         uid=claim.ticket.prompt.uid,
         attempt=claim.attempt,
         index=index,
-        token_ids=token_ids_L,
-        policy_mask=np.arange(num_all) >= num_prompt,
+        token_ids=written.token_ids,
+        policy_mask=written.policy_mask,
         behaviour_logprobs=output.behaviour_logprobs,
         versions=output.versions,
         kv_version_min=output.kv_version_min,
@@ -104,10 +104,7 @@ def trajectory_of(
         finish_reason=output.finish_reason,
         text=output.text,
         score=score,
-        turns=(
-            Turn(start=0, end=num_prompt, role="prompt"),
-            Turn(start=num_prompt, end=num_all, role="policy"),
-        ),
+        turns=written.turns,
         timings=Timings(
             claimed_s=claimed_s,
             first_token_s=output.first_token_s,
@@ -116,6 +113,21 @@ def trajectory_of(
         ),
         engine_id=engine_id,
         extras=_extras(request.sampling, output),
+    )
+
+
+def _single_turn(request: GenerationRequest, output: GenerationOutput) -> Written:
+    """One prompt and one answer."""
+    prompt_ids = np.array(request.prompt_token_ids, dtype=np.int32)
+    token_ids_L = np.concatenate([prompt_ids, output.token_ids])
+    num_prompt, num_all = len(prompt_ids), len(token_ids_L)
+    return Written(
+        token_ids=token_ids_L,
+        policy_mask=np.arange(num_all) >= num_prompt,
+        turns=(
+            Turn(start=0, end=num_prompt, role="prompt"),
+            Turn(start=num_prompt, end=num_all, role="policy"),
+        ),
     )
 
 

@@ -22,8 +22,9 @@ from ..buffer.records import Message
 from ..buffer.waits import progressed, waiting
 from ..kernels.models import load_tokenizer, render_prompt
 from .config import WorkerSpec
-from .engine import Engine
+from .engine import Engine, GenerationRequest
 from .engines.native import NativeEngine
+from .environments.episode import EpisodeFailed, Player
 from .evaluator import Evaluator
 from .hand_in import HandIn
 from .rewards.pool import RewardPool
@@ -51,8 +52,14 @@ class Worker:
         """
         self._spec, self._engine, self._rewards, self._client = spec, engine, rewards, client
         self._tokenizer = load_tokenizer(spec.model_dir)
+        self._player = Player(spec.environment, self._tokenizer) if spec.environment else None
         self._evaluator = Evaluator(
-            lambda: make_engine(spec, "eval"), self._render, rewards, client, spec.seed
+            lambda: make_engine(spec, "eval"),
+            self._render,
+            rewards,
+            client,
+            spec.seed,
+            self._player,
         )
         self._hand_in = HandIn(client, rewards, spec.name)
         rows = spec.rollout.max_concurrent_samples
@@ -83,6 +90,8 @@ class Worker:
             for task in (work, closing):
                 task.cancel()
             await asyncio.gather(work, closing, return_exceptions=True)
+            if self._player is not None:
+                await self._player.close()
             if not self._closing.is_set():
                 await self._hand_in.give_back()
 
@@ -176,6 +185,10 @@ class Worker:
         for name, (index, _) in samples.items():
             self._hand_in.lease(claim, name, index)
         self._count(len(samples))
+        if self._player is not None:
+            for index, request in samples.values():
+                self._tasks.create_task(self._play(self._player, claim, index, request, claimed_s))
+            return
         remaining = len(samples)
         try:
             requests = [request for _, request in samples.values()]
@@ -187,6 +200,20 @@ class Worker:
                 self._tasks.create_task(finish)
         finally:
             self._count(-remaining)
+
+    async def _play(
+        self, player: Player, claim: Claim, index: int, request: GenerationRequest, claimed_s: float
+    ) -> None:
+        """Play one sample as an episode, and hand it in."""
+        try:
+            episode = await player.play(self._engine, request, claim.ticket.prompt)
+        except EpisodeFailed as error:
+            await self._hand_in.reject(claim, index, request.request_id, str(error))
+        else:
+            finish = self._hand_in.finish(claim, index, request, episode.output, claimed_s, episode)
+            self._tasks.create_task(finish)
+        finally:
+            self._count(-1)
 
     def _count(self, change: int) -> None:
         """Keep track of the samples in the engine, and of the time without any."""

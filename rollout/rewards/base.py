@@ -6,6 +6,10 @@ Accepted forms, told apart by the names of their parameters:
     class Reward: def score(self, completion, prompt) -> Score | float        ours, with arguments
     def reward(completions, prompts=None, **columns) -> list[float]           TRL's; async too
 
+A function or class may declare, as attributes: `batch_size`, how many samples a call of TRL's form
+takes, or how many calls of an async form run at once (1); `cacheable = True`: equal samples get
+equal scores, so one is enough.
+
 A failure is recorded as a failure with its reason, never as a reward of 0.
 """
 
@@ -13,7 +17,7 @@ import asyncio
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from inspect import Parameter
 from typing import Any, Protocol, cast
@@ -32,8 +36,8 @@ _FORMS = (
     "score(completion, prompt); or TRL's reward(prompts, completions, **columns) -> list[float]"
 )
 
-Scorer = Callable[[Completion, Prompt], Score]
-"""A loaded reward: never raises for what the reward did."""
+Sample = tuple[Completion, Prompt]
+MAX_BATCH_SIZE = 1024
 
 
 class Reward(Protocol):
@@ -90,8 +94,59 @@ def normalised(result: object) -> Score:
     return Score(value=float(result))
 
 
+class Scorer:
+    """A loaded reward: called with a sample, or with many; never raises for what the reward did."""
+
+    def __init__(self, target: object, where: str, timeout_s: float) -> None:
+        """Make any accepted form one of lists.
+
+        Raises:
+            ConfigError: it has none of the known forms, or declares nonsense.
+        """
+        self.batch_size = getattr(target, "batch_size", 1)
+        self.cacheable = bool(getattr(target, "cacheable", False))
+        if type(self.batch_size) is not int or not 1 <= self.batch_size <= MAX_BATCH_SIZE:
+            raise ConfigError(
+                f"{where}: batch_size = {self.batch_size!r} must be from 1 to {MAX_BATCH_SIZE}"
+            )
+        self._call, self._timeout_s = _adapted(target, where), timeout_s
+        # One event loop for all calls: an async reward may keep connections open between them.
+        self._runner = asyncio.Runner()
+        weakref.finalize(self, self._runner.close)
+
+    def __call__(self, completion: Completion, prompt: Prompt) -> Score:
+        """The score of one sample."""
+        return self.many([(completion, prompt)])[0]
+
+    def many(self, samples: Sequence[Sample]) -> list[Score]:
+        """The scores of some samples, in their order: the process boundary of a reward."""
+        try:
+            results = self._call(samples)
+            if any(map(inspect.isawaitable, results)):
+                results = self._runner.run(self._gathered(results))
+            return [
+                failed(f"the reward raised {where_raised(result)}")
+                if isinstance(result, BaseException)
+                else normalised(result)
+                for result in results
+            ]
+        except (Exception, SystemExit) as error:
+            return [failed(f"the reward raised {where_raised(error)}")] * len(samples)
+
+    async def _gathered(self, results: Sequence[Any]) -> list[Any]:
+        """Await calls side by side; one that is slow is given up shortly before its process
+        would be killed, so that its neighbours keep their scores."""
+
+        async def bounded(result: Any) -> object:
+            async with asyncio.timeout(0.9 * self._timeout_s):
+                return await result
+
+        tasks = [bounded(result) for result in results]
+        return list(await asyncio.gather(*tasks, return_exceptions=True))
+
+
 def load_reward(config: RewardConfig) -> Scorer:
-    """Find the reward that the config names and make it a function that returns a `Score`.
+    """Find the reward that the config names.
 
     Raises:
         ConfigError: it cannot be found, imported or constructed, or has none of the known forms.
@@ -105,7 +160,7 @@ def load_reward(config: RewardConfig) -> Scorer:
             f"{where} is not a class, so it takes no reward.arguments; remove "
             f"{', '.join(config.arguments)} or make it a class with a method score"
         )
-    return _guarded(_adapted(target, where))
+    return Scorer(target, where, config.timeout_s)
 
 
 def _find(name: str) -> object:
@@ -138,8 +193,8 @@ def _construct(kind: type, config: RewardConfig) -> object:
         ) from error
 
 
-def _adapted(target: object, where: str) -> Callable[[Completion, Prompt], object]:
-    """Make any accepted form a function of (completion, prompt)."""
+def _adapted(target: object, where: str) -> Callable[[Sequence[Sample]], Sequence[Any]]:
+    """Make any accepted form a function of samples that returns results or awaitables of them."""
     call = getattr(target, "score", None) or target
     if not callable(call):
         raise ConfigError(f"{where} is a {type(target).__name__}. Accepted forms: {_FORMS}")
@@ -164,32 +219,17 @@ def _required(parameters: Mapping[str, Parameter]) -> set[str]:
 
 def _by_name(
     call: Callable[..., object], parameters: Mapping[str, Parameter]
-) -> Callable[[Completion, Prompt], object]:
+) -> Callable[[Sequence[Sample]], Sequence[Any]]:
     """Our form, whichever order its parameters have and whether or not it wants the prompt."""
-    if "prompt" not in parameters:
-        return lambda completion, prompt: call(completion=completion)
-    return lambda completion, prompt: call(completion=completion, prompt=prompt)
 
-
-def _guarded(call: Callable[[Completion, Prompt], object]) -> Scorer:
-    """The process boundary of a reward: what it raises becomes the sample's reason."""
-    # One event loop for all calls: an async reward may keep connections open between them.
-    runner = asyncio.Runner()
-
-    async def finish(awaitable: Any) -> object:
-        return await awaitable
-
-    def scorer(completion: Completion, prompt: Prompt) -> Score:
+    def one(completion: Completion, prompt: Prompt) -> object:
+        given = {"prompt": prompt} if "prompt" in parameters else {}
         try:
-            result = call(completion, prompt)
-            if inspect.isawaitable(result):
-                result = runner.run(finish(result))
-            return normalised(result)
+            return call(completion=completion, **given)
         except (Exception, SystemExit) as error:
-            return failed(f"the reward raised {where_raised(error)}")
+            return error
 
-    weakref.finalize(scorer, runner.close)
-    return scorer
+    return lambda samples: [one(*sample) for sample in samples]
 
 
 def _signature(call: Callable[..., object]) -> str:

@@ -10,8 +10,10 @@ import contextlib
 import os
 import signal
 import sys
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple, Self, cast
 
 import msgspec
@@ -20,23 +22,39 @@ from ...buffer.errors import ConfigError
 from ...buffer.records import Score
 from ..config import RewardConfig
 from .base import failed
-from .process import LENGTH, MAX_REPLY_BYTES, ChildMessage, Ready, ScoreReply, Unusable, frame
+from .process import (
+    LENGTH,
+    MAX_REPLY_BYTES,
+    ChildMessage,
+    Ready,
+    ScoreReply,
+    ScoreRequest,
+    Unusable,
+    frame,
+)
 
 START_TIMEOUT_S = 120.0
 """Importing a reward's libraries on a busy machine is slow; longer than this is a hang."""
 STOP_TIMEOUT_S = 2.0
 DRAIN_S = 0.5
 """How long a dead child's pipe may stay open in the hands of a process it left behind."""
+MAX_LOG_BYTES = 1 << 20
+"""Of what one process prints; the rest is left out."""
+MARK = "SLIPSTREAM_REWARD"
+"""In the environment of a reward's processes, so that those which left its session are found."""
+KILL_ROUNDS = 20
+"""A process that is being killed may have forked meanwhile: look again until none is left."""
 ENVELOPE_BYTES = 1024
 """More than a reply's frame adds to its score."""
 
 
 class Job(NamedTuple):
-    """One encoded score request and who waits for its answer."""
+    """One encoded sample and who waits for its score."""
 
-    number: int
-    body: bytes
+    sample: bytes
     future: asyncio.Future[Score]
+    alone: bool = False
+    """It was in a call of several that took its process down: not to be mixed with others again."""
 
     def resolve(self, score: Score) -> None:
         """Answer, unless the asker has gone."""
@@ -44,13 +62,21 @@ class Job(NamedTuple):
             self.future.set_result(score)
 
 
+class Call(NamedTuple):
+    """The samples that the child scores together."""
+
+    number: int
+    jobs: list[Job]
+
+
 class RewardChild(asyncio.SubprocessProtocol):
     """One reward process, started by `RewardChild.start`.
 
     child.send(a); child.send(b)    in flight: a (its clock runs), b
     reply to a                      in flight: b (its clock runs)
-    b's time is up                  killed with its whole process group; b is recorded as
-                                    failed; jobs behind b go back through `on_lost`
+    b's time is up                  killed with its whole process group; b is recorded as failed,
+                                    or, when it is a call of several, its jobs go back to be tried
+                                    alone; jobs behind b go back through `on_lost`
     """
 
     def __init__(
@@ -58,13 +84,18 @@ class RewardChild(asyncio.SubprocessProtocol):
         config: RewardConfig,
         on_answer: Callable[[], None],
         on_lost: Callable[["RewardChild", list[Job]], None],
+        mark: str,
     ) -> None:
-        self._config = config
+        self._config, self._mark = config, mark
         self._on_answer, self._on_lost = on_answer, on_lost
         self._loop = asyncio.get_running_loop()
         self._decode = msgspec.msgpack.Decoder(ChildMessage).decode
         self._received = bytearray()
-        self._inflight: deque[Job] = deque()
+        self._inflight: deque[Call] = deque()
+        self.declared = Ready(batch_size=1, cacheable=False)
+        self._logged = 0
+        self._number = 0
+        self._encode = msgspec.msgpack.Encoder().encode
         self._timer: asyncio.TimerHandle | None = None
         self._clock_s = 0.0
         self._stopping = False
@@ -88,13 +119,13 @@ class RewardChild(asyncio.SubprocessProtocol):
         Raises:
             ConfigError: the reward cannot be loaded, with the child's message.
         """
+        mark = uuid.uuid4().hex
         _, child = await asyncio.get_running_loop().subprocess_exec(
-            lambda: cls(config, on_answer, on_lost),
+            lambda: cls(config, on_answer, on_lost, mark),
             *(sys.executable, "-m", "slipstream.rollout.rewards.process", str(os.getpid())),
-            stderr=None,
             start_new_session=True,
             # One sample at a time: more threads would only take cores from the engines.
-            env={"OMP_NUM_THREADS": "1", **os.environ},
+            env={"OMP_NUM_THREADS": "1", **os.environ, MARK: mark},
         )
         try:
             await child._ready
@@ -110,7 +141,7 @@ class RewardChild(asyncio.SubprocessProtocol):
 
     @property
     def load(self) -> int:
-        """Jobs sent and not answered."""
+        """Calls sent and not answered."""
         return len(self._inflight)
 
     @property
@@ -118,12 +149,14 @@ class RewardChild(asyncio.SubprocessProtocol):
         """Whether jobs may be sent."""
         return not (self._stopping or self._verdict or self._gone.done())
 
-    def send(self, job: Job) -> None:
-        """Hand a job over; its clock starts now when the child is idle."""
+    def send(self, jobs: list[Job]) -> None:
+        """Hand a call over; its clock starts now when the child is idle."""
         if not self._inflight:
             self._clock_s = self._loop.time()
-        self._inflight.append(job)
-        self._stdin.write(frame(job.body))
+        self._number += 1
+        self._inflight.append(Call(self._number, jobs))
+        samples = tuple(msgspec.Raw(job.sample) for job in jobs)
+        self._stdin.write(frame(self._encode(ScoreRequest(number=self._number, samples=samples))))
         if self._timer is None:
             self._timer = self._loop.call_later(self._config.timeout_s, self._check_clock)
 
@@ -184,7 +217,10 @@ class RewardChild(asyncio.SubprocessProtocol):
         self._timer = self._loop.call_later(START_TIMEOUT_S, self._start_expired)
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
-        """Bytes of replies arrived."""
+        """Bytes of replies, or of what the reward prints, arrived."""
+        if fd == 2:
+            self._log(data)
+            return
         if self._verdict:
             return
         self._received += data
@@ -195,6 +231,13 @@ class RewardChild(asyncio.SubprocessProtocol):
             reason = f"the reward process wrote something that is not a reply ({error})"
             self._kill(failed(reason))
 
+    def _log(self, data: bytes) -> None:
+        """Pass on what the reward prints, up to a bound: a full disk would end the run."""
+        sys.stderr.write(data[: max(0, MAX_LOG_BYTES - self._logged)].decode(errors="replace"))
+        if self._logged < MAX_LOG_BYTES <= self._logged + len(data):
+            sys.stderr.write("\n(the reward prints too much: the rest is left out)\n")
+        self._logged += len(data)
+
     def _take_frames(self) -> Iterator[bytes]:
         """The complete bodies received so far, one by one: good ones may precede a bad one.
 
@@ -203,7 +246,7 @@ class RewardChild(asyncio.SubprocessProtocol):
         """
         while len(self._received) >= LENGTH.size:
             (length,) = LENGTH.unpack_from(self._received)
-            if length > MAX_REPLY_BYTES + ENVELOPE_BYTES:
+            if length > (MAX_REPLY_BYTES + ENVELOPE_BYTES) * self.declared.batch_size:
                 raise msgspec.DecodeError(f"a frame of {length} bytes")
             end = LENGTH.size + length
             if len(self._received) < end:
@@ -215,14 +258,20 @@ class RewardChild(asyncio.SubprocessProtocol):
     def _handle(self, message: ChildMessage) -> None:
         """Act on one message of the child."""
         match message:
-            case ScoreReply(number=number, score=score):
+            case ScoreReply(number=number, scores=scores):
                 if not self._inflight or self._inflight[0].number != number:
                     raise msgspec.DecodeError(f"an answer to request {number} out of order")
-                self._inflight.popleft().resolve(score)
+                jobs = self._inflight[0].jobs
+                if len(scores) != len(jobs):
+                    raise msgspec.DecodeError(f"{len(scores)} answers to {len(jobs)} samples")
+                self._inflight.popleft()
+                for job, score in zip(jobs, scores, strict=True):
+                    job.resolve(score)
                 self._clock_s = self._loop.time()
                 self._on_answer()
             case Ready() if not self._ready.done():
                 self._stop_timer()
+                self.declared = message
                 self._ready.set_result(None)
             case Unusable(message=text) if not self._ready.done():
                 self._ready.set_exception(ConfigError(text))
@@ -236,6 +285,7 @@ class RewardChild(asyncio.SubprocessProtocol):
         """Its last replies may still be in the pipe; what it left running must not be."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._pid, signal.SIGKILL)
+        kill_marked(self._mark)
         self._loop.call_later(DRAIN_S, self._transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -248,9 +298,15 @@ class RewardChild(asyncio.SubprocessProtocol):
             text = f"{verdict.reason} while it was loading; see the log"
             self._ready.set_exception(ConfigError(text))
             self._ready.exception()  # nobody waits for a start that was cancelled
+        jobs: list[Job] = []
         if self._inflight:
-            self._inflight.popleft().resolve(verdict)
-        jobs = list(self._inflight)
+            running = self._inflight.popleft().jobs
+            if len(running) == 1 or self._stopping:
+                for job in running:
+                    job.resolve(verdict)
+            else:  # which of them did it shows when each is tried alone
+                jobs = [job._replace(alone=True) for job in running]
+        jobs += [job for call in self._inflight for job in call.jobs]
         self._inflight.clear()
         self._gone.set_result(None)
         self._on_lost(self, jobs)
@@ -261,3 +317,18 @@ def _ending(code: int | None) -> str:
     if code is not None and code < 0:
         return f"died from {signal.Signals(-code).name}"
     return f"ended with exit code {code}"
+
+
+def kill_marked(mark: str) -> None:
+    """Kill what a reward process started and moved out of its session (Linux); a process that was
+    also given an environment without our mark is not found."""
+    needle = f"{MARK}={mark}".encode()
+    for _ in range(KILL_ROUNDS):
+        found = False
+        for place in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if needle in place.read_bytes():
+                    os.kill(int(place.parent.name), signal.SIGKILL)
+                    found = True
+        if not found:
+            return

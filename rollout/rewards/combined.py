@@ -1,6 +1,9 @@
 """Several rewards as one: their weighted sum, each kept as a component of the score."""
 
 from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
 
 from ...buffer.errors import ConfigError
 from ...buffer.records import Completion, Prompt, Score
@@ -14,11 +17,15 @@ class Sum:
     A sample that one of the rewards fails on fails as a whole: part of a sum is another reward.
     """
 
-    def __init__(self, rewards: Sequence[str], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        rewards: Sequence[str | dict[str, Any]],
+        weights: Sequence[float] | None = None,
+    ) -> None:
         """Load the parts.
 
         Args:
-            rewards: names as `reward.name` takes them.
+            rewards: names as `reward.name` takes them, or tables { name = ..., arguments = {...} }.
             weights: one per reward; all 1 when not given.
         Raises:
             ConfigError: a part cannot be loaded, or weights and rewards differ in number.
@@ -29,9 +36,14 @@ class Sum:
                 f"reward.arguments: {len(weights)} weights do not fit {len(rewards)} rewards; give "
                 "at least one reward, and one weight for each or none"
             )
-        scorers = [load_reward(RewardConfig(name=name)) for name in rewards]
+        tables = [{"name": each} if isinstance(each, str) else each for each in rewards]
+        try:
+            configs = [RewardConfig.model_validate(table) for table in tables]
+        except ValidationError as error:
+            raise ConfigError(f"reward.arguments.rewards: {error}") from None
+        scorers = [load_reward(config) for config in configs]
         self._parts: list[tuple[str, float, Scorer]] = list(
-            zip(_labels(rewards), weights, scorers, strict=True)
+            zip(_labels([c.name for c in configs]), weights, scorers, strict=True)
         )
 
     def score(self, completion: Completion, prompt: Prompt) -> Score:

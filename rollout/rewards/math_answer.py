@@ -6,7 +6,8 @@ time with signals, which works because a reward runs in the main thread of its o
 
 import logging
 import re
-from typing import Any
+from functools import lru_cache
+from typing import Any, ClassVar
 
 from ...buffer.records import Completion, Prompt, Score
 from .base import Example, example
@@ -17,6 +18,8 @@ _MARKED = re.compile(r"\$|\\boxed|\\\(|\\\[")
 
 class MathAnswer:
     """Takes the last boxed expression, else the last one found, and compares it with the gold."""
+
+    cacheable: ClassVar[bool] = True
 
     def __init__(self, *, float_rounding: int = 6, timeout_s: int = 5) -> None:
         """Import the parser (half a second).
@@ -33,6 +36,8 @@ class MathAnswer:
         self._library = math_verify
         self._float_rounding = float_rounding
         self._timeout_s = timeout_s
+        # A prompt's samples share their gold answer: parsing it once saves a third of the time.
+        self._gold = lru_cache(maxsize=4096)(lambda text: self._parse(marked(text)))
 
     def score(self, completion: Completion, prompt: Prompt) -> Score:
         """1.0 for an equal answer, else 0.0.
@@ -41,7 +46,7 @@ class MathAnswer:
             ValueError: the gold answer is not mathematics (recorded as a failure of this sample).
         """
         text = gold_answer(prompt)
-        gold = self._parse(marked(text))
+        gold = self._gold(text)
         if not gold:
             raise ValueError(f"the gold answer {text[:200]!r} cannot be parsed")
         found = self._parse(completion.text)

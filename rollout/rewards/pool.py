@@ -7,18 +7,21 @@ from types import TracebackType
 from typing import Self
 
 import msgspec
+import xxhash
 
 from ...buffer.errors import ConfigError, PeerLost, TrainingFailed
 from ...buffer.records import Completion, Prompt, Score
 from ..config import RewardConfig
 from .base import failed
 from .child import Job, RewardChild
-from .process import MAX_REQUEST_BYTES, ScoreRequest
+from .process import MAX_REQUEST_BYTES
 
 REQUESTS_AHEAD = 4
 """Sent to one child at a time: hides the round trip, yet leaves little queued behind a slow one."""
 MAX_STARTS = 3
 """Attempts to replace a child that was lost; then the machine is at fault, not one sample."""
+MAX_CACHED = 20_000
+"""Scores remembered of a cacheable reward; the oldest goes first."""
 FAILURE_WINDOW = 200
 MIN_REWARDS_JUDGED = 20
 """Fewer than this say nothing about the rate of failure."""
@@ -36,16 +39,19 @@ class RewardPool:
     the children itself when nobody did.
     """
 
-    def __init__(self, config: RewardConfig, num_processes: int = 1) -> None:
+    def __init__(self, config: RewardConfig, num_processes: int | None = None) -> None:
         """Keep the settings; nothing is started yet."""
         self.config = config
         self.restarts = 0
         """Children replaced because a reward hung or crashed."""
-        self._num_processes = num_processes
+        self.cached = 0
+        """Scores given without a call: of equal samples of a reward that declares `cacheable`."""
+        self._num_processes = num_processes or config.processes
         self._children: list[RewardChild] = []
         self._jobs: deque[Job] = deque()
         self._encode = msgspec.msgpack.Encoder().encode
-        self._next_number = 0
+        self._cache: dict[bytes, Score] = {}
+        self._cacheable, self._batch_size = False, 1
         self._failed: deque[bool] = deque(maxlen=FAILURE_WINDOW)
         self._last_reason = ""
         self._starting: asyncio.Task[None] | None = None
@@ -97,22 +103,37 @@ class RewardPool:
             await self.start()
         if self._broken is not None:
             raise self._broken
-        self._next_number += 1
-        request = ScoreRequest(number=self._next_number, completion=completion, prompt=prompt)
-        body = self._encode(request)
-        if len(body) > MAX_REQUEST_BYTES:
-            return failed(f"the request takes {len(body)} bytes, over {MAX_REQUEST_BYTES}")
-        job = Job(self._next_number, body, asyncio.get_running_loop().create_future())
+        sample = self._encode((completion, prompt))
+        if len(sample) > MAX_REQUEST_BYTES:
+            return failed(f"the request takes {len(sample)} bytes, over {MAX_REQUEST_BYTES}")
+        key = self._key(completion, prompt) if self._cacheable else b""
+        if key and key in self._cache:
+            self.cached += 1
+            return self._cache[key]
+        job = Job(sample, asyncio.get_running_loop().create_future())
         self._jobs.append(job)
         self._pump()
         score = await job.future
-        self._note(score)
+        self.note(score)
+        if key and score.status == "scored":
+            self._remember(key, score)
         return score
 
     def describe(self) -> str:
         """The reward and its processes, for people who wait for it."""
         pids = ", ".join(str(child.pid) for child in self._children) or "starting"
         return f"{self.config.name}, pid {pids}"
+
+    def _key(self, completion: Completion, prompt: Prompt) -> bytes:
+        """A digest of all that a reward may look at but the sample's number in the stream."""
+        asked = (prompt.task, prompt.messages, prompt.payload)
+        seen = (completion.text, completion.finish_reason, completion.turns, asked)
+        return xxhash.xxh3_128_digest(self._encode(seen))
+
+    def _remember(self, key: bytes, score: Score) -> None:
+        if len(self._cache) >= MAX_CACHED:
+            self._cache.pop(next(iter(self._cache)))
+        self._cache[key] = score
 
     @property
     def failure_rate(self) -> float:
@@ -144,15 +165,29 @@ class RewardPool:
         self._drain()
 
     def _pump(self) -> None:
-        """Send waiting jobs to the least loaded children."""
+        """Send waiting jobs to the least loaded children, as many in a call as the reward takes.
+
+        Few calls are sent ahead, so what is queued here waits without costing a worker anything:
+        the engine's rows bound it.
+        """
         while self._jobs:
             usable = [child for child in self._children if child.usable]
             child = min(usable, key=lambda child: child.load, default=None)
-            if child is None or child.load >= REQUESTS_AHEAD:
+            if child is None or child.load >= (REQUESTS_AHEAD if self._batch_size == 1 else 2):
                 return
+            if jobs := self._next_call():
+                child.send(jobs)
+
+    def _next_call(self) -> list[Job]:
+        """The jobs of the next call; those that nobody waits for any more are left out."""
+        jobs: list[Job] = []
+        while self._jobs and len(jobs) < self._batch_size:
+            if jobs and (jobs[0].alone or self._jobs[0].alone):
+                break
             job = self._jobs.popleft()
             if not job.future.done():
-                child.send(job)
+                jobs.append(job)
+        return jobs
 
     def _child_lost(self, child: RewardChild, jobs: list[Job]) -> None:
         """Take back the jobs that a lost child had not begun, and replace it."""
@@ -173,6 +208,8 @@ class RewardPool:
 
     async def _start_one(self) -> None:
         child = await RewardChild.start(self.config, self._pump, self._child_lost)
+        self._batch_size = child.declared.batch_size
+        self._cacheable = child.declared.cacheable
         self._children.append(child)
         self._pump()
 
@@ -193,7 +230,8 @@ class RewardPool:
             broken = self._broken
             job.resolve(failed(str(broken), "infrastructure_failed") if broken else _CLOSED)
 
-    def _note(self, score: Score) -> None:
+    def note(self, score: Score) -> None:
+        """Count a score, also one that an environment gave, in the rate of failure."""
         self._failed.append(score.status == "reward_failed")
         if score.status == "reward_failed":
             self._last_reason = score.reason

@@ -7,9 +7,11 @@ with its parent. Frames are a length (4 bytes, big-endian) and a msgpack body; n
 import ctypes
 import faulthandler
 import os
+import resource
 import signal
 import struct
 import sys
+from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
@@ -27,15 +29,18 @@ _PR_SET_PDEATHSIG = 1
 
 
 class ScoreRequest(Record, frozen=True):
-    """One completion to score."""
+    """Completions to score in one call."""
 
     number: int
-    completion: Completion
-    prompt: Prompt
+    samples: tuple[msgspec.Raw, ...]
+    """Each a (Completion, Prompt)."""
 
 
 class Ready(Record, frozen=True, tag=True):
-    """The reward is loaded."""
+    """The reward is loaded; this is what it declares."""
+
+    batch_size: int
+    cacheable: bool
 
 
 class Unusable(Record, frozen=True, tag=True):
@@ -48,7 +53,7 @@ class ScoreReply(Record, frozen=True, tag=True):
     """The answer to the request of this number; replies keep the order of requests."""
 
     number: int
-    score: Score
+    scores: tuple[Score, ...]
 
 
 ChildMessage = Ready | Unusable | ScoreReply
@@ -107,16 +112,32 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> int:
     except ConfigError as error:
         send(Unusable(message=str(error)))
         return error.exit_code
-    send(Ready())
+    limit_memory(config.memory_mb)
+    decode_sample = msgspec.msgpack.Decoder(tuple[Completion, Prompt]).decode
+    send(Ready(batch_size=reward.batch_size, cacheable=reward.cacheable))
     while (body := read_frame(requests)) is not None:
         request = decode(body)
-        score = reward(request.completion, request.prompt)
-        reply = ScoreReply(number=request.number, score=score)
-        if len(encode(reply)) > MAX_REPLY_BYTES:
-            score = failed(f"the reward's score takes more than {MAX_REPLY_BYTES} bytes")
-            reply = ScoreReply(number=request.number, score=score)
+        scores = reward.many([decode_sample(sample) for sample in request.samples])
+        reply = ScoreReply(number=request.number, scores=tuple(map(_bounded, scores)))
         send(reply)
     return 0
+
+
+def _bounded(score: Score) -> Score:
+    """The score, unless it is too long to be sent."""
+    if not score.components or len(msgspec.msgpack.encode(score)) <= MAX_REPLY_BYTES:
+        return score
+    return failed(f"the reward's score takes more than {MAX_REPLY_BYTES} bytes")
+
+
+def limit_memory(megabytes: int) -> None:
+    """Let this process, and each one that it starts, have so much more address space than now; what
+    it asks for beyond that raises MemoryError."""
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + (megabytes << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def main() -> None:

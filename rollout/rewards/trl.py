@@ -1,12 +1,13 @@
-"""Calls a reward function written for TRL's trainers, one completion at a time.
+"""Calls a reward function written for TRL's trainers.
 
 TRL passes lists: `prompts`, `completions` (strings, or message lists when the prompt is a chat),
 `completion_ids`, and one list per remaining dataset column. Source: the custom reward functions of
-TRL's GRPOTrainer. Ours are batches of one, and `None`, which TRL reads as "does not apply", is a
-failure here because a sample without a reward cannot be trained on.
+TRL's GRPOTrainer. Ours hold `batch_size` samples, 1 unless declared, and `None`, which TRL reads as
+"does not apply", is a failure here because a sample without a reward cannot be trained on.
 """
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, isawaitable
 from typing import Any
 
@@ -18,34 +19,39 @@ CHAT_KEY = "conversational"
 
 def trl_call(
     function: Callable[..., Any], parameters: Mapping[str, Parameter]
-) -> Callable[[Completion, Prompt], object]:
-    """Wrap the function as one of (completion, prompt); passes only the arguments it can take."""
+) -> Callable[[Sequence[tuple[Completion, Prompt]]], Sequence[Any]]:
+    """Wrap the function as one of samples; passes only the arguments it can take."""
     takes_all = any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values())
 
-    def call(completion: Completion, prompt: Prompt) -> object:
-        arguments = trl_arguments(completion, prompt)
+    def call(samples: Sequence[tuple[Completion, Prompt]]) -> Sequence[Any]:
+        arguments = trl_arguments(samples)
         _check_columns(parameters, arguments)
         if not takes_all:
             arguments = {name: arguments[name] for name in parameters if name in arguments}
         result = function(**arguments)
-        return _awaited(result) if isawaitable(result) else _only(result)
+        if isawaitable(result):
+            result = asyncio.run(_awaited(result))
+        return _each(result, len(samples))
 
     return call
 
 
-def trl_arguments(completion: Completion, prompt: Prompt) -> dict[str, list[Any]]:
-    """The keyword arguments TRL would pass for a batch of this one completion."""
-    columns = {name: [value] for name, value in prompt.payload.items() if name != CHAT_KEY}
-    if prompt.payload.get(CHAT_KEY, False):
-        asked: Any = [{"role": m.role, "content": m.content} for m in prompt.messages]
-        answered: Any = [{"role": "assistant", "content": completion.text}]
-    else:
-        asked, answered = prompt.messages[-1].content, completion.text
-    return columns | {
-        "prompts": [asked],
-        "completions": [answered],
-        "completion_ids": [list(completion.token_ids)],
-    }
+def trl_arguments(samples: Sequence[tuple[Completion, Prompt]]) -> dict[str, list[Any]]:
+    """The keyword arguments TRL would pass for a batch; a column that some rows lack is None."""
+    names = dict.fromkeys(name for _, prompt in samples for name in prompt.payload)
+    names.pop(CHAT_KEY, None)
+    columns = {name: [prompt.payload.get(name) for _, prompt in samples] for name in names}
+    asked: list[Any] = []
+    answered: list[Any] = []
+    for completion, prompt in samples:
+        if prompt.payload.get(CHAT_KEY, False):
+            asked.append([{"role": m.role, "content": m.content} for m in prompt.messages])
+            answered.append([{"role": "assistant", "content": completion.text}])
+        else:
+            asked.append(prompt.messages[-1].content)
+            answered.append(completion.text)
+    ids = [list(completion.token_ids) for completion, _ in samples]
+    return columns | {"prompts": asked, "completions": answered, "completion_ids": ids}
 
 
 def _check_columns(parameters: Mapping[str, Parameter], arguments: Mapping[str, Any]) -> None:
@@ -62,12 +68,14 @@ def _check_columns(parameters: Mapping[str, Parameter], arguments: Mapping[str, 
         )
 
 
-def _only(result: Any) -> object:
-    """The one element of the list the function returned."""
-    if isinstance(result, (int, float)) or not hasattr(result, "__len__") or len(result) != 1:
-        raise ValueError(f"a reward for one completion must return a list of one, not {result!r}")
-    return result[0]
+def _each(result: Any, count: int) -> Sequence[Any]:
+    """One element per sample of what the function returned."""
+    if isinstance(result, str) or not hasattr(result, "__len__") or len(result) != count:
+        few = "one completion" if count == 1 else f"{count} completions"
+        number = "one" if count == 1 else count
+        raise ValueError(f"a reward for {few} must return a list of {number}, not {result!r}")
+    return list(result)
 
 
-async def _awaited(result: Any) -> object:
-    return _only(await result)
+async def _awaited(result: Any) -> Any:
+    return await result

@@ -29,6 +29,7 @@ from slipstream.buffer.records import (
 )
 from slipstream.kernels.models import load_policy, policy_weights
 from slipstream.learner.batch import MicroBatch, collate, plan_micro_batches, samples_of
+from slipstream.learner.config import ObjectiveConfig
 from slipstream.learner.policy import score, weights_digest
 from slipstream.rollout.config import RolloutConfig, SamplingConfig
 from slipstream.rollout.engines.native import NativeEngine
@@ -139,7 +140,7 @@ def gaps(
     """|behaviour - learner| and entropy of every token, as a learner step scores them."""
     held = groups[0].samples[0].trajectory.versions[0].version
     found, entropies = [], []
-    for rows in plan_micro_batches(samples_of(groups, "group_std"), 2048):
+    for rows in plan_micro_batches(samples_of(groups, ObjectiveConfig()), 2048):
         batch = collate(rows, held, torch.float32, config.ratio_law)
         assert batch.clean_T.all()
         logprobs_T, entropy_T = score(model, fault(batch))

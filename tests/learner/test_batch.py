@@ -20,6 +20,7 @@ from slipstream.learner.batch import (
     samples_of,
     updates_of,
 )
+from slipstream.learner.config import ObjectiveConfig
 from slipstream.learner.policy import hidden_states, score
 from slipstream.learner.rows import Piece, lay_out
 
@@ -29,7 +30,7 @@ HELD = Version(branch=0, step=0)
 def test_samples_come_in_order_of_uid_and_index(make):
     groups = make.groups(3, 4)
     shuffled = [groups[2], groups[0], groups[1]]
-    got = [(s.trajectory.uid, s.trajectory.index) for s in samples_of(shuffled, "group_std")]
+    got = [(s.trajectory.uid, s.trajectory.index) for s in samples_of(shuffled, ObjectiveConfig())]
     assert got == [(u, i) for u in range(3) for i in range(4)]
 
 
@@ -38,7 +39,7 @@ def test_untrained_rewards_count_in_the_baseline_and_failed_ones_do_not(make):
     rewards = [1.0, 0.0, 0.5, None]
     trajectories = [make.trajectory(0, i, rng, reward=r) for i, r in enumerate(rewards)]
     group = make.group(0, trajectories, s1={"trained": False}, s3={"trained": False})
-    samples = samples_of([group], "group_mean")
+    samples = samples_of([group], ObjectiveConfig(advantage="group_mean"))
     assert [(s.trajectory.index, s.advantage) for s in samples] == [(0, 0.5), (2, 0.0)]
 
 
@@ -46,7 +47,7 @@ def test_a_stale_prefix_is_context_without_weight(make):
     trajectory = make.trajectory(1, 0, np.random.default_rng(0), num_prompt=3, num_written=5)
     other = make.trajectory(1, 1, np.random.default_rng(1), num_prompt=3, num_written=4)
     group = make.group(1, [trajectory, other], s0={"stale_prefix": 2}, s1={"stale_prefix": 4})
-    (sample,) = samples_of([group], "group_mean")
+    (sample,) = samples_of([group], ObjectiveConfig(advantage="group_mean"))
     batch = collate([[sample]], HELD, torch.float64)
     assert batch.layout.input_ids_BL.shape == (1, 7)
     assert batch.layout.positions_T.tolist() == [4, 5, 6]
@@ -112,7 +113,7 @@ def make_plain():
 
 def test_padding_changes_no_hidden_state(make, build_policy):
     model = build_policy()
-    samples = samples_of(make.groups(3, 3), "group_mean")
+    samples = samples_of(make.groups(3, 3), ObjectiveConfig(advantage="group_mean"))
     batch = collate([[sample] for sample in samples], HELD, torch.float64)
     padded = hidden_states(model, batch.layout)
     for row, sample in enumerate(samples):

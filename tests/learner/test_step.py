@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from slipstream.buffer.errors import TrainingFailed
-from slipstream.buffer.records import SamplingParams, Version, VersionSpan
+from slipstream.buffer.records import SamplingParams, Turn, Version, VersionSpan
 from slipstream.buffer.staleness import LivePath
 from slipstream.learner import batch as batch_module
 from slipstream.learner import objective
@@ -295,3 +295,34 @@ def test_the_objective_module_is_what_the_step_calls(make, build_policy, monkeyp
     wrong = train(build_policy(), make.groups(2, 2), config()).metrics["loss"]
     monkeypatch.undo()
     assert wrong != train(build_policy(), make.groups(2, 2), config()).metrics["loss"]
+
+
+def test_gradient_is_exactly_zero_where_no_policy_token_is_predicted(build_policy, make):
+    """An episode of three turns: what stands between the policy's turns teaches nothing."""
+    model, rng = build_policy("float64"), np.random.default_rng(0)
+    mask = np.array([0, 0, 0, 1, 1, 0, 0, 1, 0, 1, 1], dtype=bool)
+    written = int(mask.sum())
+    turns = (
+        Turn(start=3, end=5, role="policy", state_hash="a", reward=0.0),
+        Turn(start=7, end=8, role="policy", state_hash="b", reward=1.0),
+        Turn(start=9, end=11, role="policy", state_hash="a", reward=2.0),
+    )
+    episodes = [
+        make.trajectory(
+            1, index, rng, num_prompt=len(mask) - written, num_written=written, policy_mask=mask,
+            reward=float(index), turns=turns,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    hidden = []
+
+    def keep(module, arguments, output):
+        output.last_hidden_state.retain_grad()
+        hidden.append(output.last_hidden_state)
+
+    model.model.register_forward_hook(keep)
+    train(model, [make.group(1, episodes)], config(advantage="gigpo"))
+    [states] = hidden
+    moved = states.grad.abs().sum(-1) > 0
+    predicts = np.append(mask[1:], False)[: moved.shape[1]]
+    assert (moved.numpy() == predicts).all()

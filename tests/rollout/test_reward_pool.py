@@ -247,3 +247,149 @@ async def test_when_no_process_can_be_had_what_waits_fails_and_does_not_hang(tmp
         assert "Resource temporarily unavailable" in behind[-1].reason
         with pytest.raises(PeerLost, match="cannot be restarted"):  # the worker ends with it
             await scores(pool, "ok")
+
+
+BATCHED = """
+import asyncio, ctypes, os, time
+
+calls = []
+
+def batch(prompts, completions, **columns):
+    calls.append(len(completions))
+    if "die" in completions:
+        os._exit(3)
+    return [float(len(calls)) if text == "calls" else 1.0 for text in completions]
+batch.batch_size = 8
+
+async def side_by_side(completion, prompt):
+    if completion.text == "die":
+        ctypes.string_at(0)
+    await asyncio.sleep(1000 if completion.text == "hang" else 0.2)
+    return 1.0
+side_by_side.batch_size = 16
+
+count = 0
+def counted(completion, prompt):
+    global count
+    count += 1
+    if completion.text == "fail":
+        raise ValueError("no")
+    return float(count)
+counted.cacheable = True
+
+def nonsense(completion, prompt):
+    return 1.0
+nonsense.batch_size = 0
+"""
+
+
+def batched(tmp_path, name, **changes) -> RewardConfig:
+    file = tmp_path / "batched.py"
+    file.write_text(BATCHED)
+    return RewardConfig(name=f"{file}:{name}", **changes)
+
+
+async def test_a_list_function_is_given_lists_and_only_the_culprit_of_a_crash_fails(tmp_path):
+    async with RewardPool(batched(tmp_path, "batch")) as pool:
+        assert [s.value for s in await scores(pool, *["x"] * 40)] == [1.0] * 40
+        (last,) = await scores(pool, "calls")
+        assert last.value < 20
+        answers = await scores(pool, *["x"] * 5, "die", *["x"] * 5)
+        assert [a.status for a in answers] == ["scored"] * 5 + ["reward_failed"] + ["scored"] * 5
+        assert answers[5].reason == "the reward process ended with exit code 3"
+
+
+async def test_async_calls_run_side_by_side_and_a_slow_one_fails_alone(tmp_path):
+    async with RewardPool(batched(tmp_path, "side_by_side", timeout_s=3.0)) as pool:
+        started = time.monotonic()
+        answers = await scores(pool, *["x"] * 15, "hang")
+        assert [a.status for a in answers] == ["scored"] * 15 + ["reward_failed"]
+        assert "TimeoutError" in answers[-1].reason
+        assert time.monotonic() - started < 15 * 0.2 + 3.0
+        assert pool.restarts == 0
+        answers = await scores(pool, *["x"] * 7, "die")
+        assert [a.status for a in answers] == ["scored"] * 7 + ["reward_failed"]
+
+
+async def test_equal_samples_of_a_cacheable_reward_are_scored_once_and_failures_never_kept(
+    tmp_path,
+):
+    async with RewardPool(batched(tmp_path, "counted")) as pool:
+        first = [(await scores(pool, text))[0].value for text in ("a", "b", "a", "b")]
+        assert (first, pool.cached) == ([1.0, 2.0, 1.0, 2.0], 2)
+        other = Prompt(uid=2, source_id="t/2", task="t", messages=(), payload={"answer": "z"})
+        assert (await pool.score(Completion(text="a"), other)).value == 3.0
+        assert {(await scores(pool, "fail"))[0].status for _ in range(2)} == {"reward_failed"}
+        assert pool.cached == 2
+
+
+async def test_a_nonsensical_declaration_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="batch_size = 0 must be from 1"):
+        await RewardPool(batched(tmp_path, "nonsense")).start()
+
+
+NASTY = """
+import ctypes, os, sys, time
+
+class Unpicklable(Exception):
+    def __init__(self, a, b):
+        self.lock = __import__("threading").Lock()
+    def __str__(self):
+        raise RuntimeError("no message either")
+    def __reduce__(self):
+        raise TypeError("cannot be pickled")
+
+def reward(completion, prompt):
+    match completion.text.split()[0]:
+        case "loop":
+            while True: pass
+        case "allocate":
+            return len([bytearray(10**8) for _ in range(10**4)])
+        case "fork":
+            for _ in range(5):
+                if os.fork() == 0:
+                    os.setsid()
+                    while True: time.sleep(0.01)
+            while True: pass
+        case "exit": os._exit(0)
+        case "segfault": ctypes.string_at(0)
+        case "print":
+            while True: os.write(1, b"x" * 10**6)
+        case "unpicklable": raise Unpicklable(1, 2)
+    return 1.0
+"""
+KINDS = ("loop", "allocate", "fork", "exit", "segfault", "print", "unpicklable")
+
+
+async def survive_nasty_rewards(tmp_path, each: int) -> None:
+    """So many of each kind between good ones; afterwards nothing of them is left."""
+    file = tmp_path / "nasty.py"
+    file.write_text(NASTY)
+    config = RewardConfig(name=f"{file}:reward", timeout_s=0.5, memory_mb=1024, processes=2)
+    mine = psutil.Process()
+    before = set(psutil.pids())
+    memory = mine.memory_info().rss
+    async with RewardPool(config) as pool:
+        texts = [f"{kind} {n}" for n in range(each) for kind in (*KINDS, "good")]
+        answers = dict(zip(texts, await scores(pool, *texts), strict=True))
+    for text, answer in answers.items():
+        good = text.startswith("good")
+        assert answer.status == ("scored" if good else "reward_failed"), (text, answer)
+        assert good or answer.reason
+    left = [
+        p for p in psutil.process_iter(["cmdline"])
+        if p.pid not in before and "slipstream.rollout.rewards.process" in (p.info["cmdline"] or [])
+        and p.status() != psutil.STATUS_ZOMBIE
+    ]  # fmt: skip
+    assert [p for p in left if p.ppid() in (1, mine.pid)] == []
+    assert mine.memory_info().rss - memory < 200 << 20
+
+
+async def test_nasty_rewards_fail_their_samples_and_nothing_else(tmp_path, capfd):
+    await survive_nasty_rewards(tmp_path, 5)
+    assert len(capfd.readouterr().err) < 40 << 20  # gigabytes were printed
+
+
+@pytest.mark.slow
+async def test_two_hundred_of_each_nasty_reward_leave_nothing_behind(tmp_path):
+    await survive_nasty_rewards(tmp_path, 200)

@@ -1,0 +1,1 @@
+"""Environments: conversations in which the policy acts more than once."""
