@@ -160,8 +160,8 @@ def read_weights(paths: Iterable[Path | str]) -> dict[str, Tensor]:
     return tensors
 
 
-def assign_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
-    """Copy weights into the model in place; nothing is written unless all of them fit.
+def check_fit(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Hold names and shapes of weights against a model's.
 
     Raises:
         ModelError: a name is missing or too many, or a shape differs.
@@ -175,8 +175,17 @@ def assign_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Non
                 f"weight {name} has shape {tuple(tensors[name].shape)}, the model wants "
                 f"{tuple(weight.shape)}"
             )
+
+
+def assign_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Copy weights into the model in place; nothing is written unless all of them fit.
+
+    Raises:
+        ModelError: see `check_fit`.
+    """
+    check_fit(model, tensors)
     with torch.no_grad():
-        for name, weight in own.items():
+        for name, weight in policy_weights(model).items():
             weight.copy_(tensors[name])
 
 

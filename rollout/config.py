@@ -55,6 +55,20 @@ class SamplingConfig(Settings):
         return SamplingParams(**self.model_dump())
 
 
+class SpeculationConfig(Settings):
+    """`[rollout.speculation]`: tokens guessed ahead and verified in one forward. Never changes what
+    is sampled; drafts less, down to nothing, where guessing costs more than it saves."""
+
+    drafter: Literal["off", "lookup", "siblings"] = "off"
+    """`lookup`: what followed the same tokens in the sample's own text; `siblings`: also what its
+    group and earlier epochs wrote for the same prompt. Pays for models whose forward is bound by
+    reading weights (small batches), not for the built-in tiny one."""
+    max_depth: Annotated[int, Field(ge=1, le=64)] = 12
+    """Most tokens guessed for a sample in one step; how many pay is measured as the run goes."""
+    history_tokens: Annotated[int, Field(ge=0)] = 200_000
+    """`siblings`: tokens of finished samples that an engine remembers, some 1 kB each."""
+
+
 class RewardConfig(Settings):
     """`[reward]`: the function that scores a completion."""
 
@@ -113,6 +127,7 @@ class RolloutConfig(Settings):
     removes is reported) or `kept_set` (the engine records the kept ids; needs 1 <= top_k <= 512
     when truncating)."""
     sampling: SamplingConfig = SamplingConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
 
 
 class EvalConfig(Settings):

@@ -61,6 +61,9 @@ class EngineStats(Record):
     generated_tokens: int
     swaps: int
     last_swap_s: float
+    drafted_tokens: int = 0
+    """Proposed by speculation; `accepted_tokens` of them needed no forward of their own."""
+    accepted_tokens: int = 0
 
 
 class Engine(Protocol):

@@ -244,6 +244,8 @@ class Worker:
                     "tokens_per_s": (stats.generated_tokens - written) / (now_s - beat_s),
                     "swaps": stats.swaps,
                     "last_swap_s": stats.last_swap_s,
+                    "drafted": stats.drafted_tokens,
+                    "accepted": stats.accepted_tokens,
                     "idle": self._idle_s / (now_s - beat_s),
                 },
             )
@@ -260,6 +262,7 @@ def make_engine(spec: WorkerSpec, purpose: str = "") -> NativeEngine:
         ratio_law=spec.rollout.ratio_law,
         threads=spec.rollout.threads_per_worker,
         engine_id=f"{spec.name}-{purpose}" if purpose else spec.name,
+        speculation=spec.rollout.speculation,
     )
 
 

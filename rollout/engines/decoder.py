@@ -6,6 +6,7 @@ Synchronous and single-threaded; `native.py` runs it in a thread of its own.
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,25 +14,49 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...buffer.records import FinishReason, Version
-from ...kernels.models import assign_weights, end_token_ids
+from ...kernels.models import end_token_ids
 from ..config import KvPolicy, RatioLaw
 from ..engine import GenerationOutput, GenerationRequest
 from ..sampling import sample, uniform
+from ..speculation import Draft, Speculation
 from .forward import PolicyForward
 from .slots import Slots, spans
 from .text import Detokeniser
+from .weights import Weights
 
 _PREFILL_TOKENS = 8192
 """Prompt tokens, padding included, of one forward: bounds the memory of a prefill."""
 
 
+_NO_DRAFT = Draft([], [])
+
+
+class _Fed(NamedTuple):
+    """The tokens of one forward: of each row its last token and its draft."""
+
+    first_N: np.ndarray
+    """[N] where each row begins among the M tokens."""
+    row_M: np.ndarray
+    offset_M: np.ndarray
+    """[M] 0 for the token a row wrote last, 1 for the first of its draft, ..."""
+    draft_M: np.ndarray
+    """[M] the token proposed to come after each; -1: none."""
+
+    @staticmethod
+    def of(drafts: Sequence[Draft]) -> "_Fed":
+        counts = np.array([len(draft.tokens) + 1 for draft in drafts])
+        first, row = np.cumsum(counts) - counts, np.repeat(np.arange(len(drafts)), counts)
+        following = [token for draft in drafts for token in (*draft.tokens, -1)]
+        return _Fed(first, row, np.arange(len(row)) - first[row], np.array(following))
+
+
 class Decoder:
     """The batch. Trace:
 
-    swap(v0, tensors)   serving v0
+    swap(v0, weights)   serving v0
     submit([a, b])      queued
     step()              prompts of a and b computed together, one token each; then one more
-    swap(v1, tensors)   a and b go on under v1, at a token boundary
+    swap(v1, weights)   a and b go on under v1, at a token boundary
     step() ...          returns a's output when a is finished; b goes on
     """
 
@@ -43,13 +68,14 @@ class Decoder:
         max_concurrent: int,
         kv: KvPolicy,
         ratio_law: RatioLaw,
+        speculation: Speculation | None = None,
     ) -> None:
         """Take over the model.
 
         Raises:
             ConfigError: an architecture that the forward does not support.
         """
-        self._model, self._kv = model, kv
+        self._kv, self.speculation = kv, speculation
         self._ratio_law: RatioLaw = ratio_law
         self._forward = PolicyForward(model)
         self._detokeniser = Detokeniser(tokenizer)
@@ -78,16 +104,18 @@ class Decoder:
         """Samples that wait for a free row."""
         return len(self._queue)
 
-    def swap(self, version: Version, tensors: Mapping[str, Tensor]) -> None:
-        """Put new weights into the model between two steps; samples in flight go on.
+    def prepare(self, tensors: Mapping[str, Tensor]) -> Weights:
+        """Lay new weights out, beside those in use; may run in another thread.
 
         Raises:
-            ModelError: the tensors do not fit; the old weights stay.
-            ConfigError: at the first weights, when the forward turns out not to suit the model.
+            ModelError: the tensors do not fit.
+            ConfigError: with the first weights: the forward does not suit the model.
         """
-        assign_weights(self._model, tensors)
-        if not self._versions:
-            self._forward.check()
+        return self._forward.prepare(tensors)
+
+    def swap(self, version: Version, weights: Weights) -> None:
+        """Go on with new weights between two steps, samples in flight included."""
+        self._forward.weights = weights
         self._versions.append(version)
         if self._kv == "recompute" and self._slots.count:
             self._recompute()
@@ -117,16 +145,42 @@ class Decoder:
         return outputs
 
     def step(self) -> list[GenerationOutput]:
-        """Admit queued samples to free rows, then decode one token for every row in flight."""
+        """Admit queued samples to free rows, then decode for every row in flight: one token, and
+        as many more as a draft guessed right."""
         outputs = self._admit()
-        if self._slots.count:
-            used = self._slots.used
-            lengths = used["length"].copy()
-            self._cache.reserve(int(lengths.max()) + 1)
-            logits = self._forward.decode(used["last_token"].copy(), lengths, self._cache)
-            used["length"] += 1
-            outputs += self._write(0, logits)
-        return outputs
+        return outputs + (self._decode() if self._slots.count else [])
+
+    def _decode(self) -> list[GenerationOutput]:
+        started_s = time.perf_counter()
+        slots, used = np.arange(self._slots.count), self._slots.used
+        drafts = self._drafts()
+        fed = _Fed.of(drafts)
+        token_ids = used["last_token"][fed.row_M]
+        drafted = fed.offset_M > 0
+        token_ids[drafted] = fed.draft_M[np.flatnonzero(drafted) - 1]
+        places = self._slots.lengths[fed.row_M] + fed.offset_M
+        self._cache.reserve(int(places.max()) + 1)
+        logits = self._forward.extend(token_ids, fed.row_M, places, self._cache)
+        before = used["num_written"].copy()
+        reasons = self._write(slots, fed, logits)
+        if self.speculation is not None:
+            written = (used["num_written"] - before).tolist()
+            self.speculation.saw(drafts, written, time.perf_counter() - started_s)
+        return self._finish(reasons)
+
+    def _drafts(self) -> list[Draft]:
+        """One for each slot."""
+        if self.speculation is None:
+            return [_NO_DRAFT] * self._slots.count
+        used = self._slots.used
+        room = (used["budget"] - used["num_written"] - 1).tolist()
+        return self.speculation.propose(
+            [
+                (request.request_id, request.prompt_token_ids, self._slots.written(slot)["token"],
+                 room[slot])
+                for slot, request in enumerate(self._slots.requests)
+            ]
+        )  # fmt: skip
 
     def _admit(self) -> list[GenerationOutput]:
         """Compute the prompts of queued samples, each prompt once however many samples have it,
@@ -143,7 +197,9 @@ class Decoder:
             return []
         prompts = [np.array(prompt, dtype=np.int64) for prompt in slots_by_prompt]
         hidden = self._prefill(prompts, list(slots_by_prompt.values()), start)
-        return self._write(start, self._forward.logits(hidden))
+        slots = np.arange(start, self._slots.count)
+        fed = _Fed.of([_NO_DRAFT] * len(slots))
+        return self._finish(self._write(slots, fed, self._forward.logits(hidden)))
 
     def _recompute(self) -> None:
         """Compute all keys and values again under the weights just loaded."""
@@ -170,38 +226,59 @@ class Decoder:
         assert hidden_AE is not None
         return hidden_AE
 
-    def _write(self, start: int, logits: Tensor) -> list[GenerationOutput]:
-        """Draw and stamp a token for each slot from `start` on; returns the samples it ended."""
-        used = self._slots.used[start:]
-        uniforms = uniform(used["key"], used["num_written"])
-        draws = sample(logits, self._slots.laws(start), uniforms, self._ratio_law)
-        now_s = time.time()
-        self._slots.record(start, draws, len(self._versions) - 1, now_s)
-        self.generated_tokens += len(used)
-        stopped = self._stopped(start)
-        ended = stopped | (used["num_written"] >= used["budget"]) | (used["failed"] > 0)
-        outputs = []
+    def _write(self, slots_N: np.ndarray, fed: _Fed, logits_MV: Tensor) -> dict[int, FinishReason]:
+        """Draw and stamp the token after each fed one, as far as the drafts were right; returns
+        which slots ended, and how.
+
+        Position by position, so that a sample ends at its first stop, whatever was drafted on.
+        """
+        used, slots_M = self._slots.used, slots_N[fed.row_M]
+        uniforms_M = uniform(used["key"][slots_M], used["num_written"][slots_M] + fed.offset_M)
+        draws = sample(logits_MV, self._slots.laws(slots_M), uniforms_M, self._ratio_law)
+        now_s, ended = time.time(), {}
+        slots_A, rows_A = slots_N, fed.first_N
+        while len(slots_A):
+            self._slots.record(slots_A, draws, rows_A, len(self._versions) - 1, now_s)
+            self.generated_tokens += len(slots_A)
+            stopped_A = self._stopped(slots_A)
+            state = used[slots_A]
+            ended_A = stopped_A | (state["num_written"] >= state["budget"]) | (state["failed"] > 0)
+            for row in np.flatnonzero(ended_A):
+                ended[int(slots_A[row])] = "stop" if stopped_A[row] else "length"
+            on_A = ~ended_A & (fed.draft_M[rows_A] == draws.token_ids_B[rows_A])
+            slots_A, rows_A = slots_A[on_A], rows_A[on_A] + 1
+        return ended
+
+    def _finish(self, reasons: Mapping[int, FinishReason]) -> list[GenerationOutput]:
+        """The outputs of ended slots, which become free."""
+        outputs, now_s = [], time.time()
         # From the last one down: `_release` moves the last slot, which then has been looked at.
-        for row in np.flatnonzero(ended)[::-1]:
-            outputs.append(self._output(start + row, "stop" if stopped[row] else "length", now_s))
-            self._release(start + row)
+        for slot in sorted(reasons, reverse=True):
+            outputs.append(self._output(slot, reasons[slot], now_s))
+            self._release(slot)
         return outputs
 
-    def _stopped(self, start: int) -> np.ndarray:
+    def _stopped(self, slots_A: np.ndarray) -> np.ndarray:
         """[A] bool: which samples ended by a stop id or a stop string."""
-        stopped = self._slots.stopped(start)
-        for row in np.flatnonzero(~stopped & (self._slots.used["has_stop_strings"][start:] > 0)):
-            slot = int(start + row)
+        stopped_A = self._slots.stopped(slots_A)
+        searched = ~stopped_A & (self._slots.used["has_stop_strings"][slots_A] > 0)
+        for row in np.flatnonzero(searched):
+            slot = int(slots_A[row])
             stop = self._slots.requests[slot].sampling.stop
-            stopped[row] = self._detokeniser.just_stopped(self._slots.written(slot)["token"], stop)
-        return stopped
+            stopped_A[row] = self._detokeniser.just_stopped(
+                self._slots.written(slot)["token"], stop
+            )
+        return stopped_A
 
     def _release(self, slot: int) -> None:
         if self._slots.used["failed"][slot]:
             self._cache.wipe(slot)
+        if self.speculation is not None:
+            request, written = self._slots.requests[slot], self._slots.written(slot)["token"]
+            self.speculation.drafter.finish(request.request_id, request.prompt_token_ids, written)
         moved = self._slots.release(slot)
         if moved is not None:
-            self._cache.move(moved, slot, int(self._slots.used["length"][slot]))
+            self._cache.move(moved, slot, int(self._slots.lengths[slot]))
 
     def _output(self, slot: int, reason: FinishReason, now_s: float) -> GenerationOutput:
         request, row = self._slots.requests[slot], self._slots.used[slot]

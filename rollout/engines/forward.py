@@ -1,26 +1,27 @@
-"""The policy's forward over a ragged cache, with transformers' own modules.
+"""The policy's forward over a ragged cache: Llama, Qwen2, Qwen3 and their like.
 
-The decoder layers, norms and rotary embedding are those of the loaded model (Llama, Qwen2, Qwen3
-and their like); only the loop over layers is ours, because the models' own builds attention masks
-we do not need, and the attention function, because ours reads rows of unequal length.
+Tokens of all rows are packed for the matrix products, and laid out by row for attention alone. The
+rotary embedding is the loaded model's own; the rest is a page of arithmetic, held against
+transformers' forward when the first weights arrive (`check`).
 
-Shape suffixes: M prompts, N rows, P longest prompt, L longest row, E hidden size, V vocabulary,
-K key-value heads, Q query heads of one key-value head, D head dimension.
+Shape suffixes: M packed tokens, N rows, T most tokens of a row, P longest prompt, L longest row,
+E hidden size, V vocabulary, H query heads, K key-value heads, G = H / K, D head dimension.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ...buffer.errors import ConfigError
-from .kv_cache import DecodeView, PrefillView, RaggedCache
+from ...kernels.models import assign_weights
+from .kv_cache import RaggedCache
+from .weights import Weights, fuse
 
-_ATTENTION = "slipstream_ragged"
 _PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
 _GROWING_ROPE = ("dynamic", "longrope")
 """Rotary embeddings that change for all positions with the length: rows of unequal length and
@@ -28,6 +29,14 @@ cached keys would need one per row."""
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2}
 """Largest difference from transformers' logits, relative to their spread, that is rounding."""
+
+
+class _Attend(Protocol):
+    """Stores the keys and values of one layer's tokens and attends; returns [M, H * D]."""
+
+    def __call__(
+        self, layer: int, query_MHD: Tensor, key_MKD: Tensor, value_MKD: Tensor
+    ) -> Tensor: ...
 
 
 class PolicyForward:
@@ -39,28 +48,37 @@ class PolicyForward:
         Raises:
             ConfigError: parts are missing, sliding-window layers, or growing rotary embeddings.
         """
-        self.model = model
-        self._body: Any = model.base_model
-        self._head: Any = model.get_output_embeddings()
         _check_architecture(model)
-        AttentionInterface.register(_ATTENTION, ragged_attention)
-        self._layers: list[Any] = list(self._body.layers)
+        self._model = model
+        config, first = model.config, _first_layer(model)
+        self._heads, self._head_dim = config.num_attention_heads, first.self_attn.head_dim
+        self._key_heads = config.num_key_value_heads
+        self._activation = first.mlp.act_fn
+        self._scale, self._epsilon = first.self_attn.scaling, config.rms_norm_eps
         self._cos_CD = self._sin_CD = torch.empty(0)
-        self.use_ragged_attention()
+        self.weights: Weights | None = None
+        """What the next forward computes with; assigning it is a swap."""
 
-    def use_ragged_attention(self) -> None:
-        """Let the model's attention modules call ours."""
-        self.model.config._attn_implementation = _ATTENTION
+    def prepare(self, tensors: Mapping[str, Tensor]) -> Weights:
+        """Lay weights out aside; the first ones are also held against transformers' forward.
+
+        Raises:
+            ModelError: the tensors do not fit.
+            ConfigError: an architecture that this forward does not support.
+        """
+        weights = fuse(self._model, tensors)
+        if self.weights is None:
+            self._check(weights, tensors)
+        return weights
 
     def make_cache(self, num_rows: int) -> RaggedCache:
         """An empty cache of the model's shape."""
-        attention = self._layers[0].self_attn
         return RaggedCache(
-            num_layers=len(self._layers),
+            num_layers=self._model.config.num_hidden_layers,
             num_rows=num_rows,
-            num_heads=attention.k_proj.out_features // attention.head_dim,
-            head_dim=attention.head_dim,
-            dtype=self.model.dtype,
+            num_heads=self._key_heads,
+            head_dim=self._head_dim,
+            dtype=self._model.dtype,
         )
 
     def prefill(
@@ -80,124 +98,183 @@ class PolicyForward:
             sources: which prompt goes into each of the slots.
             cache: with room for the longest prompt.
         Returns:
-            [M, E] hidden states after the final norm.
+            [prompts, E] hidden states after the final norm.
         """
-        lengths_M = torch.tensor([len(prompt) for prompt in prompts])
-        longest = int(lengths_M.max())
-        ids_MP = np.zeros((len(prompts), longest), dtype=np.int64)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        longest = int(lengths.max())
+        ids_NP = np.zeros((len(prompts), longest), dtype=np.int64)
         for row, prompt in enumerate(prompts):
-            ids_MP[row, : len(prompt)] = prompt
-        view = PrefillView(cache, torch.from_numpy(slots), torch.from_numpy(sources))
-        cos_CD, sin_CD = self._rotary(longest)
-        rotary = (cos_CD[None, :longest], sin_CD[None, :longest])
-        hidden_MPE = self._run(torch.from_numpy(ids_MP), rotary, view, None)
-        last_ME = hidden_MPE[torch.arange(len(prompts)), lengths_M - 1]
-        return self._body.norm(last_ME)
+            ids_NP[row, : len(prompt)] = prompt
+        targets, origins = torch.from_numpy(slots), torch.from_numpy(sources)
 
-    def decode(self, token_ids: np.ndarray, lengths: np.ndarray, cache: RaggedCache) -> Tensor:
-        """Feed one token to each of the first N rows.
+        def attend(layer: int, query_MHD: Tensor, key_MKD: Tensor, value_MKD: Tensor) -> Tensor:
+            query, keys, values = (
+                x.view(len(prompts), longest, -1, self._head_dim).transpose(1, 2)
+                for x in (query_MHD, key_MKD, value_MKD)
+            )
+            cache.store_prompts(layer, keys, values, targets, origins)
+            out = functional.scaled_dot_product_attention(
+                query, keys, values, is_causal=True, scale=self._scale, enable_gqa=True
+            )
+            return out.transpose(1, 2).reshape(len(prompts) * longest, -1)
+
+        places_M = torch.arange(longest).repeat(len(prompts))
+        hidden_ME = self._layers(torch.from_numpy(ids_NP).flatten(), places_M, longest, attend)
+        last = torch.arange(len(prompts)) * longest + lengths - 1
+        return self._norm(hidden_ME[last], self._served.norm_E)
+
+    def extend(
+        self, token_ids: np.ndarray, rows: np.ndarray, places: np.ndarray, cache: RaggedCache
+    ) -> Tensor:
+        """Feed each of the first N rows one token or several; each sees those before it.
 
         Args:
-            token_ids: [N] int64, the token each row wrote last.
-            lengths: [N] int64, tokens each row holds already: the position of the new one.
-            cache: with room for the longest row and its new token.
+            token_ids: [M] int64, row by row.
+            rows: [M] int64, ascending; every row from 0 to N - 1 has at least one token.
+            places: [M] int64, position of each token in its row; what the cache held there, and
+                behind it, is overwritten or hidden.
+            cache: with room for the longest row.
         Returns:
-            [N, V] logits of the next token.
+            [M, V] logits of the token after each.
         """
-        lengths_N = torch.from_numpy(lengths)
-        longest = int(lengths.max()) + 1
-        cos_CD, sin_CD = self._rotary(longest)
-        rotary = (cos_CD[lengths_N][:, None], sin_CD[lengths_N][:, None])
-        mask_N1L = torch.zeros(len(lengths), 1, longest, dtype=self.model.dtype)
-        hidden_after = torch.arange(longest) > lengths_N[:, None, None]
-        mask_N1L.masked_fill_(hidden_after, -torch.inf)
-        view = DecodeView(cache, lengths_N, longest)
-        hidden_N1E = self._run(torch.from_numpy(token_ids)[:, None], rotary, view, mask_N1L)
-        return self.logits(self._body.norm(hidden_N1E[:, 0]))
+        attend = _CachedAttention(cache, rows, places, self._scale)
+        ids_M, places_M = torch.from_numpy(token_ids), torch.from_numpy(places)
+        hidden_ME = self._layers(ids_M, places_M, int(places.max()) + 1, attend)
+        return self.logits(self._norm(hidden_ME, self._served.norm_E))
 
     def logits(self, hidden_ME: Tensor) -> Tensor:
         """[M, V] logits of final hidden states."""
-        return self._head(hidden_ME)
+        return self._served.head(hidden_ME)
 
-    def check(self) -> None:
-        """Hold this forward against transformers' own on a short sequence.
+    @property
+    def _served(self) -> Weights:
+        assert self.weights is not None, "weights are assigned before the first forward"
+        return self.weights
 
-        Raises:
-            ConfigError: they differ by more than rounding: the architecture is not supported.
-        """
-        vocabulary = self._body.embed_tokens.num_embeddings
-        ids = np.random.default_rng(0).integers(vocabulary, size=8)
-        self.model.config._attn_implementation = "sdpa"
-        expected_V = self.model(torch.from_numpy(ids)[None]).logits[0, -1]
-        self.use_ragged_attention()
-        cache = self.make_cache(1)
-        cache.reserve(len(ids))
-        row = np.zeros(1, dtype=np.int64)
-        self.prefill([ids[:-1]], row, row, cache)
-        ours_V = self.decode(ids[-1:], np.array([len(ids) - 1]), cache)[0]
-        gap = float((ours_V - expected_V).abs().max() / (expected_V.std() + 1e-6))
-        if gap > _TOLERANCE[self.model.dtype]:
-            raise ConfigError(
-                f"the native engine does not support {type(self.model).__name__}: its logits "
-                f"differ from transformers' by {gap:.2g} of their standard deviation"
-            )
+    def _layers(self, ids_M: Tensor, places_M: Tensor, num_places: int, attend: _Attend) -> Tensor:
+        """[M, E] before the final norm."""
+        cos_CD, sin_CD = self._rotary(num_places)
+        cos_M1D, sin_M1D = cos_CD[places_M][:, None], sin_CD[places_M][:, None]
+        weights, split = self._served, (self._heads, self._key_heads, self._key_heads)
+        hidden_ME = weights.embedding_VE[ids_M]
+        for index, layer in enumerate(weights.layers):
+            qkv_MF = layer.qkv(self._norm(hidden_ME, layer.attention_norm_E))
+            heads = qkv_MF.view(len(ids_M), sum(split), self._head_dim)
+            query_MHD, key_MKD, value_MKD = heads.split(split, dim=1)
+            if layer.query_norm_D is not None and layer.key_norm_D is not None:
+                query_MHD = self._norm(query_MHD, layer.query_norm_D)
+                key_MKD = self._norm(key_MKD, layer.key_norm_D)
+            query_MHD = _rotate(query_MHD, cos_M1D, sin_M1D)
+            key_MKD = _rotate(key_MKD, cos_M1D, sin_M1D)
+            hidden_ME = hidden_ME + layer.out(attend(index, query_MHD, key_MKD, value_MKD))
+            both = layer.gate_up(self._norm(hidden_ME, layer.mlp_norm_E))
+            gate, up = both.chunk(2, dim=1)
+            hidden_ME = hidden_ME + layer.down(self._activation(gate) * up)
+        return hidden_ME
 
-    def _run(self, ids: Tensor, rotary: tuple[Tensor, Tensor], view: Any, mask: Any) -> Tensor:
-        """[rows, tokens] ids -> [rows, tokens, E] before the final norm."""
-        hidden = self._body.embed_tokens(ids)
-        for layer in self._layers:
-            hidden = layer(
-                hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=view
-            )
-        return hidden
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMS norm; as transformers computes it, in float32 even where the model is float64, so
+        that the engine's law is the learner's."""
+        if x.dtype == torch.float32:
+            return functional.rms_norm(x, weight.shape, weight, self._epsilon)
+        precise = functional.rms_norm(x.float(), weight.shape, None, self._epsilon)
+        return precise.to(x.dtype) * weight
 
     def _rotary(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         """[C, D] cosines and sines of positions 0 .. C-1, C >= num_tokens."""
         if len(self._cos_CD) < num_tokens:
             positions = torch.arange(num_tokens * 5 // 4 + 64)[None]
-            like = torch.empty(0, dtype=self.model.dtype)
-            cos, sin = self._body.rotary_emb(like, positions)
+            like = torch.empty(0, dtype=self._model.dtype)
+            body: Any = self._model.base_model
+            cos, sin = body.rotary_emb(like, positions)
             self._cos_CD, self._sin_CD = cos[0], sin[0]
         return self._cos_CD, self._sin_CD
 
+    def _check(self, weights: Weights, tensors: Mapping[str, Tensor]) -> None:
+        """Hold this forward against transformers' own on a short sequence.
 
-def ragged_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention in the form of transformers' AttentionInterface.
+        Raises:
+            ConfigError: they differ by more than rounding: the architecture is not supported.
+        """
+        model = self._model
+        assign_weights(model, tensors)
+        ids = np.random.default_rng(0).integers(len(weights.embedding_VE), size=8)
+        expected_V = model(torch.from_numpy(ids)[None]).logits[0, -1]
+        self.weights = weights
+        cache, row = self.make_cache(1), np.zeros(1, dtype=np.int64)
+        cache.reserve(len(ids))
+        self.prefill([ids[:-2]], row, row, cache)
+        rows, places = np.zeros(2, dtype=np.int64), np.arange(len(ids) - 2, len(ids))
+        ours_V = self.extend(ids[-2:], rows, places, cache)[-1]
+        self.weights = None
+        gap = float((ours_V - expected_V).abs().max() / (expected_V.std() + 1e-6))
+        if not gap <= _TOLERANCE[model.dtype]:
+            raise ConfigError(
+                f"the native engine does not support {type(model).__name__}: its logits "
+                f"differ from transformers' by {gap:.2g} of their standard deviation"
+            )
 
-    Without a mask: causal, over whole prompts. With one: one query per row against that row's
-    keys; the query heads of a key-value head are folded into one product, so keys are not repeated.
 
-    Args:
-        module: the attention module that calls.
-        query: [N, K * Q, 1 or P, D].
-        key: [N, K, L or P, D].
-        value: of the same shape.
-        attention_mask: None or [N, 1, L], 0 or -inf, added to the scores.
-        scaling: of the scores.
-    Returns:
-        [N, 1 or P, K * Q, D] and None (no attention weights).
-    """
-    if attention_mask is None:
-        output = functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+class _CachedAttention:
+    """Attention of new tokens over what the cache holds of their rows, themselves included."""
+
+    def __init__(
+        self, cache: RaggedCache, rows: np.ndarray, places: np.ndarray, scale: float
+    ) -> None:
+        """Work out once per forward where tokens go and what each may see."""
+        self._cache, self._scale = cache, scale
+        counts = np.bincount(rows)
+        self._num_rows, self._width = len(counts), int(counts.max())
+        self._num_places = int(places.max()) + 1
+        starts = np.cumsum(counts) - counts
+        slots = rows * self._width + np.arange(len(rows)) - starts[rows]
+        padded = len(counts) * self._width > len(rows)
+        self._ragged = torch.from_numpy(slots) if padded else None
+        last_NT = np.zeros(self._num_rows * self._width, dtype=np.int64)
+        last_NT[slots] = places
+        hidden_NTL = torch.arange(self._num_places) > torch.from_numpy(last_NT)[:, None]
+        mask = torch.zeros(hidden_NTL.shape, dtype=cache.layers[0].dtype)
+        mask.masked_fill_(hidden_NTL, -torch.inf)
+        self._mask_N11TL = mask.view(self._num_rows, 1, 1, self._width, self._num_places)
+        self._targets = cache.places(torch.from_numpy(rows), torch.from_numpy(places))
+
+    def __call__(self, layer: int, query_MHD: Tensor, key_MKD: Tensor, value_MKD: Tensor) -> Tensor:
+        """[M, H * D]; the query heads of a key-value head are folded into one product, so keys are
+        not repeated."""
+        rows, width, tokens = self._num_rows, self._width, self._num_places
+        keys_NKLD, values_NKLD = self._cache.store(
+            layer, key_MKD, value_MKD, self._targets, rows, tokens
         )
-        return output.transpose(1, 2), None
-    rows, heads, _one, head_dim = query.shape
-    key_heads, tokens = key.shape[1], key.shape[2]
-    query = (query * scaling).view(rows * key_heads, heads // key_heads, head_dim)
-    scores = torch.bmm(query, key.flatten(0, 1).transpose(1, 2)).view(rows, heads, tokens)
-    precise = torch.float32 if query.dtype == torch.bfloat16 else query.dtype
-    shares = scores.add_(attention_mask).softmax(dim=-1, dtype=precise).to(query.dtype)
-    shares = shares.view(rows * key_heads, heads // key_heads, tokens)
-    return torch.bmm(shares, value.flatten(0, 1)).view(rows, 1, heads, head_dim), None
+        _, heads, head_dim = query_MHD.shape
+        key_heads = keys_NKLD.shape[1]
+        query = query_MHD * self._scale
+        if self._ragged is not None:
+            padded = query.new_zeros(rows * width, heads, head_dim)
+            query = padded.index_copy_(0, self._ragged, query)
+        grouped = query.view(rows, width, key_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
+        grouped = grouped.reshape(rows * key_heads, -1, head_dim)
+        scores = torch.bmm(grouped, keys_NKLD.flatten(0, 1).transpose(1, 2))
+        scores.view(rows, key_heads, -1, width, tokens).add_(self._mask_N11TL)
+        precise = torch.float32 if query.dtype == torch.bfloat16 else query.dtype
+        shares = scores.softmax(dim=-1, dtype=precise).to(query.dtype)
+        out = torch.bmm(shares, values_NKLD.flatten(0, 1))
+        out = out.view(rows, key_heads, -1, width, head_dim).permute(0, 3, 1, 2, 4)
+        out_MF = out.reshape(rows * width, heads * head_dim)
+        return out_MF if self._ragged is None else out_MF[self._ragged]
+
+
+def _rotate(x_MHD: Tensor, cos_M1D: Tensor, sin_M1D: Tensor) -> Tensor:
+    """Rotary embedding in the half-split layout of Llama."""
+    half = x_MHD.shape[-1] // 2
+    out = x_MHD * cos_M1D
+    out[..., :half].addcmul_(x_MHD[..., half:], sin_M1D[..., :half], value=-1)
+    out[..., half:].addcmul_(x_MHD[..., :half], sin_M1D[..., half:])
+    return out
+
+
+def _first_layer(model: PreTrainedModel) -> Any:
+    body: Any = model.base_model
+    return body.layers[0]
 
 
 def _check_architecture(model: PreTrainedModel) -> None:

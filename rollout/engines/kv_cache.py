@@ -4,8 +4,8 @@ Rows are slots 0 .. R-1; token t of a row sits at position t, whatever the other
 is ever padded on the left or realigned. What lies beyond a row's length is finite garbage that the
 attention mask hides.
 
-Shape suffixes: R slots, N rows in use, H key-value heads, C capacity in tokens, P prompt tokens,
-D head dimension.
+Shape suffixes: R slots, H key-value heads, C capacity in tokens, P prompt tokens,
+M stored tokens, D head dimension.
 """
 
 import torch
@@ -18,8 +18,7 @@ BLOCK_TOKENS = 64
 class RaggedCache:
     """One [2, R, H, C, D] tensor (keys, values) per layer.
 
-    Transformers' attention modules call `update` of the view handed to them: a `PrefillView` or a
-    `DecodeView`, made for one forward.
+    Grows with its longest row, and never frees: rows are as many as the engine runs at once.
     """
 
     def __init__(
@@ -56,49 +55,44 @@ class RaggedCache:
         for layer in self.layers:
             layer[:, row] = 0
 
+    def store_prompts(
+        self, layer: int, keys: Tensor, values: Tensor, slots: Tensor, prompts: Tensor
+    ) -> None:
+        """Store whole prompts, each into one slot or several.
 
-class PrefillView:
-    """Stores the keys and values of whole prompts, each into one slot or several.
+        Args:
+            layer: its index.
+            keys: [prompts, H, P, D].
+            values: of the same shape.
+            slots: [M] int64, the slots to fill.
+            prompts: [M] int64, which prompt goes there; siblings name the same one.
+        """
+        stored = self.layers[layer][:, :, :, : keys.shape[2]]
+        stored[0].index_copy_(0, slots, keys[prompts])
+        stored[1].index_copy_(0, slots, values[prompts])
 
-    Args:
-        cache: with room for the longest prompt.
-        slots: [M] int64, the slots to fill.
-        prompts: [M] int64, which prompt of the forward goes there; siblings name the same one.
-    """
+    def places(self, rows_M: Tensor, tokens_M: Tensor) -> Tensor:
+        """[M * H] where `store` puts the token of each row; valid until the capacity grows."""
+        heads = torch.arange(self.layers[0].shape[2])
+        return (
+            (rows_M[:, None] * len(heads) + heads) * self.capacity + tokens_M[:, None]
+        ).flatten()
 
-    def __init__(self, cache: RaggedCache, slots: Tensor, prompts: Tensor) -> None:
-        self._cache, self._slots, self._prompts = cache, slots, prompts
+    def store(
+        self, layer: int, keys: Tensor, values: Tensor, places: Tensor, rows: int, tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """Store single tokens, and return the first rows as [rows, H, tokens, D] views.
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Store [M', H, P, D] keys and values; attention goes on with them as they are."""
-        layer = self._cache.layers[layer_idx][:, :, :, : keys.shape[2]]
-        layer[0].index_copy_(0, self._slots, keys[self._prompts])
-        layer[1].index_copy_(0, self._slots, values[self._prompts])
-        return keys, values
-
-
-class DecodeView:
-    """Appends one token to each of the first N slots.
-
-    Args:
-        cache: with room for the longest row and its new token.
-        lengths: [N] int64, tokens each row holds: where its new one goes.
-        num_tokens: the longest row with its new token.
-    """
-
-    def __init__(self, cache: RaggedCache, lengths: Tensor, num_tokens: int) -> None:
-        self._cache, self._num_tokens = cache, num_tokens
-        self._rows = lengths.shape[0]
-        heads = cache.layers[0].shape[2]
-        first = torch.arange(self._rows * heads) * cache.capacity
-        self._places = first + lengths.repeat_interleave(heads)
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Store [N, H, 1, D] keys and values; return all of each row as [N, H, L, D] views."""
-        layer = self._cache.layers[layer_idx]
-        stored_keys, stored_values = layer[0], layer[1]
-        head_dim = keys.shape[3]
-        stored_keys.view(-1, head_dim).index_copy_(0, self._places, keys.reshape(-1, head_dim))
-        stored_values.view(-1, head_dim).index_copy_(0, self._places, values.reshape(-1, head_dim))
-        rows, tokens = self._rows, self._num_tokens
+        Args:
+            layer: its index.
+            keys: [M, H, D].
+            values: of the same shape.
+            places: [M * H], from `places`.
+            rows: how many of the first rows to return.
+            tokens: how many of their first tokens.
+        """
+        stored_keys, stored_values = self.layers[layer]
+        head_dim = keys.shape[2]
+        stored_keys.view(-1, head_dim).index_copy_(0, places, keys.reshape(-1, head_dim))
+        stored_values.view(-1, head_dim).index_copy_(0, places, values.reshape(-1, head_dim))
         return stored_keys[:rows, :, :tokens], stored_values[:rows, :, :tokens]

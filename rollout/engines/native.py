@@ -8,22 +8,22 @@ weights take effect at a token boundary, and the event loop stays free while tok
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import torch
-from torch import Tensor
 
 from ...buffer.errors import ConfigError, CorruptData
 from ...buffer.records import Version, WeightsManifest
 from ...kernels.models import ModelError, empty_model, load_tokenizer
-from ..config import KvPolicy, RatioLaw
+from ..config import KvPolicy, RatioLaw, SpeculationConfig
 from ..engine import EngineState, EngineStats, GenerationOutput, GenerationRequest
+from ..speculation import make_speculation
 from .decoder import Decoder
-from .weights import read_verified
+from .weights import Weights, read_verified
 
 _CLOSE_TIMEOUT_S = 60.0
 """Longer than any single step: the thread looks at its commands after each."""
@@ -60,6 +60,7 @@ class NativeEngine:
         ratio_law: RatioLaw,
         threads: int,
         engine_id: str,
+        speculation: SpeculationConfig | None = None,
     ) -> None:
         """Build the model without weights and start the thread.
 
@@ -73,7 +74,12 @@ class NativeEngine:
         except ModelError as error:
             raise ConfigError(str(error)) from error
         self._decoder = Decoder(
-            model, tokenizer, max_concurrent=max_concurrent, kv=kv, ratio_law=ratio_law
+            model,
+            tokenizer,
+            max_concurrent=max_concurrent,
+            kv=kv,
+            ratio_law=ratio_law,
+            speculation=make_speculation(speculation) if speculation else None,
         )
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._streams: dict[str, _Stream] = {}
@@ -100,12 +106,15 @@ class NativeEngine:
 
     def stats(self) -> EngineStats:
         """Counts since the start; `last_swap_s` is how long no token was made."""
+        speculation = self._decoder.speculation
         return EngineStats(
             running=self._decoder.running,
             queued=self._decoder.queued,
             generated_tokens=self._decoder.generated_tokens,
             swaps=self._swaps,
             last_swap_s=self._last_swap_s,
+            drafted_tokens=speculation.drafted if speculation else 0,
+            accepted_tokens=speculation.accepted if speculation else 0,
         )
 
     async def generate(
@@ -147,12 +156,18 @@ class NativeEngine:
                 return
             self._loading = True
             try:
-                tensors = await asyncio.to_thread(read_verified, manifest)
-                await self._call(lambda: self._swap(manifest.version, tensors))
-            except ModelError as error:
-                raise CorruptData(f"weights of version {manifest.version}: {error}") from error
+                weights = await asyncio.to_thread(self._prepare, manifest)
+                await self._call(lambda: self._swap(manifest.version, weights))
             finally:
                 self._loading = False
+
+    def _prepare(self, manifest: WeightsManifest) -> Weights:
+        """Verify weights and lay them out, while tokens are made."""
+        with torch.inference_mode():
+            try:
+                return self._decoder.prepare(read_verified(manifest))
+            except ModelError as error:
+                raise CorruptData(f"weights of version {manifest.version}: {error}") from error
 
     async def close(self) -> None:
         """End samples in flight as `abort`, and the thread; returns when it has ended."""
@@ -174,7 +189,7 @@ class NativeEngine:
         def run() -> None:
             try:
                 command()
-            except (ModelError, ConfigError) as error:
+            except ConfigError as error:
                 done.set_exception(error)
             else:
                 done.set_result(None)
@@ -236,9 +251,9 @@ class NativeEngine:
         for output in outputs:
             self._streams.pop(output.request_id).put(output)
 
-    def _swap(self, version: Version, tensors: Mapping[str, Tensor]) -> None:
+    def _swap(self, version: Version, weights: Weights) -> None:
         started_s = time.perf_counter()
-        self._decoder.swap(version, tensors)
+        self._decoder.swap(version, weights)
         self._swaps += 1
         self._last_swap_s = time.perf_counter() - started_s
 

@@ -3,7 +3,7 @@
 Slots 0 .. n-1 are in use; when a sample leaves, the last one moves into its place. A step reads and
 writes slices of numpy arrays; it does not loop over rows.
 
-Shape suffixes: R slots, A slots added last, N tokens written, S stop ids of a row.
+Shape suffixes: R slots, A some slots, N tokens written, S stop ids of a row.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _NO_STOP = -1
 
 _SLOT = np.dtype(
     [
-        ("length", "i8"),  # tokens in the cache; the last one written is not there yet
+        ("num_prompt", "i8"),
         ("last_token", "i8"),
         ("num_written", "i8"),
         ("budget", "i8"),
@@ -49,7 +49,7 @@ class Slots:
     """The samples in flight. Trace, with two slots:
 
     add(a, ...), add(b, ...)     a in slot 0, b in slot 1
-    record(0, draws, ...)        one token written to each
+    record([0, 1], draws, ...)   one token written to each
     release(0)                   b in slot 0; returns 1, where b's keys still are
     """
 
@@ -87,9 +87,14 @@ class Slots:
         self.count += 1
         return slot
 
-    def laws(self, start: int) -> RowLaws:
-        """Sampling parameters of the slots from `start` on."""
-        used = self.used[start:]
+    @property
+    def lengths(self) -> np.ndarray:
+        """[n] tokens in the cache: the last one written is not there yet."""
+        return self.used["num_prompt"] + self.used["num_written"] - 1
+
+    def laws(self, slots_A: np.ndarray) -> RowLaws:
+        """Sampling parameters of slots; one may come several times."""
+        used = self._state[slots_A]
         return RowLaws(
             temperature_B=used["temperature"],
             top_k_B=used["top_k"],
@@ -97,28 +102,37 @@ class Slots:
             min_p_B=used["min_p"],
         )
 
-    def record(self, start: int, draws: Draws, version: int, now_s: float) -> None:
-        """Append the drawn token to each slot from `start` on, stamped with the version (an index
-        into the engine's list) whose weights made its logits."""
-        used = self.used[start:]
-        places = used["num_written"].copy()
-        self._reserve(int(places.max()) + 1)
-        written = np.empty(len(used), dtype=_WRITTEN)
-        written["token"], written["logprob"] = draws.token_ids_B, draws.logprobs_B
-        written["removed_mass"] = draws.removed_mass_B
-        written["version"], written["kv_version"] = version, used["kv_version"]
-        self._written[np.arange(start, self.count), places] = written
-        used["first_token_s"][places == 0] = now_s
-        used["last_token"], used["num_written"] = draws.token_ids_B, places + 1
-        used["failed"] = np.isnan(draws.logprobs_B)
-        for row, kept_ids in draws.kept_ids.items():
-            if self.requests[start + row].record_kept_ids:
-                self._kept_ids[start + row].append(kept_ids)
+    def record(
+        self, slots_A: np.ndarray, draws: Draws, rows_A: np.ndarray, version: int, now_s: float
+    ) -> None:
+        """Append one drawn token to each of some slots.
 
-    def stopped(self, start: int) -> np.ndarray:
-        """[A] bool: whether the last token of each slot from `start` on ends its sample."""
-        stop_ids_AS = self._stop_ids[start : self.count]
-        return (stop_ids_AS == self.used["last_token"][start:, None]).any(axis=1)
+        Args:
+            slots_A: each at most once.
+            draws: of a whole step.
+            rows_A: which of the draws belongs to each slot.
+            version: an index into the engine's list: whose weights made the logits.
+            now_s: the time.
+        """
+        state, places = self._state, self._state["num_written"][slots_A]
+        self._reserve(int(places.max()) + 1)
+        written = np.empty(len(slots_A), dtype=_WRITTEN)
+        written["token"] = draws.token_ids_B[rows_A]
+        written["logprob"] = draws.logprobs_B[rows_A]
+        written["removed_mass"] = draws.removed_mass_B[rows_A]
+        written["version"], written["kv_version"] = version, state["kv_version"][slots_A]
+        self._written[slots_A, places] = written
+        state["first_token_s"][slots_A[places == 0]] = now_s
+        state["last_token"][slots_A], state["num_written"][slots_A] = written["token"], places + 1
+        state["failed"][slots_A] = np.isnan(written["logprob"])
+        if draws.kept_ids:
+            for slot, row in zip(slots_A.tolist(), rows_A.tolist(), strict=True):
+                if row in draws.kept_ids and self.requests[slot].record_kept_ids:
+                    self._kept_ids[slot].append(draws.kept_ids[row])
+
+    def stopped(self, slots_A: np.ndarray) -> np.ndarray:
+        """[A] bool: whether the last token of each slot ends its sample."""
+        return (self._stop_ids[slots_A] == self._state["last_token"][slots_A, None]).any(axis=1)
 
     def ends_with_stop_id(self, slot: int) -> bool:
         """The same for one slot."""

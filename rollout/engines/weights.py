@@ -1,13 +1,19 @@
-"""Published weights from the mailbox's files, verified before anything uses them."""
+"""Weights as the native engine reads them: verified, fused, and laid out for small batches.
+
+Shape suffixes: E hidden size, F fused outputs, I intermediate size, V vocabulary.
+"""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from ...buffer.errors import CorruptData
+from ...buffer.errors import ConfigError, CorruptData
 from ...buffer.mailbox import verify
 from ...buffer.records import WeightsManifest
-from ...kernels.models import ModelError, read_weights
+from ...kernels.models import ModelError, check_fit, read_weights
 
 
 def read_verified(manifest: WeightsManifest) -> Mapping[str, Tensor]:
@@ -21,3 +27,99 @@ def read_verified(manifest: WeightsManifest) -> Mapping[str, Tensor]:
         return read_weights([shard.path for shard in manifest.shards])
     except ModelError as error:
         raise CorruptData(f"weights of version {manifest.version}: {error}") from error
+
+
+class Linear(NamedTuple):
+    """y = x @ weight + bias. [in, out], because for 4 to 32 rows that product runs 1.4 to 2.1 times
+    faster on CPUs than `functional.linear` (measured)."""
+
+    weight_EF: Tensor
+    bias_F: Tensor | None
+
+    def __call__(self, x_ME: Tensor) -> Tensor:
+        """[M, F]."""
+        if self.bias_F is None:
+            return x_ME @ self.weight_EF
+        return torch.addmm(self.bias_F, x_ME, self.weight_EF)
+
+
+class Layer(NamedTuple):
+    """One decoder layer; the norms of queries and keys are Qwen3's."""
+
+    attention_norm_E: Tensor
+    qkv: Linear
+    query_norm_D: Tensor | None
+    key_norm_D: Tensor | None
+    out: Linear
+    mlp_norm_E: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Weights(NamedTuple):
+    """All weights of one version; made aside, so that a swap is one assignment."""
+
+    embedding_VE: Tensor
+    layers: tuple[Layer, ...]
+    norm_E: Tensor
+    head: Linear
+
+
+def fuse(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Weights:
+    """Lay the weights of one version out.
+
+    Args:
+        model: gives the names, shapes and dtype; its own weights are not read.
+        tensors: name -> weight, as in `kernels.models.policy_weights`.
+    Raises:
+        ModelError: the tensors do not fit the model.
+        ConfigError: the model has weights that this engine would leave out.
+    """
+    check_fit(model, tensors)
+    left = {name: tensor.to(model.dtype) for name, tensor in tensors.items()}
+    body = model.base_model_prefix
+
+    def take(name: str) -> Tensor:
+        return left.pop(f"{body}.{name}").clone()  # out of the mapped file: it is removed one day
+
+    def maybe(name: str) -> Tensor | None:
+        return take(name) if f"{body}.{name}" in left else None
+
+    def linear(prefix: str, *names: str) -> Linear:
+        weights = [left.pop(f"{body}.{prefix}.{name}.weight") for name in names]
+        biases = [left.pop(f"{body}.{prefix}.{name}.bias", None) for name in names]
+        bias = [b for b in biases if b is not None]
+        if bias and len(bias) < len(names):
+            raise ConfigError(f"only some of {prefix}'s {names} have a bias: not supported")
+        return Linear(torch.cat(weights).T.contiguous(), torch.cat(bias) if bias else None)
+
+    try:
+        layers = tuple(
+            Layer(
+                attention_norm_E=take(f"layers.{i}.input_layernorm.weight"),
+                qkv=linear(f"layers.{i}.self_attn", "q_proj", "k_proj", "v_proj"),
+                query_norm_D=maybe(f"layers.{i}.self_attn.q_norm.weight"),
+                key_norm_D=maybe(f"layers.{i}.self_attn.k_norm.weight"),
+                out=linear(f"layers.{i}.self_attn", "o_proj"),
+                mlp_norm_E=take(f"layers.{i}.post_attention_layernorm.weight"),
+                gate_up=linear(f"layers.{i}.mlp", "gate_proj", "up_proj"),
+                down=linear(f"layers.{i}.mlp", "down_proj"),
+            )
+            for i in range(model.config.num_hidden_layers)
+        )
+        embedding, norm = take("embed_tokens.weight"), take("norm.weight")
+    except KeyError as error:
+        raise ConfigError(
+            f"the native engine does not support {type(model).__name__}: it has no weight {error}; "
+            "use a Llama-like model (Llama, Qwen2, Qwen3, SmolLM)"
+        ) from error
+    head = left.pop("lm_head.weight", embedding)
+    weights = Weights(
+        embedding, layers, norm, Linear(head.T.contiguous(), left.pop("lm_head.bias", None))
+    )
+    if left:
+        raise ConfigError(
+            f"the native engine does not support {type(model).__name__}: it would leave out "
+            f"{', '.join(sorted(left)[:3])}"
+        )
+    return weights

@@ -1,0 +1,347 @@
+"""Batched speculative decoding: who drafts, how deep, and what of a draft is accepted.
+
+A drafter proposes, for each sample, one token per place (a point draft). The engine feeds all
+drafts of a batch in one forward, draws the target's own token at every place with that place's own
+uniform number, and goes on for as long as the draft had guessed right. The uniform
+depends on (seed, prompt, attempt, sample, place) alone, so the output is the output without
+speculation, token for token, at any temperature, depth and batch: a draft decides only how much of
+a forward was useful. Nothing here knows an engine.
+
+Source: position-keyed coupling; the acceptance of a point draft equals that of rejection sampling
+(Leviathan et al., arXiv:2211.17192, with a deterministic draft). Depth: our own rule.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from .config import SpeculationConfig
+
+_MIN_CONTEXT = 2
+"""Shorter contexts guess too badly to be worth a look."""
+_COUNTED_LINKS = 32
+"""Contexts of one place whose successor is counted: bounds the work on text that repeats itself."""
+
+
+class Draft(NamedTuple):
+    """Tokens proposed for one sample, and how much each is to be trusted."""
+
+    tokens: list[int]
+    classes: list[int]
+    """Of each token: an index below `NUM_CLASSES`; the controller learns what a class is worth."""
+
+
+class Drafter(Protocol):
+    """Proposes tokens for samples, known by a name each."""
+
+    def propose(
+        self, sample: str, prompt: tuple[int, ...], written: np.ndarray, limit: int
+    ) -> Draft:
+        """At most `limit` tokens to come after `written`, all the sample has so far."""
+        ...
+
+    def finish(self, sample: str, prompt: tuple[int, ...], written: np.ndarray) -> None:
+        """The sample has ended: what it wrote may help its siblings and later epochs."""
+        ...
+
+
+_LENGTH_EDGES = (3, 5, 9)
+_SHARE_EDGES = (0.5, 0.8, 0.95)
+NUM_CLASSES = (len(_LENGTH_EDGES) + 1) * (len(_SHARE_EDGES) + 1)
+
+
+def _class_of(context_length: int, share: float) -> int:
+    """A longer context and a more one-sided past make a better guess."""
+    longer = sum(context_length >= edge for edge in _LENGTH_EDGES)
+    return longer * (len(_SHARE_EDGES) + 1) + sum(share >= edge for edge in _SHARE_EDGES)
+
+
+class SuffixAutomaton:
+    """All substrings of some token sequences, with counts of what followed each.
+
+    Trace over tokens 7 8 9, then 7 8 5:
+
+        s = append(0, 7); s = append(s, 8); s = append(s, 9)     propose(after 7 8) -> 9
+        s = append(0, 7); s = append(s, 8)                       propose(s) -> 9
+        s = append(s, 5)                                         7 8 has been followed by 9 and 5
+
+    Source: Blumer et al. (1985), the online construction; started again at state 0 for each
+    sequence (a generalised automaton). The counts of successors are ours.
+    """
+
+    def __init__(self) -> None:
+        self._length, self._link = [0], [-1]
+        self._next: list[dict[int, int]] = [{}]
+        self._count: list[dict[int, int]] = [{}]
+
+    def __len__(self) -> int:
+        return len(self._length)
+
+    def append(self, state: int, token: int) -> int:
+        """Go on with a sequence that stands at `state` (0 at its start); returns where it stands.
+
+        Amortised constant time.
+        """
+        self._count_successor(state, token)
+        if (known := self._next[state].get(token)) is not None:
+            if self._length[known] == self._length[state] + 1:
+                return known
+            return self._split(state, known, token)
+        new = self._add(self._length[state] + 1, {}, {}, 0)
+        while state >= 0 and token not in self._next[state]:
+            self._next[state][token] = new
+            state = self._link[state]
+        if state >= 0:
+            known = self._next[state][token]
+            exact = self._length[known] == self._length[state] + 1
+            self._link[new] = known if exact else self._split(state, known, token)
+        return new
+
+    def propose(self, state: int, limit: int) -> Draft:
+        """What most often followed the longest known context, then what followed that, ..."""
+        tokens: list[int] = []
+        classes: list[int] = []
+        while len(tokens) < limit:
+            while state > 0 and not self._count[state]:
+                state = self._link[state]
+            if state <= 0 or self._length[state] < _MIN_CONTEXT:
+                break
+            counts = self._count[state]
+            token = max(counts, key=counts.__getitem__)
+            share = counts[token] / sum(counts.values())
+            tokens.append(token)
+            classes.append(_class_of(self._length[state], share))
+            state = self._next[state][token]
+        return Draft(tokens, classes)
+
+    def _count_successor(self, state: int, token: int) -> None:
+        for _ in range(_COUNTED_LINKS):
+            if state <= 0:
+                return
+            counts = self._count[state]
+            counts[token] = counts.get(token, 0) + 1
+            state = self._link[state]
+
+    def _add(self, length: int, follow: dict[int, int], count: dict[int, int], link: int) -> int:
+        self._length.append(length)
+        self._link.append(link)
+        self._next.append(follow)
+        self._count.append(count)
+        return len(self._length) - 1
+
+    def _split(self, state: int, known: int, token: int) -> int:
+        """Give the shorter strings of `known` a state of their own."""
+        copy = self._add(
+            self._length[state] + 1,
+            dict(self._next[known]), dict(self._count[known]), self._link[known],
+        )  # fmt: skip
+        self._link[known] = copy
+        while state >= 0 and self._next[state].get(token) == known:
+            self._next[state][token] = copy
+            state = self._link[state]
+        return copy
+
+
+class _Reader:
+    """A sample's place in an automaton."""
+
+    __slots__ = ("automaton", "num_read", "state")
+
+    def __init__(self, automaton: SuffixAutomaton) -> None:
+        self.automaton, self.state, self.num_read = automaton, 0, 0
+
+    def read(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self.state = self.automaton.append(self.state, token)
+
+
+class LookupDrafter:
+    """Prompt lookup: what followed the same tokens earlier in the sample's own text."""
+
+    def __init__(self) -> None:
+        self._readers: dict[str, _Reader] = {}
+
+    def propose(
+        self, sample: str, prompt: tuple[int, ...], written: np.ndarray, limit: int
+    ) -> Draft:
+        """See `Drafter`."""
+        reader = self._readers.get(sample)
+        if reader is None:
+            reader = self._readers[sample] = self._open(prompt)
+            reader.read(prompt)
+        reader.read(written[reader.num_read :].tolist())
+        reader.num_read = len(written)
+        return reader.automaton.propose(reader.state, limit)
+
+    def finish(self, sample: str, prompt: tuple[int, ...], written: np.ndarray) -> None:
+        """Forget the sample."""
+        self._readers.pop(sample, None)
+
+    def _open(self, prompt: tuple[int, ...]) -> _Reader:
+        return _Reader(SuffixAutomaton())
+
+
+class _Past:
+    """What was written for one prompt: read into the automaton, or still as tokens."""
+
+    __slots__ = ("automaton", "num_tokens", "unread")
+
+    def __init__(self) -> None:
+        self.automaton, self.unread, self.num_tokens = SuffixAutomaton(), [], 0
+
+
+class SiblingsDrafter(LookupDrafter):
+    """The same over one automaton a prompt: its own text, its siblings' so far, and what earlier
+    epochs wrote for the prompt.
+
+    Finished samples are kept as tokens, and read into the automaton only when a sample of the
+    prompt is drafted for: while speculation is off, history costs next to nothing.
+    """
+
+    def __init__(self, history_tokens: int) -> None:
+        """Keep at most `history_tokens`; the prompts seen longest ago are forgotten first."""
+        super().__init__()
+        self._limit, self.num_tokens = history_tokens, 0
+        self._past: OrderedDict[tuple[int, ...], _Past] = OrderedDict()
+
+    def finish(self, sample: str, prompt: tuple[int, ...], written: np.ndarray) -> None:
+        """Remember what the sample wrote."""
+        reader, past = self._readers.pop(sample, None), self._of(prompt)
+        if reader is not None and reader.automaton is past.automaton:
+            reader.read(written[reader.num_read :].tolist())
+        else:
+            past.unread.append(written.tolist())
+        past.num_tokens += len(written)
+        self.num_tokens += len(written)
+        while self.num_tokens > self._limit:
+            self.num_tokens -= self._past.popitem(last=False)[1].num_tokens
+
+    def _open(self, prompt: tuple[int, ...]) -> _Reader:
+        past = self._of(prompt)
+        for written in past.unread:
+            _Reader(past.automaton).read((*prompt, *written))
+        past.unread.clear()
+        return _Reader(past.automaton)
+
+    def _of(self, prompt: tuple[int, ...]) -> _Past:
+        past = self._past.setdefault(prompt, _Past())
+        self._past.move_to_end(prompt)
+        return past
+
+
+_MEMORY = 0.99
+"""Share of what was measured that is kept from one step to the next."""
+_FIRST_PROBE_STEPS, _LAST_PROBE_STEPS = 16, 512
+"""Between two probes while speculation is off; doubled while they find nothing."""
+_PROBE_SHARE = 1 / 16
+"""Of the rows, that a probe drafts for: keeps the cost of looking under 1 %."""
+
+
+class DepthController:
+    """How far to draft, from measured time and measured acceptance.
+
+    A step over M tokens takes a + b M seconds, fitted to the recent steps. A drafted token that is
+    accepted with probability p costs b and brings p tokens; the best throughput r takes the token
+    in when p >= b r (the optimality condition of a ratio, Dinkelbach 1967), so `least` = b r. Where
+    a forward costs as much per token whatever M is, b r is 1 and nothing is drafted: speculation is
+    off. Then a few rows are drafted for now and then, lest a change be missed.
+    """
+
+    def __init__(self) -> None:
+        self._hits, self._tries = np.full(NUM_CLASSES, 0.5), np.ones(NUM_CLASSES)
+        self._sums = np.zeros(5)  # of 1, M, M^2, t, M t
+        self._written, self._steps, self._probe_every = 0.0, 0, _FIRST_PROBE_STEPS
+
+    def start(self, num_rows: int) -> tuple[float, int]:
+        """Of the step to come: the least acceptance worth a draft, and for how many rows."""
+        self._steps += 1
+        least = self._least()
+        if least < 1.0:
+            self._probe_every = _FIRST_PROBE_STEPS
+            return least, num_rows
+        if self._steps % self._probe_every:
+            return 1.0, 0
+        self._probe_every = min(2 * self._probe_every, _LAST_PROBE_STEPS)
+        return 0.0, max(1, int(num_rows * _PROBE_SHARE))
+
+    def trim(self, draft: Draft, least: float) -> Draft:
+        """The part of a draft that is likely enough to be reached and accepted."""
+        reached = np.cumprod(self._hits[draft.classes] / self._tries[draft.classes])
+        depth = int((reached >= least).sum())
+        return Draft(draft.tokens[:depth], draft.classes[:depth])
+
+    def saw_step(self, num_tokens: int, num_written: int, seconds: float) -> None:
+        """A step fed `num_tokens`, wrote `num_written` and took so long."""
+        m, t = float(num_tokens), seconds
+        self._sums = _MEMORY * self._sums + (1.0, m, m * m, t, m * t)
+        self._written = _MEMORY * self._written + num_written
+
+    def saw_draft(self, classes: Sequence[int], num_accepted: int) -> None:
+        """Of a draft, so many tokens were right; the one after them was wrong, if there is one."""
+        for place in classes[: num_accepted + 1]:
+            self._hits[place] *= _MEMORY
+            self._tries[place] = _MEMORY * self._tries[place] + 1
+        for place in classes[:num_accepted]:
+            self._hits[place] += 1
+
+    def _least(self) -> float:
+        """b r; 1 while the slope is not known."""
+        n, m, mm, t, mt = self._sums
+        spread = n * mm - m * m
+        if spread < 1e-6 * max(1.0, n * mm) or t <= 0:
+            return 1.0
+        slope = max(0.0, (n * mt - m * t) / spread)
+        return min(1.0, slope * self._written / t)
+
+
+class Speculation:
+    """A drafter and its controller, and the counts a run reports."""
+
+    def __init__(self, drafter: Drafter, max_depth: int) -> None:
+        """Draft at most `max_depth` tokens for a sample in one step."""
+        self.drafter, self._max_depth = drafter, max_depth
+        self._controller = DepthController()
+        self.drafted = self.accepted = self.forwards = 0
+
+    def propose(
+        self, samples: Sequence[tuple[str, tuple[int, ...], np.ndarray, int]]
+    ) -> list[Draft]:
+        """One draft a sample, most of them empty when they would not pay.
+
+        Args:
+            samples: name, prompt, tokens written, most tokens that may be drafted.
+        """
+        least, num_rows = self._controller.start(len(samples))
+        nothing = Draft([], [])
+        if not num_rows:
+            return [nothing] * len(samples)
+        first = self.forwards % len(samples) if num_rows < len(samples) else 0
+        drafts = [nothing] * len(samples)
+        for row in range(first, min(first + num_rows, len(samples))):
+            sample, prompt, written, room = samples[row]
+            draft = self.drafter.propose(sample, prompt, written, min(self._max_depth, room))
+            drafts[row] = self._controller.trim(draft, least)
+        return drafts
+
+    def saw(self, drafts: Sequence[Draft], written: Sequence[int], seconds: float) -> None:
+        """How the step went: tokens written by each sample (an accepted draft's, and one more)."""
+        for draft, num_written in zip(drafts, written, strict=True):
+            if draft.tokens:
+                right = min(num_written - 1, len(draft.tokens))
+                self._controller.saw_draft(draft.classes, right)
+                self.drafted += len(draft.tokens)
+                self.accepted += right
+        self.forwards += 1
+        num_tokens = len(drafts) + sum(len(draft.tokens) for draft in drafts)
+        self._controller.saw_step(num_tokens, sum(written), seconds)
+
+
+def make_speculation(config: SpeculationConfig) -> Speculation | None:
+    """As the settings ask for it; None: off."""
+    if config.drafter == "off":
+        return None
+    siblings = config.drafter == "siblings"
+    drafter = SiblingsDrafter(config.history_tokens) if siblings else LookupDrafter()
+    return Speculation(drafter, config.max_depth)

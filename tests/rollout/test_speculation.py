@@ -1,0 +1,304 @@
+"""Speculation changes how many forwards a sample takes, and nothing of the sample."""
+
+import asyncio
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from slipstream.rollout.config import SpeculationConfig
+from slipstream.rollout.engines import decoder
+from slipstream.rollout.engines.decoder import Decoder
+from slipstream.rollout.speculation import (
+    DepthController,
+    Draft,
+    LookupDrafter,
+    SiblingsDrafter,
+    Speculation,
+    SuffixAutomaton,
+)
+
+from .test_native_engine import prompts
+
+LAWS = (
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"temperature": 1.0, "top_k": 5},
+    {"temperature": 0.5, "stop": ("ab", "c")},
+)
+
+
+class Always(DepthController):
+    """Drafts for every row, whatever it costs."""
+
+    def start(self, num_rows):
+        return 0.0, num_rows
+
+
+class Oracle:
+    """Knows what will be written, but for each third token; or, without that, guesses at random."""
+
+    def __init__(self, texts=None):
+        self.texts, self.random = texts or {}, np.random.default_rng(0)
+
+    def propose(self, sample, prompt, written, limit):
+        limit = int(self.random.integers(0, limit + 1))
+        tokens = self.texts.get(sample, self.random.integers(0, 64, size=512))
+        tokens = tokens[len(written) : len(written) + limit].copy()
+        tokens[2::3] = (tokens[2::3] + 1) % 64
+        return Draft(tokens.tolist(), [0] * len(tokens))
+
+    def finish(self, sample, prompt, written):
+        pass
+
+
+def speculate(engine, drafter, depth=8):
+    """Have an engine draft in every step."""
+    speculation = engine._decoder.speculation = Speculation(drafter, depth)
+    speculation._controller = Always()
+    return speculation
+
+
+async def generated(tiny, engine, requests, seed):
+    """Outputs of requests that arrive one by one."""
+    random = np.random.default_rng(seed)
+
+    async def later(request):
+        await asyncio.sleep(random.random() * 0.05)
+        return await tiny.outputs(engine, [request])
+
+    parts = await asyncio.gather(*map(later, requests))
+    return {name: output for part in parts for name, output in part.items()}
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize("name", ["lookup", "siblings", "oracle", "random"])
+async def test_output_with_speculation_equals_output_without_token_for_token(tiny, rows, name):
+    folder = tiny.folder("llama")
+    manifest = tiny.publish(tiny.policy(folder, 1, torch.float64), 0)
+    few = prompts(5, seed=1)
+    requests = [
+        tiny.request(few[i % 5], i, max_new_tokens=1 + (7 * i) % 60, kept=True, **LAWS[i % 5])
+        for i in range(24 if rows == 1 else 70)
+    ]
+    plain = tiny.engine(folder, dtype="float64", max_concurrent=rows)
+    await plain.load(manifest)
+    expected = await generated(tiny, plain, requests, 0)
+    texts = {key: output.token_ids.astype(np.int64) for key, output in expected.items()}
+    drafters = {
+        "lookup": LookupDrafter,
+        "siblings": lambda: SiblingsDrafter(10_000),
+        "oracle": lambda: Oracle(texts),
+        "random": Oracle,
+    }
+    engine = tiny.engine(folder, dtype="float64", max_concurrent=rows)
+    speculation = speculate(engine, drafters[name]())
+    await engine.load(manifest)
+    outputs = await generated(tiny, engine, requests, 1)
+    assert speculation.drafted > 30
+    assert speculation.accepted > {"random": -1, "lookup": 0}.get(name, 10)
+    for key, output in outputs.items():
+        wanted = expected[key]
+        assert output.token_ids.tolist() == wanted.token_ids.tolist()
+        assert (output.text, output.finish_reason) == (wanted.text, wanted.finish_reason)
+        gap = np.abs(output.behaviour_logprobs - wanted.behaviour_logprobs)
+        assert gap.max() < 1e-9
+        np.testing.assert_allclose(output.removed_mass, wanted.removed_mass, atol=1e-6)
+        if wanted.kept_ids is None:
+            assert output.kept_ids is None
+        else:
+            assert output.kept_ids.values.tolist() == wanted.kept_ids.values.tolist()
+            assert output.kept_ids.offsets.tolist() == wanted.kept_ids.offsets.tolist()
+
+
+async def test_a_second_epoch_takes_fewer_forwards_than_tokens(tiny):
+    """Greedy, so that the second epoch repeats the first: all of it but the start is foreseen."""
+    folder = tiny.folder("llama")
+    engine = tiny.engine(folder, dtype="float64", max_concurrent=4)
+    speculation = speculate(engine, SiblingsDrafter(10_000))
+    await engine.load(tiny.publish(tiny.policy(folder, 1, torch.float64), 0))
+    requests = [
+        tiny.request(p, i, temperature=0.0, max_new_tokens=50)
+        for i, p in enumerate(prompts(4, seed=8))
+    ]
+    first = await tiny.outputs(engine, requests)
+    before = speculation.forwards
+    second = await tiny.outputs(engine, requests)
+    assert all(second[k].token_ids.tolist() == first[k].token_ids.tolist() for k in first)
+    longest = max(len(output.token_ids) for output in first.values())
+    assert longest > 30
+    assert speculation.forwards - before < longest / 2
+
+
+async def test_weights_swapped_between_steps_are_stamped_on_the_tokens_they_wrote(tiny):
+    folder = tiny.folder("llama")
+    models = [tiny.policy(folder, 5 + k, torch.float64) for k in range(2)]
+    manifests = [tiny.publish(model, step) for step, model in enumerate(models)]
+    engine = tiny.engine(folder, dtype="float64", kv="recompute")
+    speculate(engine, LookupDrafter())
+    await engine.load(manifests[0])
+    requests = [tiny.request([3, 9], i, max_new_tokens=200, temperature=0.8) for i in range(8)]
+    task = asyncio.create_task(tiny.outputs(engine, requests))
+    while engine.stats().generated_tokens < 80:
+        await asyncio.sleep(0.001)
+    await engine.load(manifests[1])
+    outputs = await task
+    for request in requests:
+        output = outputs[request.request_id]
+        steps = [s.version.step for s in output.versions for _ in range(s.length)]
+        references = [
+            tiny.logprobs(model, request.prompt_token_ids, output.token_ids, 0.8)
+            for model in models
+        ]
+        wanted = [references[step][place] for place, step in enumerate(steps)]
+        np.testing.assert_allclose(output.behaviour_logprobs, wanted, rtol=0, atol=1e-9)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=4), st.data())
+@settings(max_examples=100, deadline=None)
+def test_the_automaton_holds_exactly_the_substrings_of_what_it_read(texts, data):
+    automaton = SuffixAutomaton()
+    for text in texts:
+        state = 0
+        for token in text:
+            state = automaton.append(state, token)
+    substrings = {
+        tuple(text[i:j])
+        for text in texts
+        for i in range(len(text))
+        for j in range(i, len(text) + 1)
+    } | {()}
+    asked = tuple(data.draw(st.lists(st.integers(0, 2), max_size=6)))
+    state: int | None = 0
+    for token in asked:
+        state = None if state is None else automaton._next[state].get(token)
+    assert (state is not None) == (asked in substrings)
+
+
+def test_a_drafter_proposes_what_most_often_followed_the_longest_known_context():
+    drafter = SiblingsDrafter(1000)
+    for written in ([7, 8, 9, 1], [7, 8, 9, 2], [7, 8, 5, 3], [4, 8, 6]):
+        drafter.finish("past", (3,), np.array(written))
+    assert drafter.propose("a", (3,), np.array([7, 8]), 1).tokens == [9]
+    assert drafter.propose("b", (3,), np.array([1, 7, 8]), 1).tokens == [9]
+    assert drafter.propose("c", (3,), np.array([4, 8]), 5).tokens == [6]
+    assert drafter.propose("d", (2,), np.array([7, 8]), 5).tokens == []
+
+
+def test_history_keeps_to_its_bound_and_forgets_the_oldest_prompt():
+    drafter = SiblingsDrafter(100)
+    for prompt in range(50):
+        drafter.finish("x", (prompt,), np.arange(10))
+        assert drafter.num_tokens <= 100
+    assert list(drafter._past) == [(prompt,) for prompt in range(40, 50)]
+
+
+@pytest.mark.parametrize(
+    ("seconds_per_token", "acceptance", "drafts"),
+    [(1.0, 0.6, False), (0.01, 0.9, True), (0.01, 0.0, False)],
+)
+def test_depth_follows_measured_cost_and_acceptance(seconds_per_token, acceptance, drafts):
+    """A step of 8 rows that costs 1 s and so much a token."""
+    controller, random = DepthController(), np.random.default_rng(0)
+    fed = 0
+    for step in range(3000):
+        least, rows = controller.start(8)
+        draft = controller.trim(Draft([1] * 6, [5] * 6), least) if rows else Draft([], [])
+        accepted = 0
+        for _ in range(rows):
+            right = int(random.geometric(1 - acceptance)) - 1 if acceptance else 0
+            right = min(right, len(draft.tokens))
+            controller.saw_draft(draft.classes, right)
+            accepted += right
+        tokens = 8 + rows * len(draft.tokens)
+        fed += rows * len(draft.tokens) * (step >= 1000)
+        controller.saw_step(tokens, 8 + accepted, 1.0 + seconds_per_token * tokens)
+    assert (fed > 2000 * 8 * 2) if drafts else (fed < 2000 * 8 * 0.02)
+
+
+def chi_square_z(counts, probabilities):
+    """How many standard deviations the statistic lies above its mean (Wilson and Hilferty)."""
+    total = sum(counts.values())
+    cells = {c: p * total for c, p in probabilities.items() if p * total >= 5}
+    rest = total - sum(cells.values())
+    statistic = sum((counts[c] - expected) ** 2 / expected for c, expected in cells.items())
+    if rest >= 5:
+        statistic += (total - sum(counts[c] for c in cells) - rest) ** 2 / rest
+    k = len(cells) - (rest < 5)
+    return ((statistic / k) ** (1 / 3) - (1 - 2 / (9 * k))) / (2 / (9 * k)) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_law_of_texts_is_the_targets_and_a_wrong_acceptance_rule_is_seen(
+    tiny, monkeypatch, wrong
+):
+    """120,000 draws, the likeliest token drafted; the planted rule takes a draft whenever the
+    target gives it 30 %."""
+    folder = tiny.folder("llama")
+    model = tiny.policy(folder, 2, torch.float64)
+    law = {"temperature": 1.5, "top_k": 4}
+
+    def next_law(tokens):
+        logits = tiny.logits(model, [5, 6], [*tokens, 0])[-1] / 1.5
+        top, ids = logits.topk(4)
+        return dict(zip(ids.tolist(), top.softmax(0).tolist(), strict=True))
+
+    likeliest, texts = {}, {(): 1.0}
+    for _ in range(3):
+        longer = {}
+        for text, p in texts.items():
+            following = {} if text[-1:] == (0,) else next_law(text)
+            longer |= {(*text, token): p * q for token, q in following.items()} or {text: p}
+            if following:
+                likeliest[text] = max(following, key=following.__getitem__)
+        texts = longer
+
+    class Likeliest(Oracle):
+        def propose(self, sample, prompt, written, limit):
+            return Draft([likeliest[tuple(written.tolist())]][:limit], [0][:limit])
+
+    engine = tiny.engine(folder, dtype="float64", max_concurrent=64)
+    asyncio.run(engine.load(tiny.publish(model, 0)))
+    batch: Decoder = engine._decoder
+    speculation = speculate(engine, Likeliest(), depth=1)
+    if wrong:
+        plant_wrong_rule(monkeypatch)
+    counts = Counter()
+    with torch.inference_mode():
+        for start in range(0, 40_000, 1000):
+            batch.submit(
+                [tiny.request([5, 6], start + i, max_new_tokens=3, **law) for i in range(1000)]
+            )
+            while batch.running or batch.queued:
+                counts.update(tuple(output.token_ids.tolist()) for output in batch.step())
+    assert speculation.accepted > 5000
+    assert set(counts) <= set(texts)
+    z = chi_square_z(counts, texts)
+    assert z > 20 if wrong else z < 4
+
+
+def plant_wrong_rule(monkeypatch):
+    """Give each place its draft instead of the target's own sample when the draft is likely."""
+    fed, real = [], decoder.sample
+    of = decoder._Fed.of
+    monkeypatch.setattr(decoder._Fed, "of", staticmethod(lambda d: fed.append(of(d)) or fed[-1]))
+
+    def wrong_sample(logits, laws, uniforms, ratio_law):
+        draws = real(logits, laws, uniforms, ratio_law)
+        shares = (logits / 1.5).softmax(-1).numpy()
+        for row, token in enumerate(fed[-1].draft_M):
+            if token >= 0 and shares[row, token] > 0.3:
+                draws.token_ids_B[row] = token
+        return draws
+
+    monkeypatch.setattr(decoder, "sample", wrong_sample)
+
+
+def test_settings_name_the_drafter():
+    assert SpeculationConfig().drafter == "off"
+    with pytest.raises(ValueError, match="max_depth"):
+        SpeculationConfig(max_depth=0)
