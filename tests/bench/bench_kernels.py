@@ -141,7 +141,7 @@ def roofline() -> list[dict[str, Any]]:
     """What fraction of an H100 SXM's 989 TFLOP/s (bfloat16, dense) to expect, per token.
 
     Three bounds: the tensor cores; memory at 3.35 TB/s, every operand and result once; and the
-    second-level cache at some 5.5 TB/s, from which each tile reads its operands: 2 T W / (2 T + 2 W)
+    second-level cache at some 5.5 TB/s, from which each tile reads its operands: T W / (T + W)
     FLOP per byte for a tile of T tokens by W words. T = 8192 tokens share the head.
     """
     peak, memory, cache, tokens, lines = 989e12, 3.35e12, 5.5e12, 8192, []
