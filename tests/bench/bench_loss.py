@@ -81,7 +81,8 @@ def step(op: str, module: Any, given: dict[str, Any], entropy: float = ENTROPY) 
     if op == "full":
         loss = module.full(hidden, given["targets"], head, objective_of).loss
     else:
-        loss = objective_of(*module.scores(hidden, given["targets"], head), rows)[0].sum()
+        logprobs, entropies = module.scores(hidden, given["targets"], head)
+        loss = objective_of(logprobs, entropies, rows)[0].sum()
     loss.backward()
     assert hidden.grad is not None
     assert weight.grad is not None
