@@ -12,7 +12,9 @@ so that beyond a layer's input, keys and values only a chunk's activations exist
 rule in another order of summation: equal to plain autograd but for rounding.
 
 Source: StreamBP (arXiv:2506.03077), section 3; there the LM head is streamed as well, here the
-fused loss does that. Shape suffixes: B rows, L tokens, C of a chunk, D hidden, H heads, E head size.
+fused loss does that.
+
+Shape suffixes: B rows, L tokens, C of a chunk, D hidden size, H heads, E head size.
 """
 
 from collections.abc import Iterator

@@ -129,7 +129,7 @@ def test_forward_keeps_one_tensor_a_layer():
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        (GPT2Config, {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 9}, "cannot be streamed"),
+        (GPT2Config, {"n_layer": 1, "n_embd": 8, "n_head": 2}, "GPT2Model cannot be streamed"),
         (MistralConfig, SHAPE, "MistralDecoderLayer cannot be streamed"),
         (
             Qwen2Config,
