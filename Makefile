@@ -7,6 +7,7 @@ CODE := $(FOLDERS) tests
 
 INSTALLED := $(VENV)/.installed
 TRL_VENV := .venvs/trl
+LOSS_VENV := .venvs/loss
 LINKS := $(VENV)/pyright/slipstream/.linked
 
 .DEFAULT_GOAL := help
@@ -84,6 +85,15 @@ bench-buffer: .venvs/transferqueue/.installed
 bench-staleness: .venvs/areal/.installed
 
 bench-e2e: $(TRL_VENV)/.installed
+
+$(LOSS_VENV)/.installed:
+	$(PYTHON) -m venv $(LOSS_VENV)
+	$(LOSS_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(LOSS_VENV)/bin/python -m pip install --quiet \
+	    liger-kernel==0.8.5 verl==0.9.1 'torch~=2.13.0' triton==3.7.1
+	touch $@
+
+bench-loss: $(LOSS_VENV)/.installed
 
 bench-%: $(INSTALLED)  ## run tests/bench/bench_NAME.py; prints one JSON object a line
 	$(BIN)/python tests/bench/bench_$(subst -,_,$*).py

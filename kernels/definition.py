@@ -88,7 +88,13 @@ def scores(hidden_TD: Tensor, targets_T: Tensor, head: Head) -> tuple[Tensor, Te
     return logp_TV.gather(1, targets_T[:, None])[:, 0], entropy_T
 
 
-def full(hidden_TD: Tensor, targets_T: Tensor, head: Head, token_loss: TokenLoss) -> FullLoss:
+def full(
+    hidden_TD: Tensor,
+    targets_T: Tensor,
+    head: Head,
+    token_loss: TokenLoss,
+    scores: Callable[[Tensor, Tensor, Head], tuple[Tensor, Tensor]] = scores,
+) -> FullLoss:
     """The loss sum_t token_loss(logprobs_t, entropy_t) over `scores`, and what it saw.
 
     Args:
@@ -96,6 +102,7 @@ def full(hidden_TD: Tensor, targets_T: Tensor, head: Head, token_loss: TokenLoss
         targets_T: as in `scores`.
         head: as in `scores`.
         token_loss: the objective, e.g. all terms of the three-policy loss.
+        scores: the implementation of the other operation to build on.
     Raises:
         ValueError: shapes disagree, the objective's results included.
     """

@@ -1,5 +1,7 @@
 """Which implementation of the loss operations runs for these tensors, and why."""
 
+import importlib.util
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -8,22 +10,36 @@ from torch import Tensor
 from . import chunked
 from .definition import FullLoss, Head, TokenLoss
 
+OLDEST_CAPABILITY = (8, 0)
+
 
 class Choice(NamedTuple):
     """An implementation, and the reason for it in words."""
 
-    name: Literal["chunked"]
+    name: Literal["chunked", "triton"]
     reason: str
 
 
 def choose(hidden_TD: Tensor, head: Head) -> Choice:
-    """The implementation for these tensors."""
-    return Choice("chunked", f"the tensors are on {hidden_TD.device.type}")
+    """The implementation for these tensors; imports nothing."""
+    if not hidden_TD.is_cuda:
+        return Choice("chunked", f"the tensors are on {hidden_TD.device.type}, not on CUDA")
+    if head.kept is not None:
+        return Choice("chunked", "the ratio law is kept_set, which the Triton kernels do not know")
+    if hidden_TD.dtype != head.weight_VD.dtype or hidden_TD.element_size() > 4:
+        dtypes = f"{hidden_TD.dtype} and {head.weight_VD.dtype}"
+        return Choice("chunked", f"the Triton kernels take one dtype of 2 or 4 bytes, not {dtypes}")
+    if importlib.util.find_spec("triton") is None:
+        return Choice("chunked", "triton is not installed (the extra `triton`)")
+    capability = torch.cuda.get_device_capability(hidden_TD.device)
+    if capability < OLDEST_CAPABILITY:
+        return Choice("chunked", f"compute capability {capability} is below {OLDEST_CAPABILITY}")
+    return Choice("triton", f"CUDA tensors, compute capability {capability}")
 
 
 def scores(hidden_TD: Tensor, targets_T: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     """`definition.scores` by the implementation that fits."""
-    return chunked.scores(hidden_TD, targets_T, head)
+    return _chosen(hidden_TD, head).scores(hidden_TD, targets_T, head)
 
 
 @torch.no_grad()
@@ -37,4 +53,12 @@ def frozen_scores(hidden_TD: Tensor, targets_T: Tensor, head: Head) -> tuple[Ten
 
 def full(hidden_TD: Tensor, targets_T: Tensor, head: Head, token_loss: TokenLoss) -> FullLoss:
     """`definition.full` by the implementation that fits."""
-    return chunked.full(hidden_TD, targets_T, head, token_loss)
+    return _chosen(hidden_TD, head).full(hidden_TD, targets_T, head, token_loss)
+
+
+def _chosen(hidden_TD: Tensor, head: Head) -> ModuleType:
+    if choose(hidden_TD, head).name == "chunked":
+        return chunked
+    from . import fused  # imports triton
+
+    return fused
