@@ -14,6 +14,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from . import events
 from .config import BufferConfig
 from .errors import Refused
@@ -60,10 +62,10 @@ class Replay:
         """
         if uid < self.state.next_uid:
             return True
-        if uid > self.state.next_uid or num_samples < 1:
+        if uid > self.state.next_uid or num_samples < 0:
             raise Refused(
                 f"uid {uid} with {num_samples} samples cannot be put: the next is "
-                f"{self.state.next_uid}, and a prompt needs at least one sample"
+                f"{self.state.next_uid}, and a prompt needs at least one sample, or 0 to skip it"
             )
         if self.state.counts["WAITING"] >= self.config.max_waiting_prompts:
             return False
@@ -162,6 +164,7 @@ class Replay:
         facts = Facts(
             spans=tuple((s.version.branch, s.version.step, s.length) for s in spans),
             reward=value if value is not None and math.isfinite(value) else None,
+            score_norm=float(-np.expm1(trajectory.behaviour_logprobs).sum(dtype=np.float64)),
         )
         self._emit(
             events.Finished(uid=group.uid, index=trajectory.index, payload=payload(), facts=facts)
