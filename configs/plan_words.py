@@ -45,22 +45,24 @@ def _sizing(experiment: Experiment) -> Iterator[str]:
     rollout, sizing = experiment.rollout, experiment.rollout.sizing
     n = rollout.samples_per_prompt
     if sizing.sizer not in ("fixed", "filter_refill"):
-        budget = f"{sizing.tokens_per_prompt:g} expected tokens a prompt on average"
+        budget = f"what {n} samples of each would cost"
+        if sizing.tokens_per_prompt:
+            budget = f"{sizing.tokens_per_prompt:g} expected tokens a prompt on average"
         yield (
-            f"{sizing.sizer} gives a prompt {sizing.min_samples} to {sizing.most_samples(n)} samples "
-            f"within {budget if sizing.tokens_per_prompt else f'what {n} samples of each would cost'}"
-            f", from what was seen of it (half-life {sizing.half_life_steps:g} versions), decided at "
-            f"most {experiment.waiting_prompts} prompts before use."
+            f"{sizing.sizer} gives a prompt {sizing.min_samples} to {sizing.most_samples(n)} "
+            f"samples within {budget}, from what was seen of it (half-life "
+            f"{sizing.half_life_steps:g} versions), decided at most {experiment.waiting_prompts} "
+            "prompts before use."
         )
     if sizing.skip_below:
         yield (
-            f"A seen prompt whose group would be mixed with a probability below {sizing.skip_below:g}"
-            f" is skipped, at most {sizing.max_skips} visits in a row."
+            "A seen prompt whose group would be mixed with a probability below "
+            f"{sizing.skip_below:g} is skipped, at most {sizing.max_skips} visits in a row."
         )
     if sizing.length_quantile or sizing.length_schedule:
         yield (
-            "Answers are cut where the length budget ends: the update follows the reward of the cut "
-            "answers, not of what they would have become."
+            "Answers are cut where the length budget ends: the update follows the reward of the "
+            "cut answers, not of what they would have become."
         )
 
 

@@ -93,7 +93,9 @@ def test_no_budget_is_ever_exceeded_whatever_its_size(prompts, budget):
     skips = [0] * len(prompts)
     found = allocate(losses, sizes_N, costs, budget, skips)
     assert (found * costs).sum() <= budget * (1 + 1e-12)
-    treated = treatment_sizes(list(variances), [9.0] * len(costs), costs, budget, (2, 32), skips)
+    treated = treatment_sizes(
+        list(variances), [9.0] * len(costs), list(costs), budget, (2, 32), skips
+    )
     assert (np.array(treated) * costs).sum() <= budget * (1 + 1e-12)
 
 

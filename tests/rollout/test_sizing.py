@@ -17,6 +17,7 @@ from slipstream.rollout.config import (
     PromptsConfig,
     RolloutConfig,
     SamplingConfig,
+    SizerName,
     SizingConfig,
 )
 from slipstream.rollout.history import Known
@@ -112,13 +113,13 @@ def until_mixed(problem: Softmax, answers: np.ndarray) -> np.ndarray:
     return answers[: changes[0] + 2] if len(changes) else answers
 
 
-def rollout(sizer: str, **sizing) -> RolloutConfig:
+def rollout(sizer: SizerName, **sizing) -> RolloutConfig:
     return RolloutConfig(
         samples_per_prompt=8, sizing=SizingConfig(sizer=sizer, max_samples=16, **sizing)
     )
 
 
-ADAPTIVE = ("equal_treatment", "hardness_weighted", "min_variance")
+ADAPTIVE: tuple[SizerName, ...] = ("equal_treatment", "hardness_weighted", "min_variance")
 
 
 @pytest.mark.parametrize("sizer", ADAPTIVE)
