@@ -1,23 +1,21 @@
-"""What each operation means, in eager PyTorch; also the path taken on CPUs.
+"""What the two loss operations mean, in eager PyTorch; the others are tested against this.
 
-Shape suffixes: T scored tokens, C tokens of one chunk, D hidden size, V vocabulary, M kept ids.
+`scores` is what every objective needs of the policy, `full` a whole objective. Both apply the LM
+head themselves, because its output, [T, V], is the largest tensor of a training step.
+
+Shape suffixes: T scored tokens, C the tokens of one chunk, D hidden size, V vocabulary, M kept ids.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-CHUNK_ELEMENTS = 2**20
-"""Logits held at once: 4 MiB in float32, which stays in cache while a chunk is worked on."""
-
-MIN_CHUNK_TOKENS = 64
-"""Fewer rows would read the whole LM head for too little work."""
-
 REMOVED = -1e30
-"""Logit of a token outside the kept set: its probability is exactly 0, and 0 * REMOVED is still 0
-where 0 * -inf would be NaN."""
+"""Logit of a token that cannot be sampled, in the place of -inf: its probability is exactly 0, and
+0 * REMOVED is still 0 where 0 * -inf would be NaN."""
 
 
 class KeptSets(NamedTuple):
@@ -27,162 +25,122 @@ class KeptSets(NamedTuple):
     offsets_T1: Tensor
 
 
-def scores(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    targets_T: Tensor,
-    temperature_T: Tensor,
-    bias_V: Tensor | None = None,
-    kept: KeptSets | None = None,
-    chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target under softmax((hidden @ head) / temperature), and the entropy.
+class Head(NamedTuple):
+    """The last linear layer, and the law that the sampler made of its output."""
 
-    Guarantees that no [T, V] tensor outlives a chunk: backward computes the logits again. Both
-    results carry gradient to hidden, weight and bias.
+    weight_VD: Tensor
+    """[V, D] any float dtype; may be the input embedding (a tied head)."""
+    temperature_T: Tensor
+    """[T] above 0, by which the sampler divided; no gradient."""
+    bias_V: Tensor | None = None
+    kept: KeptSets | None = None
+    """The law is renormalised over these ids; each target must be among its own."""
+
+
+TokenLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, Mapping[str, Tensor]]]
+"""A token-separable objective: the loss of a token depends on no other token.
+
+From logprobs_C and entropy_C of the tokens `rows` to their [C] loss, weights included, and [C]
+values to be reported. Called with one chunk after another; gradient goes through both arguments.
+"""
+
+
+class FullLoss(NamedTuple):
+    """What `full` returns; only `loss` carries gradient."""
+
+    loss: Tensor
+    logprobs_T: Tensor
+    entropy_T: Tensor
+    seen_T: dict[str, Tensor]
+    """[T] of each value that the objective reported."""
+
+
+def scores(hidden_TD: Tensor, targets_T: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target, and the entropy of what it was drawn from.
+
+        z_tv = (hidden_t . weight_v + bias_v) / temperature_t     REMOVED where v is not kept
+        logprobs_t = z_t,target - log sum_v exp z_tv
+        entropy_t = - sum_v p_tv log p_tv                         p = softmax(z)
+
+    so d logprobs_t / d z_tv = [v = target] - p_tv and d entropy_t / d z_tv = -p_tv (log p_tv +
+    entropy_t): the second is what an entropy bonus needs, and both reach hidden, weight and bias.
 
     Args:
         hidden_TD: [T, D] any float dtype; the last hidden states that predict the targets.
-        weight_VD: [V, D], the LM head.
         targets_T: [T] int64.
-        temperature_T: [T], above 0; no gradient.
-        bias_V: [V], bias of the LM head.
-        kept: the law is renormalised over these ids; each target must be among its own.
-        chunk: tokens worked on at once; changes memory, not results (to rounding).
+        head: what makes them a distribution.
     Returns:
         logprobs_T, entropy_T: [T] float32 (float64 for float64 inputs), nats.
     Raises:
-        ValueError: shapes disagree.
-    Source: d entropy / d logit_j = -p_j (log p_j + entropy), derived; checked by gradcheck.
+        ValueError: shapes or dtypes disagree.
     """
-    _check_shapes(hidden_TD, weight_VD, targets_T, temperature_T, kept)
-    chunk = chunk or max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS // weight_VD.shape[0])
-    ids, offsets = kept if kept is not None else (None, None)
-    return _Scores.apply(  # pyright: ignore[reportReturnType]
-        hidden_TD, weight_VD, bias_V, targets_T, temperature_T, ids, offsets, chunk
-    )
+    check_inputs(hidden_TD, targets_T, head)
+    dtype = result_dtype(hidden_TD)
+    bias = None if head.bias_V is None else head.bias_V.to(dtype)
+    logits_TV = linear(hidden_TD.to(dtype), head.weight_VD.to(dtype), bias)
+    logits_TV = logits_TV / head.temperature_T[:, None]
+    if bias is not None:  # the one source of -inf
+        logits_TV = logits_TV.clamp(min=REMOVED)
+    if head.kept is not None:
+        logits_TV = keep_only(logits_TV, head.kept, slice(0, len(targets_T)))
+    logp_TV = torch.log_softmax(logits_TV, 1)
+    entropy_T = -(logp_TV.exp() * logp_TV).sum(1)
+    return logp_TV.gather(1, targets_T[:, None])[:, 0], entropy_T
 
 
-def _check_shapes(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, temperature_T: Tensor, kept: Any
-) -> None:
-    num_tokens = hidden_TD.shape[0]
-    if hidden_TD.ndim != 2 or hidden_TD.shape[1:] != weight_VD.shape[1:]:
-        raise ValueError(
-            f"hidden {tuple(hidden_TD.shape)} and weight {tuple(weight_VD.shape)} must be "
-            "[T, D] and [V, D]"
-        )
-    for name, values in (("targets", targets_T), ("temperature", temperature_T)):
-        if values.shape != (num_tokens,):
-            raise ValueError(f"{name} {tuple(values.shape)} must be [{num_tokens}], as hidden is")
-    if kept is not None and kept.offsets_T1.shape != (num_tokens + 1,):
-        raise ValueError(f"kept offsets {tuple(kept.offsets_T1.shape)} must be [{num_tokens + 1}]")
+def full(hidden_TD: Tensor, targets_T: Tensor, head: Head, token_loss: TokenLoss) -> FullLoss:
+    """The loss sum_t token_loss(logprobs_t, entropy_t) over `scores`, and what it saw.
+
+    Args:
+        hidden_TD: as in `scores`.
+        targets_T: as in `scores`.
+        head: as in `scores`.
+        token_loss: the objective, e.g. all terms of the three-policy loss.
+    Raises:
+        ValueError: shapes disagree, the objective's results included.
+    """
+    logprobs_T, entropy_T = scores(hidden_TD, targets_T, head)
+    loss_T, seen_T = token_loss(logprobs_T, entropy_T, slice(0, len(targets_T)))
+    check_losses(loss_T, seen_T, logprobs_T)
+    seen = {name: values.detach() for name, values in seen_T.items()}
+    return FullLoss(loss_T.sum(), logprobs_T.detach(), entropy_T.detach(), seen)
 
 
-class _Scores(torch.autograd.Function):
-    """`scores`: saves its inputs and [T] results only."""
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        hidden_TD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        targets_T: Tensor,
-        temperature_T: Tensor,
-        ids_M: Tensor | None,
-        offsets_T1: Tensor | None,
-        chunk: int,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.chunk = chunk
-        dtype = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
-        logprobs_T = hidden_TD.new_empty(len(targets_T), dtype=dtype)
-        entropy_T = torch.empty_like(logprobs_T)
-        inputs = (hidden_TD, weight_VD, bias_V, temperature_T, ids_M, offsets_T1)
-        for rows in _chunks(len(targets_T), chunk):
-            logp_CV = _log_softmax(dtype, rows, *inputs)
-            logprobs_T[rows] = logp_CV.gather(1, targets_T[rows, None])[:, 0]
-            entropy_T[rows] = logp_CV.exp().mul_(logp_CV).sum(1).neg_()
-        ctx.save_for_backward(*inputs, targets_T, entropy_T)
-        return logprobs_T, entropy_T
-
-    @staticmethod
-    def backward(ctx: Any, *grads_T: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_logprobs_T, grad_entropy_T = grads_T
-        *inputs, targets_T, entropy_T = ctx.saved_tensors
-        hidden_TD, weight_VD, bias_V, temperature_T = inputs[:4]
-        weight = weight_VD.to(entropy_T.dtype)
-        grad_hidden_TD = torch.zeros_like(hidden_TD)
-        grad_weight_VD = torch.zeros_like(weight)
-        grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=weight.dtype)
-        for rows in _chunks(len(targets_T), ctx.chunk):
-            logp_CV = _log_softmax(entropy_T.dtype, rows, *inputs)
-            grad_CV = _logit_gradient(
-                logp_CV, targets_T[rows], entropy_T[rows], _at(grad_logprobs_T, rows),
-                _at(grad_entropy_T, rows),
-            ).div_(temperature_T[rows, None])  # fmt: skip
-            grad_hidden_TD[rows] = (grad_CV @ weight).to(hidden_TD.dtype)
-            grad_weight_VD.addmm_(grad_CV.T, hidden_TD[rows].to(weight.dtype))
-            if grad_bias_V is not None:
-                grad_bias_V += grad_CV.sum(0)
-        grad_weight = grad_weight_VD.to(weight_VD.dtype)
-        grad_bias = None if bias_V is None or grad_bias_V is None else grad_bias_V.to(bias_V.dtype)
-        return grad_hidden_TD, grad_weight, grad_bias, None, None, None, None, None
+def keep_only(logits_CV: Tensor, kept: KeptSets, rows: slice) -> Tensor:
+    """[C, V] with `REMOVED` outside the kept sets of the tokens `rows`."""
+    offsets = kept.offsets_T1[rows.start : rows.stop + 1]
+    owner_M = torch.repeat_interleave(offsets.diff())
+    index = (owner_M, kept.ids_M[offsets[0] : offsets[-1]].long())
+    return torch.full_like(logits_CV, REMOVED).index_put(index, logits_CV[index])
 
 
-def _chunks(num_tokens: int, chunk: int) -> list[slice]:
-    return [slice(i, min(i + chunk, num_tokens)) for i in range(0, num_tokens, chunk)]
+def result_dtype(hidden_TD: Tensor) -> torch.dtype:
+    """In which sums are taken: float64 for float64 inputs, else float32."""
+    return torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
 
 
-def _at(values: Tensor | None, rows: slice) -> Tensor | None:
-    return None if values is None else values[rows]
+def check_inputs(hidden_TD: Tensor, targets_T: Tensor, head: Head) -> None:
+    """Raise ValueError where shapes or dtypes do not fit together, naming both."""
+    hidden, weight = tuple(hidden_TD.shape), tuple(head.weight_VD.shape)
+    if len(hidden) != 2 or len(weight) != 2 or hidden[1] != weight[1]:
+        raise ValueError(f"hidden {hidden} and weight {weight} must be [T, D] and [V, D]")
+    for name, values in (("targets", targets_T), ("temperature", head.temperature_T)):
+        if values.shape != hidden[:1]:
+            raise ValueError(f"{name} {tuple(values.shape)} must be [{hidden[0]}], as hidden is")
+    if targets_T.dtype != torch.int64:
+        raise ValueError(f"targets must be int64, not {targets_T.dtype}")
+    if head.bias_V is not None and head.bias_V.shape != weight[:1]:
+        raise ValueError(f"bias {tuple(head.bias_V.shape)} must be [{weight[0]}], as weight is")
+    if head.kept is not None and head.kept.offsets_T1.shape != (hidden[0] + 1,):
+        offsets = tuple(head.kept.offsets_T1.shape)
+        raise ValueError(f"kept offsets {offsets} must be [{hidden[0] + 1}]")
 
 
-def _log_softmax(
-    dtype: torch.dtype,
-    rows: slice,
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    temperature_T: Tensor,
-    ids_M: Tensor | None,
-    offsets_T1: Tensor | None,
-) -> Tensor:
-    """[C, V] log-probabilities of a chunk, `REMOVED` (nearly) where the kept set excludes."""
-    bias = None if bias_V is None else bias_V.to(dtype)
-    logits_CV = linear(hidden_TD[rows].to(dtype), weight_VD.to(dtype), bias)
-    logits_CV /= temperature_T[rows, None]
-    if ids_M is not None and offsets_T1 is not None:
-        offsets = offsets_T1[rows.start : rows.stop + 1]
-        owner_M = torch.repeat_interleave(offsets.diff())
-        kept_CV = torch.full_like(logits_CV, REMOVED)
-        index = (owner_M, ids_M[offsets[0] : offsets[-1]].long())
-        kept_CV[index] = logits_CV[index]
-        logits_CV = kept_CV
-    return torch.log_softmax(logits_CV, 1)
-
-
-def _logit_gradient(
-    logp_CV: Tensor,
-    targets_C: Tensor,
-    entropy_C: Tensor,
-    grad_logprobs_C: Tensor | None,
-    grad_entropy_C: Tensor | None,
-) -> Tensor:
-    """[C, V] gradient of the scaled logits; overwrites nothing but its own buffers."""
-    probs_CV = logp_CV.exp()
-    if grad_entropy_C is None:
-        grad_CV = probs_CV
-        if grad_logprobs_C is None:
-            return grad_CV.zero_()
-        grad_CV.mul_(grad_logprobs_C.neg()[:, None])
-    else:
-        factor_CV = logp_CV.add_(entropy_C[:, None]).mul_(grad_entropy_C.neg()[:, None])
-        if grad_logprobs_C is not None:
-            factor_CV.sub_(grad_logprobs_C[:, None])
-        grad_CV = probs_CV.mul_(factor_CV)
-    if grad_logprobs_C is not None:
-        rows_C = torch.arange(len(targets_C), device=targets_C.device)
-        grad_CV[rows_C, targets_C] += grad_logprobs_C
-    return grad_CV
+def check_losses(loss_C: Tensor, seen_C: Mapping[str, Tensor], logprobs_C: Tensor) -> None:
+    """Raise ValueError where an objective did not return one value for every token."""
+    for name, values in {"loss": loss_C, **seen_C}.items():
+        if values.shape != logprobs_C.shape:
+            raise ValueError(
+                f"the objective's {name} {tuple(values.shape)} must be one value per token, "
+                f"{tuple(logprobs_C.shape)}; an objective over whole samples goes through `scores`"
+            )

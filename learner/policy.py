@@ -12,7 +12,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
 from ..buffer.errors import CorruptData
-from ..kernels.definition import scores
+from ..kernels import dispatch
+from ..kernels.definition import FullLoss, Head, TokenLoss
 from ..kernels.models import assign_weights, policy_weights
 from .batch import Rows
 from .config import OptimizerConfig
@@ -116,17 +117,32 @@ class Policy:
 
 
 def score(model: PreTrainedModel, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of every scored token under a model; [T] each.
+    """Log-probability and entropy of every scored token under a model; [T] each, with gradient."""
+    return dispatch.scores(scored_hidden(model, rows), rows.layout.targets_T, _head(model, rows))
 
-    The LM head is applied only where such a token is predicted.
-    """
-    layout = rows.layout
-    hidden_TD = hidden_states(model, layout).flatten(0, 1)[layout.positions_T]
+
+@torch.no_grad()
+def score_frozen(model: PreTrainedModel, rows: Rows) -> Tensor:
+    """[T] log-probabilities without gradient; equal to the bit to those of the other two."""
+    hidden_TD = scored_hidden(model, rows)
+    return dispatch.frozen_scores(hidden_TD, rows.layout.targets_T, _head(model, rows))[0]
+
+
+def fused_loss(model: PreTrainedModel, rows: Rows, token_loss: TokenLoss) -> FullLoss:
+    """A token-separable objective over the scored tokens, fused with the LM head."""
+    hidden_TD = scored_hidden(model, rows)
+    return dispatch.full(hidden_TD, rows.layout.targets_T, _head(model, rows), token_loss)
+
+
+def scored_hidden(model: PreTrainedModel, rows: Rows) -> Tensor:
+    """[T, D] hidden states that predict the scored tokens: the LM head is applied only there."""
+    return hidden_states(model, rows.layout).flatten(0, 1)[rows.layout.positions_T]
+
+
+def _head(model: PreTrainedModel, rows: Rows) -> Head:
     head = model.get_output_embeddings()
     assert isinstance(head, torch.nn.Linear)  # kernels/models.py refuses other heads
-    return scores(
-        hidden_TD, head.weight, layout.targets_T, rows.temperature_T, head.bias, rows.kept
-    )
+    return Head(head.weight, rows.temperature_T, head.bias, rows.kept)
 
 
 def hidden_states(model: PreTrainedModel, layout: Layout) -> Tensor:

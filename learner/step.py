@@ -29,7 +29,7 @@ from .batch import (
 )
 from .config import LearnerConfig, ObjectiveConfig
 from .metrics import Sums, step_metrics
-from .policy import Policy, score
+from .policy import Policy, fused_loss, score_frozen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ def train_step(
     proof = _prove(parts, step, max_staleness_steps, path)
     if len(parts) > 1:
         for part in parts:
-            part.proximal[:] = [_score_frozen(policy.model, batch) for batch in part.batches]
+            part.proximal[:] = [score_frozen(policy.model, batch) for batch in part.batches]
     warmup = config.optimizer.warmup_steps
     rate = config.optimizer.learning_rate * (min(1.0, step / warmup) if warmup else 1.0)
     sums, norms = Sums(), []
@@ -171,12 +171,6 @@ def _prove(parts: list[_Part], step: int, bound: float, path: LivePath) -> Proof
     return proof
 
 
-@torch.no_grad()
-def _score_frozen(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
-    """[T] log-probabilities without gradient."""
-    return score(model, batch)[0]
-
-
 def _accumulate(
     policy: Policy,
     part: _Part,
@@ -191,60 +185,71 @@ def _accumulate(
         TrainingFailed: the loss is not finite.
     """
     for batch, anchor_T in zip(part.batches, part.proximal, strict=True):
-        current_T, entropy_T = score(policy.model, batch)
-        proximal_T = current_T.detach() if anchor_T is None else anchor_T
-        loss_T, seen_T = _token_loss(batch, current_T, proximal_T, entropy_T, config)
+        reference_T = None
         if config.kl_coefficient > 0:
             assert reference is not None, "a KL term needs its reference policy"
-            kl_T = objective.kl_to_reference(current_T, _score_frozen(reference, batch))
-            loss_T = loss_T + config.kl_coefficient * kl_T
-            seen_T["kl_reference"] = kl_T.detach()
-        loss = (loss_T * batch.weights_T).sum() / part.denominator
-        if not math.isfinite(value := float(loss.detach())):
+            reference_T = score_frozen(reference, batch)
+        terms = _TokenLoss(batch, config, anchor_T, reference_T, part.denominator)
+        result = fused_loss(policy.model, batch, terms)
+        if not math.isfinite(value := float(result.loss.detach())):
             raise TrainingFailed(
                 f"step {step}: the loss is {value}; the weights are as before this update. Resume "
                 "from the last checkpoint, with a lower learning rate if it comes again"
             )
-        loss.backward()
+        result.loss.backward()
         sums.loss += value
-        sums.count(batch, proximal_T, seen_T)
+        sums.count(batch, result.logprobs_T if anchor_T is None else anchor_T, result.seen_T)
 
 
-def _token_loss(
-    batch: MicroBatch,
-    current_T: Tensor,
-    proximal_T: Tensor,
-    entropy_T: Tensor,
-    config: ObjectiveConfig,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """[T] loss without the KL term, and what is reported of every token."""
-    surrogate_T, clipped_T = objective.clipped_surrogate(
-        current_T,
-        proximal_T,
-        batch.advantages_T,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-    )
-    correction_T, limited_T = objective.importance_correction(
-        proximal_T,
-        batch.behaviour_T,
-        kind=config.correction,
-        low=config.correction_low,
-        high=config.correction_high,
-    )
-    loss_T = correction_T * surrogate_T
-    if config.entropy_coefficient > 0:
-        loss_T = loss_T - config.entropy_coefficient * entropy_T
-    now_T = current_T.detach()
-    behaviour_to_now_T = objective.log_ratio(now_T, batch.behaviour_T)
-    return loss_T, {
-        "ratio": (now_T - proximal_T).exp(),
-        "clipped": clipped_T,
-        "correction": correction_T,
-        "limited": limited_T,
-        "entropy": entropy_T.detach(),
-        "kl_behaviour": behaviour_to_now_T.expm1() - behaviour_to_now_T,
-    }
+@dataclass(frozen=True, slots=True)
+class _TokenLoss:
+    """The objective of one micro-batch, for `fused_loss`: called with some of its tokens."""
+
+    batch: MicroBatch
+    config: ObjectiveConfig
+    anchor_T: Tensor | None
+    """Proximal log-probabilities; None: the current ones."""
+    reference_T: Tensor | None
+    denominator: float
+
+    def __call__(
+        self, current_C: Tensor, entropy_C: Tensor, rows: slice
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted [C] loss, and what is reported of every token."""
+        config, now_C = self.config, current_C.detach()
+        behaviour_C = self.batch.behaviour_T[rows]
+        proximal_C = now_C if self.anchor_T is None else self.anchor_T[rows]
+        surrogate_C, clipped_C = objective.clipped_surrogate(
+            current_C,
+            proximal_C,
+            self.batch.advantages_T[rows],
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+        )
+        correction_C, limited_C = objective.importance_correction(
+            proximal_C,
+            behaviour_C,
+            kind=config.correction,
+            low=config.correction_low,
+            high=config.correction_high,
+        )
+        loss_C = correction_C * surrogate_C
+        behaviour_to_now_C = objective.log_ratio(now_C, behaviour_C)
+        seen_C = {
+            "ratio": (now_C - proximal_C).exp(),
+            "clipped": clipped_C,
+            "correction": correction_C,
+            "limited": limited_C,
+            "entropy": entropy_C.detach(),
+            "kl_behaviour": behaviour_to_now_C.expm1() - behaviour_to_now_C,
+        }
+        if config.entropy_coefficient > 0:
+            loss_C = loss_C - config.entropy_coefficient * entropy_C
+        if self.reference_T is not None:
+            kl_C = objective.kl_to_reference(current_C, self.reference_T[rows])
+            loss_C = loss_C + config.kl_coefficient * kl_C
+            seen_C["kl_reference"] = kl_C.detach()
+        return loss_C * self.batch.weights_T[rows] / self.denominator, seen_C
 
 
 def _checked_norm(policy: Policy, step: int) -> Tensor:
