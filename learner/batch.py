@@ -16,7 +16,7 @@ from torch import Tensor
 from ..buffer.errors import CorruptData
 from ..buffer.records import Trajectory, TrajectoryGroup, Version
 from ..kernels.definition import KeptSets
-from .advantage import group_advantages
+from .advantage import AdvantageKind, group_advantages
 from .rows import MAX_SHARED_INPUTS, Layout, Piece, lay_out, row_width
 
 RatioLaw = Literal["temperature", "kept_set"]
@@ -36,6 +36,8 @@ class Sample:
     """Policy-written tokens before this one (the stale prefix) are context with zero weight."""
     weight: float = 1.0
     """Of each trained token in the loss, see `objective.token_weights`."""
+    share: float = 1.0
+    """Of its prompt: the prompt's sizing weight over its number of samples with a reward."""
 
     @property
     def num_trained(self) -> int:
@@ -67,9 +69,7 @@ class MicroBatch(Rows):
     """Inputs without padding."""
 
 
-def samples_of(
-    groups: Sequence[TrajectoryGroup], advantage: Literal["group_std", "group_mean"]
-) -> list[Sample]:
+def samples_of(groups: Sequence[TrajectoryGroup], advantage: AdvantageKind) -> list[Sample]:
     """The samples that carry gradient, in canonical order (uid, index).
 
     Rewards of samples that are not trained count in their group's advantages all the same.
@@ -79,6 +79,7 @@ def samples_of(
         ordered = sorted(group.samples, key=lambda sample: sample.trajectory.index)
         rewards_G = [sample.trajectory.score.value for sample in ordered]
         advantages_G = group_advantages(rewards_G, advantage)
+        share = group.sizing.weight / max(1, sum(reward is not None for reward in rewards_G))
         for sample, reward, value in zip(ordered, rewards_G, advantages_G, strict=True):
             left = sample.trajectory.num_policy_tokens - sample.stale_prefix
             if sample.trained and reward is not None and left > 0:
@@ -87,6 +88,7 @@ def samples_of(
                         trajectory=sample.trajectory,
                         advantage=float(value),
                         first_trained=sample.stale_prefix,
+                        share=share,
                     )
                 )
     return samples

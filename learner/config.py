@@ -25,11 +25,14 @@ class ObjectiveConfig(Settings):
     `correction_high`; `mask` zeroes tokens outside [correction_low, correction_high]."""
     correction_low: Annotated[float, Field(ge=0, lt=1)] = 0.125
     correction_high: Annotated[float, Field(ge=1)] = 2.0
-    advantage: Literal["group_std", "group_mean"] = "group_std"
-    """`group_std`: (reward - mean) / (std + eps), GRPO; `group_mean`: reward - mean, Dr.GRPO."""
-    aggregation: Literal["token", "sequence"] = "token"
+    advantage: Literal["group_std", "group_mean", "leave_one_out"] = "group_std"
+    """`group_std`: (reward - mean) / (std + eps), GRPO; `group_mean`: reward - mean, Dr.GRPO;
+    `leave_one_out`: reward - mean of the others, RLOO."""
+    aggregation: Literal["token", "sequence", "prompt"] = "token"
     """`token`: the mean over all trained tokens of the batch; `sequence`: the mean over samples of
-    each one's mean."""
+    each one's mean; `prompt`: the mean over prompts, by their sizing weight, of the mean over
+    samples of each one's sum / max_new_tokens. With `leave_one_out` that is an unbiased policy
+    gradient whatever the sizes of the groups."""
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the k3 estimate of KL(current || reference); keeps a frozen copy of the policy the
     run started from when above 0."""

@@ -114,6 +114,22 @@ def token_weights(
     return [1.0 / max(1, n) for n in lengths], float(max(1, sum(n > 0 for n in lengths)))
 
 
+def prompt_weights(
+    shares: list[float], num_prompts: int, max_new_tokens: int
+) -> tuple[list[float], float]:
+    """`aggregation = "prompt"`: sum(weight * loss) / denominator, every prompt by its own weight.
+
+    Nothing in it depends on how the samples turned out (a mean over their tokens would): the
+    expected gradient is the weighted mean over prompts of each one's, whatever its group's size.
+
+    Args:
+        shares: per sample, the weight of its prompt over the samples that the prompt has.
+        num_prompts: of the update, those without a trained sample included.
+        max_new_tokens: the largest budget of a sample, the constant of Dr.GRPO (arXiv:2503.20783).
+    """
+    return shares, float(num_prompts * max_new_tokens)
+
+
 def _same_shape(**tensors: Tensor) -> None:
     if len({tensor.shape for tensor in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())

@@ -68,7 +68,7 @@ def train_step(
 
     1. Samples in the order (uid, index). Per group, over all samples with a reward, trained or not:
        advantage = (reward - mean) / (std + 1e-6), std of the population (`group_std`), or
-       reward - mean (`group_mean`); float64.
+       reward - mean (`group_mean`), or that times G/(G - 1) (`leave_one_out`); float64.
     2. The groups are cut, in order of uid, into U parts [P i // U, P (i + 1) // U); each part is
        one optimizer update. With U = 1 the proximal policy is the current one without gradient;
        with U >= 2 its log-probabilities are taken for the whole batch before the first update.
@@ -80,8 +80,10 @@ def train_step(
        correction (no gradient) = min(proximal / behaviour, correction_high), or zeroed, or 1.
        The correction weighs the surrogate alone.
     4. The loss of an update is the sum over its trained tokens divided by their number (`token`),
-       or the mean over samples of each one's token mean (`sequence`); prompts, stale prefixes and
-       untrained samples count in neither. Micro-batches add up gradients of sums already divided.
+       or the mean over samples of each one's token mean (`sequence`), or the mean over prompts of
+       weight x mean over samples of token sum / max_new_tokens (`prompt`); prompts' tokens, stale
+       prefixes and untrained samples count in neither. Micro-batches add up gradients of sums
+       already divided.
     5. Gradients are scaled by min(1, max_grad_norm / (norm + 1e-6)), the norm taken over all
        parameters together; then AdamW (torch; decay on every parameter; bias-corrected) with rate
        learning_rate * min(1, step / warmup_steps).
@@ -105,7 +107,12 @@ def train_step(
     """
     started = time.perf_counter()
     parts = [
-        _part(samples, config, lambda rows: collate(rows, held, policy.loss_dtype, ratio_law))
+        _part(
+            samples,
+            len(groups_of_update),
+            config,
+            lambda rows: collate(rows, held, policy.loss_dtype, ratio_law),
+        )
         for groups_of_update in updates_of(groups, config.updates_per_step)
         if (samples := samples_of(groups_of_update, config.objective.advantage))
     ]
@@ -129,13 +136,19 @@ def train_step(
 
 def _part(
     samples: list[Sample],
+    num_prompts: int,
     config: LearnerConfig,
     line_up: Callable[[Sequence[Sequence[Sample]]], MicroBatch],
 ) -> _Part:
     """Weigh the samples of one update and cut them into micro-batches."""
-    weights, denominator = objective.token_weights(
-        [sample.num_trained for sample in samples], config.objective.aggregation
-    )
+    aggregation = config.objective.aggregation
+    if aggregation == "prompt":
+        most = max(sample.trajectory.sampling.max_new_tokens for sample in samples)
+        shares = [sample.share for sample in samples]
+        weights, denominator = objective.prompt_weights(shares, num_prompts, most)
+    else:
+        lengths = [sample.num_trained for sample in samples]
+        weights, denominator = objective.token_weights(lengths, aggregation)
     samples = [replace(s, weight=w) for s, w in zip(samples, weights, strict=True)]
     plan = plan_micro_batches(
         samples, config.micro_batch_tokens, share_prompts=config.share_prompts

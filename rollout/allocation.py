@@ -1,16 +1,14 @@
 """The arithmetic of sizing: how much a group of n samples tells, and who gets how many of them.
 
 Notation: p a prompt's pass rate, g = grad p its true gradient, s_i = grad log pi(y_i) the score of
-a sample, G^2 = E |s|^2, n the samples of a group, k those that passed. The estimate of g is
-(1/n) sum_i A_i s_i with the leave-one-out advantage A_i = r_i - mean of the others. For rewards of
-0 and 1 the score of a passing sample averages g / p and that of a failing one -g / (1 - p); so
-whatever a rule does with outcomes, its expected update is g times a number (`bias_factor`).
+a sample, G^2 = E |s|^2, n the samples of a group. The estimate of g is (1/n) sum_i A_i s_i with the
+leave-one-out advantage A_i = r_i - mean of the others.
 
 Shape suffixes: P prompts of a window, N sizes.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -184,42 +182,3 @@ def _spend_rest(
         row = max(gains, key=lambda row: gains[row])
         left -= costs_PN[row, places[row] + 1] - costs_PN[row, places[row]]
         places[row] += 1
-
-
-def bias_factor(
-    pass_rate: float, probe: int, full: int, commit: Callable[[int], float], *, pooled: bool
-) -> float:
-    """Expected update over true gradient of a probe that decides whether more samples are drawn.
-
-    Exact, by summing over counts: of n samples with k passes, sum_i A_i s_i / n averages
-    g k(n - k) / (n(n - 1) p(1 - p)).
-
-    Args:
-        pass_rate: p in (0, 1).
-        probe: samples of the first stage.
-        full: samples of both.
-        commit: passes of the probe -> probability that the second stage is drawn; above 0 unless
-            `pooled`.
-        pooled: one group of all samples, whatever was drawn; otherwise each stage has its own
-            baseline, and they are combined by fixed weights, the second over its probability.
-    """
-
-    def signal(k: int, n: int) -> float:
-        return k * (n - k) / (n * (n - 1) * pass_rate * (1 - pass_rate))
-
-    def chance(k: int, n: int) -> float:
-        return math.comb(n, k) * pass_rate**k * (1 - pass_rate) ** (n - k)
-
-    rest = full - probe
-    total = 0.0
-    for k in range(probe + 1):
-        q = commit(k)
-        stopped = signal(k, probe)
-        if pooled:
-            drawn = sum(chance(j, rest) * signal(k + j, full) for j in range(rest + 1))
-            update = (1 - q) * stopped + q * drawn
-        else:
-            again = sum(chance(j, rest) * signal(j, rest) for j in range(rest + 1))
-            update = probe / full * stopped + q * (rest / full / q) * again
-        total += chance(k, probe) * update
-    return total

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,6 @@ from slipstream.rollout.allocation import (
     BUDGET_UNITS,
     advantage_mass,
     allocate,
-    bias_factor,
     mixed_probability,
     policy_gradient_loss,
     rejection_variance,
@@ -147,6 +148,45 @@ def test_advantage_mass_is_the_sum_of_absolute_advantages(by_std):
     assert np.abs(advantages).sum() == pytest.approx(100 * advantage_mass(0.3, by_std=by_std))
 
 
+def bias_factor(
+    pass_rate: float, probe: int, full: int, commit: Callable[[int], float], *, pooled: bool
+) -> float:
+    """Expected update over true gradient of a probe that decides whether more samples are drawn.
+
+    Exact, by summing over counts: of n samples with k passes, sum_i A_i s_i / n averages
+    g k(n - k) / (n(n - 1) p(1 - p)).
+
+    Args:
+        pass_rate: p in (0, 1).
+        probe: samples of the first stage.
+        full: samples of both.
+        commit: passes of the probe -> probability that the second stage is drawn; above 0 unless
+            `pooled`.
+        pooled: one group of all samples, whatever was drawn; otherwise each stage has its own
+            baseline, and they are combined by fixed weights, the second over its probability.
+    """
+
+    def signal(k: int, n: int) -> float:
+        return k * (n - k) / (n * (n - 1) * pass_rate * (1 - pass_rate))
+
+    def chance(k: int, n: int) -> float:
+        return math.comb(n, k) * pass_rate**k * (1 - pass_rate) ** (n - k)
+
+    rest = full - probe
+    total = 0.0
+    for k in range(probe + 1):
+        q = commit(k)
+        stopped = signal(k, probe)
+        if pooled:
+            drawn = sum(chance(j, rest) * signal(k + j, full) for j in range(rest + 1))
+            update = (1 - q) * stopped + q * drawn
+        else:
+            again = sum(chance(j, rest) * signal(j, rest) for j in range(rest + 1))
+            update = probe / full * stopped + q * (rest / full / q) * again
+        total += chance(k, probe) * update
+    return total
+
+
 def enumerated_factor(p: float, update) -> float:
     """sum over outcomes of P(outcomes) sum_i w_i A_i (r_i/p - (1 - r_i)/(1 - p)), by brute force.
 
@@ -166,15 +206,32 @@ def leave_one_out(rewards: np.ndarray) -> np.ndarray:
     return (rewards - rewards.mean()) * n / (n - 1)
 
 
+def stop_when_mixed(outcomes: np.ndarray) -> np.ndarray:
+    changes = np.flatnonzero(np.diff(outcomes))
+    used = outcomes[: changes[0] + 2] if len(changes) else outcomes
+    return leave_one_out(used) / len(used)
+
+
+def probe_and_top_up(outcomes: np.ndarray) -> np.ndarray:
+    used = outcomes[:4] if 0 < outcomes[:4].sum() < 4 else outcomes
+    return leave_one_out(used) / len(used)
+
+
+def test_the_documented_biases_of_stopping_by_outcomes_are_the_exact_ones():
+    page = (Path(__file__).parents[2] / "docs" / "sizing.md").read_text()
+    lines = {row[1].strip(): row[2:-1] for line in page.splitlines()
+             if len(row := line.split("|")) == 9 + 1}  # fmt: skip
+    rates = [float(cell) for cell in lines["p"]]
+    for name, rule in (("stop when mixed", stop_when_mixed), ("probe, top up", probe_and_top_up)):
+        exact = [f"{enumerated_factor(p, rule):.2f}" for p in rates]
+        assert [cell.strip() for cell in lines[name]] == exact
+
+
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.7, 0.95])
 def test_bias_factors_equal_enumeration_and_the_planted_bias_is_seen(p):
-    def top_up(outcomes):  # a probe of 4; 4 more unless it was mixed; one group of all
-        used = outcomes[:4] if 0 < outcomes[:4].sum() < 4 else outcomes
-        return leave_one_out(used) / len(used)
-
     commit = lambda k: 0.0 if 0 < k < 4 else 1.0  # noqa: E731
     exact = bias_factor(p, 4, 8, commit, pooled=True)
-    assert exact == pytest.approx(enumerated_factor(p, top_up))
+    assert exact == pytest.approx(enumerated_factor(p, probe_and_top_up))
     assert abs(exact - 1) > 0.05, "stopping on what the update is made of is biased"
     always = bias_factor(p, 4, 8, lambda k: 1.0, pooled=True)
     assert always == pytest.approx(1)
