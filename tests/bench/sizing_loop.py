@@ -6,6 +6,7 @@ model takes seconds, and one machine can do the hundreds that a comparison of si
 """
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from slipstream.buffer import events
 from slipstream.buffer.mailbox import publish_file
 from slipstream.buffer.messages import Claim
 from slipstream.buffer.records import (
+    Completion,
     Prompt,
+    Score,
     Ticket,
     TrainingSample,
     Trajectory,
@@ -35,7 +38,6 @@ from slipstream.rollout.demonstrations import write_sft_file
 from slipstream.rollout.engines.native import NativeEngine
 from slipstream.rollout.history import History
 from slipstream.rollout.prompts import PromptSource
-from slipstream.rollout.rewards.base import Reward
 from slipstream.rollout.samples import completion_of, training_requests, trajectory_of
 from slipstream.rollout.sizing import Controller
 
@@ -63,7 +65,7 @@ class Loop:
     prompts: PromptsConfig
     rollout: RolloutConfig
     learner: LearnerConfig
-    reward: Reward
+    reward: Callable[[Completion, Prompt], Score]
     start: dict[str, torch.Tensor]
     seed: int
     refill: bool
@@ -157,7 +159,7 @@ class Loop:
             requests |= {name: (uid, index, request) for name, (index, request) in made.items()}
         async for output in self.engine.generate([request for _, _, request in requests.values()]):
             uid, index, request = requests[output.request_id]
-            score = self.reward.score(completion_of(output), claims[uid].ticket.prompt)
+            score = self.reward(completion_of(output), claims[uid].ticket.prompt)
             made = trajectory_of(
                 claims[uid], index, request, output, score,
                 engine_id="bench", claimed_s=0.0, scored_s=0.0,
@@ -194,7 +196,7 @@ class Loop:
             requests |= {name: (row, index, request) for name, (index, request) in made.items()}
         async for output in self.engine.generate([request for _, _, request in requests.values()]):
             row, index, _ = requests[output.request_id]
-            score = self.reward.score(completion_of(output), claims[row].ticket.prompt)
+            score = self.reward(completion_of(output), claims[row].ticket.prompt)
             rewards[row, index] = score.value or 0.0
         return rewards
 
