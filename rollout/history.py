@@ -71,13 +71,6 @@ def _bin_of(num_tokens: int) -> int:
     return math.ceil(_BINS_PER_OCTAVE * math.log2(max(1, num_tokens)))
 
 
-class Issued(msgspec.Struct):
-    """A prompt whose samples may still finish."""
-
-    source_id: str
-    ended: bool = False
-
-
 class Known(msgspec.Struct, frozen=True, kw_only=True):
     """What a sizer is told of one prompt: the posterior as of now, its task's evidence as prior."""
 
@@ -116,7 +109,10 @@ class _Body(msgspec.Struct):
     step: int
     prompts: dict[str, Evidence]
     tasks: dict[str, Evidence]
-    issued: dict[int, Issued]
+    issued: dict[int, str]
+    """uid -> source of the prompts whose samples may still finish."""
+    ended: list[int]
+    """uids taken or dropped since the last checkpoint."""
     skips: dict[str, int]
 
 
@@ -136,7 +132,7 @@ class History:
             prior_strength: samples that the task's pass rate is worth as prior of a prompt.
         """
         self._prior = prior_strength
-        self._now = _Body(half_life_steps, 0, 0, {}, {}, {}, {})
+        self._now = _Body(half_life_steps, 0, 0, {}, {}, {}, [], {})
 
     @property
     def sequence(self) -> int:
@@ -173,17 +169,18 @@ class History:
             case events.Put():
                 self._put(event, ticket(event.ticket))
             case events.Finished() if event.uid in now.issued:
-                self._finished(event, now.issued[event.uid].source_id)
+                self._finished(event, now.issued[event.uid])
             case events.Published(manifest=manifest):
                 now.step = manifest.version.step
-            case events.Taken() | events.Dropped() if event.uid in now.issued:
-                now.issued[event.uid].ended = True
+            case events.Taken() | events.Dropped():
+                now.ended.append(event.uid)
             case events.BranchOpened():
                 now.step = event.resumed_at
-                for each in now.issued.values():  # what is undone may be finished again
-                    each.ended = False
+                now.ended.clear()  # what is undone may be finished again
             case events.Checkpointed():
-                now.issued = {uid: each for uid, each in now.issued.items() if not each.ended}
+                for uid in now.ended:
+                    now.issued.pop(uid, None)
+                now.ended.clear()
             case _:
                 pass
 
@@ -192,7 +189,7 @@ class History:
             return
         source_id = ticket.prompt.source_id
         if event.num_samples:
-            self._now.issued[event.uid] = Issued(source_id)
+            self._now.issued[event.uid] = source_id
             self._now.skips.pop(source_id, None)
         else:
             self._now.skips[source_id] = self._now.skips.get(source_id, 0) + 1
@@ -257,52 +254,39 @@ class History:
             os.fsync(file.fileno())
         new.replace(path)
 
-    def load(self, folder: Path) -> bool:
-        """Go on from the stored copy; False when there is none, or one of another half-life.
-
-        Raises:
-            CorruptData: its bytes are not those written.
-        """
-        path = folder / FILE
-        if not path.exists():
-            return False
-        raw = path.read_bytes()
-        start = len(_MAGIC) + 16
-        body = raw[start:]
-        try:
-            if raw[:start] != _MAGIC + xxhash.xxh3_128_digest(body):
-                raise ValueError("its digest does not match")
-            stored = msgspec.msgpack.decode(body, type=_Body)
-        except ValueError as error:
-            raise CorruptData(
-                f"{path} is not what was written ({error}). Delete it, and `slipstream resume` "
-                f"rebuilds it from the ledger; to start from priors instead, make a file {FORGET} "
-                "beside it"
-            ) from error
-        if stored.half_life_steps == self._now.half_life_steps:
-            self._now = stored
-        return self._now is stored
-
     def open(self, folder: Path, sequence: int) -> None:
-        """Go on from the stored copy, or start from priors when a file `FORGET` asks for it.
+        """Go on from the stored copy, when there is one of this half-life; or start from priors,
+        when a file `FORGET` asks for it: then of prompts in flight nothing is learnt any more.
 
         Args:
             folder: of the run.
             sequence: the journal's last; what comes before is what is forgotten.
         Raises:
-            CorruptData: as `load`.
+            CorruptData: the copy's bytes are not those written.
         """
-        if not (folder / FORGET).exists():
-            self.load(folder)
-            return
-        self.forget(sequence)
-        self.save(folder)
-        (folder / FORGET).unlink()
+        if (folder / FORGET).exists():
+            self._now.sequence = sequence
+            self.save(folder)
+            (folder / FORGET).unlink()
+        elif (folder / FILE).exists():
+            stored = _read(folder / FILE)
+            if stored.half_life_steps == self._now.half_life_steps:
+                self._now = stored
 
-    def forget(self, sequence: int) -> None:
-        """Start from priors after an event of the journal; of prompts in flight nothing is learnt
-        before they are issued again."""
-        self._now = _Body(self._now.half_life_steps, sequence, self._now.step, {}, {}, {}, {})
+
+def _read(path: Path) -> _Body:
+    raw = path.read_bytes()
+    start = len(_MAGIC) + 16
+    try:
+        if raw[:start] != _MAGIC + xxhash.xxh3_128_digest(raw[start:]):
+            raise ValueError("its digest does not match")
+        return msgspec.msgpack.decode(raw[start:], type=_Body)
+    except ValueError as error:
+        raise CorruptData(
+            f"{path} is not what was written ({error}). Delete it, and `slipstream resume` "
+            f"rebuilds it from the ledger; to start from priors instead, make a file {FORGET} "
+            "beside it"
+        ) from error
 
 
 def _task(source_id: str) -> str:

@@ -147,8 +147,10 @@ def test_a_copy_made_under_another_half_life_is_not_used(journal, tmp_path):
     other = history(half_life=5.0)
     other.catch_up(journal)
     other.save(tmp_path)
-    assert not history().load(tmp_path)
-    assert history(half_life=5.0).load(tmp_path)
+    for half_life, used in ((20.0, False), (5.0, True)):
+        opened = history(half_life)
+        opened.open(tmp_path, journal.sequence)
+        assert (opened.dump() == other.dump()) == used
 
 
 def test_evidence_halves_with_the_half_life_and_the_task_is_the_prior(journal):
