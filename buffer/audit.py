@@ -121,6 +121,8 @@ def _walk(stored: list[AnyEvent]) -> Lineage:
                 branch = event.branch
             case events.Put():
                 lineage.put[event.uid] += 1
+                if event.num_samples == 0:
+                    lineage.dropped.setdefault(event.uid, []).append("skipped")
             case events.Published(manifest=manifest):
                 lineage.path.publish(manifest.version)
             case events.Taken() if Version(branch=branch, step=event.step) in lineage.path:

@@ -34,6 +34,10 @@ class Facts(Event, frozen=True):
     """(branch, step, number of tokens), as `Trajectory.versions`."""
     reward: float | None
     """None unless the reward scored it."""
+    score_norm: float = 0.0
+    """Sum of 1 - probability over the tokens. For a softmax, E |d log pi / d logits|^2 at a token
+    is 1 - sum of squared probabilities = E[1 - probability], and scores of successive tokens are
+    uncorrelated: an unbiased, backward-free proxy of the sample's squared gradient norm."""
 
     @property
     def num_tokens(self) -> int:

@@ -121,14 +121,15 @@ class Journal:
                 raise
             self.sequence += len(new)
 
-    def events(self) -> list[AnyEvent]:
-        """All events, oldest first.
+    def events(self, after: int = 0) -> list[AnyEvent]:
+        """The events behind a sequence number, oldest first.
 
         Raises:
             CorruptData: a row is not an event.
         """
         try:
-            rows = self._database.execute("SELECT sequence, body FROM events ORDER BY sequence")
+            query = "SELECT sequence, body FROM events WHERE sequence > ? ORDER BY sequence"
+            rows = self._database.execute(query, (after,))
             return [decode_event(body) for _, body in rows]
         except (sqlite3.DatabaseError, msgspec.MsgspecError) as error:
             raise CorruptData(f"the ledger holds a row that is not an event: {error}") from error

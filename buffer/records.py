@@ -16,8 +16,11 @@ ScoreStatus = Literal["scored", "reward_failed", "infrastructure_failed"]
 """`reward_failed`: the reward raised, hung or returned NaN on this sample (data);
 `infrastructure_failed`: its process was lost for a reason of ours. Neither is a reward of 0."""
 
-DropReason = Literal["stale", "expired", "orphaned", "no_signal", "reward_failed", "quarantined"]
-"""`stale`, `expired` and `orphaned` issue the prompt again; the others are final."""
+DropReason = Literal[
+    "stale", "expired", "orphaned", "no_signal", "reward_failed", "quarantined", "skipped"
+]
+"""`stale`, `expired` and `orphaned` issue the prompt again; the others are final. `skipped`: sized
+at no samples when it was put."""
 
 REISSUED: frozenset[DropReason] = frozenset({"stale", "expired", "orphaned"})
 
@@ -100,11 +103,14 @@ class SizingDecision(Record):
 
     sizer: str
     num_samples: int
+    """0: the prompt is skipped this time."""
     max_new_tokens: int
     reason: str
     staged: bool = False
     """More samples may follow: the finished group is neither trained nor dropped before
     `BufferClient.extend` has decided, or `buffer.straggler_wait_s` has passed."""
+    weight: float = 1.0
+    """Of the prompt in the loss, under `aggregation = "prompt"`."""
 
 
 class Ticket(Record):

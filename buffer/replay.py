@@ -14,6 +14,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from . import events
 from .config import BufferConfig
 from .errors import Refused
@@ -99,10 +101,11 @@ class Replay:
         """
         if 0 <= uid < self.state.next_uid:
             return True
-        if uid != self.state.next_uid or not 1 <= num_samples <= MAX_SAMPLES:
+        if uid != self.state.next_uid or not 0 <= num_samples <= MAX_SAMPLES:
             raise Refused(
                 f"uid {uid} with {num_samples} samples cannot be put: the next is "
-                f"{self.state.next_uid}, and a prompt has 1 to {MAX_SAMPLES} samples"
+                f"{self.state.next_uid}, and a prompt has 1 to {MAX_SAMPLES} samples, or 0 to "
+                "be skipped"
             )
         if self.state.counts["WAITING"] >= self.config.max_waiting_prompts:
             return False
@@ -258,6 +261,7 @@ class Replay:
         facts = Facts(
             spans=tuple((s.version.branch, s.version.step, s.length) for s in spans),
             reward=value if value is not None and math.isfinite(value) else None,
+            score_norm=float(-np.expm1(trajectory.behaviour_logprobs).sum(dtype=np.float64)),
         )
         self.deaths.pop(group.uid, None)
         self._emit(

@@ -68,7 +68,7 @@ class Group:
     @property
     def attempt(self) -> int:
         """The newest attempt among its samples."""
-        return max(sample.attempt for sample in self.samples)
+        return max((sample.attempt for sample in self.samples), default=0)
 
     @property
     def complete(self) -> bool:
@@ -309,6 +309,10 @@ class State:
         )
         self.groups[event.uid] = group
         self.next_uid = event.uid + 1
+        if not samples:  # skipped: for good, in every lineage, like its place in the stream
+            group.state, group.drop_reason = "DROPPED", "skipped"
+            self.counts["DROPPED"] += 1
+            return
         self.counts["WAITING"] += 1
         heapq.heappush(self.waiting, event.uid)
 
@@ -472,6 +476,8 @@ class State:
 
     def _onto_path(self, group: Group) -> None:
         """Bring one group over to the live path as it now is."""
+        if not group.samples:
+            return
         for index, sample in enumerate(group.samples):
             lost_void = sample.voided is not None and not self.on_path(sample.voided[1])
             if sample.state == "INFLIGHT" or lost_void:

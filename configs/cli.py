@@ -257,10 +257,15 @@ def show(
     pick: Annotated[Pick, typer.Option(help="Which rollouts.")] = Pick.BEST,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
     jsonl: Annotated[bool, typer.Option("--jsonl", help="One JSON object a line.")] = False,
+    prompt: Annotated[int | None, typer.Option(help="Why this prompt got its samples.")] = None,
 ) -> None:
     """Read the rollouts of a step: tokens by version, rewards, advantages, drop reasons."""
     from .show import show as show_step
+    from .why import why
 
+    if prompt is not None:
+        print(why(run, prompt))
+        return
     show_step(run, step, pick.value, jsonl=jsonl, limit=limit)
 
 

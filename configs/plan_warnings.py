@@ -57,6 +57,14 @@ def late_share(longest_age_steps: float, bound: float) -> float:
 
 def _about_learning(experiment: Experiment) -> Iterator[str]:
     learner = experiment.learner
+    sizing, objective = experiment.rollout.sizing, learner.objective
+    unbiased = (objective.advantage, objective.aggregation) == ("leave_one_out", "prompt")
+    if (sizing.skips or sizing.sizer not in ("fixed", "filter_refill")) and not unbiased:
+        yield (
+            "groups differ in size or weight (rollout.sizing), and learner.objective counts them "
+            f'by "{objective.advantage}" and "{objective.aggregation}", so prompts with more '
+            'samples pull more; advantage = "leave_one_out" with aggregation = "prompt" is unbiased'
+        )
     if learner.optimizer.warmup_steps >= learner.steps:
         yield (
             f"learner.optimizer.warmup_steps = {learner.optimizer.warmup_steps} is not over when "

@@ -36,7 +36,34 @@ def algebra(experiment: Experiment) -> Iterator[str]:
         f"{least:,} prompts{_epochs(experiment, least)} and "
         f"{least * rollout.samples_per_prompt:,} samples{refilled}."
     )
+    yield from _sizing(experiment)
     yield from _before_and_beside(experiment)
+
+
+def _sizing(experiment: Experiment) -> Iterator[str]:
+    """Yield how samples per prompt and their lengths are decided, when not by the defaults."""
+    rollout, sizing = experiment.rollout, experiment.rollout.sizing
+    n = rollout.samples_per_prompt
+    if sizing.sizer not in ("fixed", "filter_refill"):
+        budget = f"what {n} samples of each would cost"
+        if sizing.tokens_per_prompt:
+            budget = f"{sizing.tokens_per_prompt:g} expected tokens a prompt on average"
+        yield (
+            f"{sizing.sizer} gives a prompt {sizing.min_samples} to {sizing.most_samples(n)} "
+            f"samples within {budget}, from what was seen of it (half-life "
+            f"{sizing.half_life_steps:g} versions), decided at most {experiment.waiting_prompts} "
+            "prompts before use."
+        )
+    if sizing.skip_below:
+        yield (
+            "A seen prompt whose group would be mixed with a probability below "
+            f"{sizing.skip_below:g} is skipped, at most {sizing.max_skips} visits in a row."
+        )
+    if sizing.length_quantile or sizing.length_schedule:
+        yield (
+            "Answers are cut where the length budget ends: the update follows the reward of the "
+            "cut answers, not of what they would have become."
+        )
 
 
 def _epochs(experiment: Experiment, prompts: int) -> str:

@@ -77,6 +77,12 @@ class Experiment(Settings):
         """What admission lets be in flight, ready or taken at once: (S + 1) P, rounded down."""
         return int((self.buffer.max_staleness_steps + 1) * self.learner.prompts_per_step)
 
+    @property
+    def waiting_prompts(self) -> int:
+        """Prompts put but not claimed; sizes that depend on what was seen are decided late."""
+        most = self.buffer.max_waiting_prompts
+        return min(most, self.learner.prompts_per_step) if self.rollout.sizing.adapts else most
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         problems = [problem for check in CHECKS for problem in check(self)]
@@ -103,6 +109,39 @@ def check_batch(experiment: Experiment) -> Iterator[str]:
             f'objective.advantage = "{learner.objective.advantage}" would always be 0; set '
             "samples_per_prompt to 2 or more (8 is usual)"
         )
+
+
+def check_sizing(experiment: Experiment) -> Iterator[str]:
+    """Yield what is wrong between the sizer, the group's sizes, its budget and the objective."""
+    rollout, sizing = experiment.rollout, experiment.rollout.sizing
+    n, most = rollout.samples_per_prompt, sizing.most_samples(rollout.samples_per_prompt)
+    if sizing.sizer in ("fixed", "filter_refill"):
+        defaults = type(sizing)()
+        for name in ("min_samples", "max_samples", "tokens_per_prompt"):
+            if getattr(sizing, name) == getattr(defaults, name):
+                continue
+            yield (
+                f'rollout.sizing.{name} has no effect with sizer = "{sizing.sizer}", which gives '
+                f"every prompt samples_per_prompt = {n}; remove it, or choose an adaptive sizer"
+            )
+    elif not sizing.min_samples <= n <= most:
+        yield (
+            f"rollout.samples_per_prompt = {n}, the size that a sizer starts from, is outside "
+            f"[rollout.sizing.min_samples, max_samples] = [{sizing.min_samples}, {most}]"
+        )
+    if sizing.sizer == "filter_refill" and not experiment.buffer.drop_no_signal:
+        yield (
+            'rollout.sizing.sizer = "filter_refill" replaces groups without signal, but '
+            "buffer.drop_no_signal = false keeps them; set it to true, or the sizer to fixed"
+        )
+    starts = [start for start, _ in sizing.length_schedule]
+    if starts != sorted(set(starts)) or any(a < 0 or b < 1 for a, b in sizing.length_schedule):
+        yield (
+            f"rollout.sizing.length_schedule = {[list(e) for e in sizing.length_schedule]} must "
+            "hold [step, tokens] pairs with ascending steps from 0 on and at least 1 token"
+        )
+    if sizing.length_cycle_steps and not sizing.length_schedule:
+        yield "rollout.sizing.length_cycle_steps repeats length_schedule, which is empty; set it"
 
 
 def check_sampling(experiment: Experiment) -> Iterator[str]:
@@ -173,7 +212,7 @@ def check_launch(experiment: Experiment) -> Iterator[str]:
         yield f"learner.optimizer.betas = [{low:g}, {high:g}] must both lie in [0, 1)"
 
 
-CHECKS = (check_batch, check_sampling, check_staleness, check_prompts, check_launch)
+CHECKS = (check_batch, check_sizing, check_sampling, check_staleness, check_prompts, check_launch)
 
 
 class Key(NamedTuple):

@@ -133,7 +133,9 @@ def service_spec(launch: Launch, places: Scratch) -> ServiceSpec:
         run_id=launch.run.run_id,
         run_dir=launch.run_dir,
         endpoint=places.endpoint,
-        config=experiment.buffer,
+        config=experiment.buffer.model_copy(
+            update={"max_waiting_prompts": experiment.waiting_prompts}
+        ),
         prompts_per_step=experiment.learner.prompts_per_step,
         branch=launch.branch,
         branch_parents=launch.run.parents(),
@@ -152,6 +154,7 @@ def feeder_spec(launch: Launch, places: Scratch) -> FeederSpec:
         prompts=experiment.prompts,
         rollout=experiment.rollout,
         eval=experiment.eval,
+        advantage_by_std=experiment.learner.objective.advantage == "group_std",
         steps=experiment.learner.steps,
     )
 

@@ -10,6 +10,9 @@ from ..buffer.records import SamplingParams
 
 RatioLaw = Literal["temperature", "kept_set"]
 KvPolicy = Literal["keep", "recompute"]
+SizerName = Literal[
+    "fixed", "filter_refill", "equal_treatment", "hardness_weighted", "min_variance"
+]
 
 
 class PromptsConfig(Settings):
@@ -55,6 +58,7 @@ class SamplingConfig(Settings):
         return SamplingParams(**self.model_dump())
 
 
+<<<<<<< HEAD
 class SpeculationConfig(Settings):
     """`[rollout.speculation]`: tokens guessed ahead and verified in one forward. Never changes what
     is sampled; drafts less, down to nothing, where guessing costs more than it saves."""
@@ -67,6 +71,76 @@ class SpeculationConfig(Settings):
     """Most tokens guessed for a sample in one step; how many pay is measured as the run goes."""
     history_tokens: Annotated[int, Field(ge=0)] = 200_000
     """`siblings`: tokens of finished samples that an engine remembers, some 1 kB each."""
+=======
+class SizingConfig(Settings):
+    """`[rollout.sizing]`: how many samples each prompt gets, and how long they may be.
+
+    The defaults give every prompt `samples_per_prompt` samples. What other rules aim at, and their
+    bias, is in docs/sizing.md.
+    """
+
+    sizer: SizerName = "fixed"
+    """`fixed`; `filter_refill` (DAPO: groups without signal are replaced); `equal_treatment` and
+    `hardness_weighted` (DARS: hard prompts get more); `min_variance` (GVM: least variance of the
+    gradient for the tokens)."""
+    min_samples: Annotated[int, Field(ge=2)] = 2
+    """Of a prompt that is not skipped, under the three adaptive rules."""
+    max_samples: Annotated[int, Field(ge=0)] = 0
+    """The same, at most; 0 means 4 x `samples_per_prompt`. Hundreds are fine: groups are assembled
+    across workers."""
+    tokens_per_prompt: Annotated[float, Field(ge=0)] = 0.0
+    """Budget of the adaptive rules: expected tokens, on average over the prompts sized together; 0
+    means what `samples_per_prompt` samples of each would cost."""
+    weigh_by_size: bool = False
+    """DARS: whether a prompt counts in proportion to its samples. The update then follows another
+    objective, that of the paper."""
+    variance: Literal["policy_gradient", "rejection"] = "policy_gradient"
+    """`min_variance`: of which estimate; `rejection` is GVM's, for training on passing samples."""
+    alpha: Annotated[float, Field(ge=0)] = 1e-3
+    """`variance = "rejection"`: how strongly hopeless prompts are discounted."""
+    beta: Annotated[float, Field(ge=1)] = 2.0
+    """`variance = "rejection"`: how steeply."""
+    half_life_steps: Annotated[float, Field(gt=0)] = 20.0
+    """Policy versions after which what was seen of a prompt counts half."""
+    prior_strength: Annotated[float, Field(gt=0)] = 2.0
+    """Samples that the task's mean pass rate is worth as prior of a prompt's."""
+    skip_below: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Skip a seen prompt while a group of it would have a signal with a smaller probability; 0
+    skips none. Acts from the second epoch on."""
+    max_skips: Annotated[int, Field(ge=0)] = 4
+    """At most so many visits in a row; the next one counts for the skipped ones, too."""
+    length_quantile: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Token budget of a request: this quantile of the lengths seen x `length_margin`, at most
+    `sampling.max_new_tokens`; 0 means always that. Longer answers are cut: see docs/sizing.md."""
+    length_margin: Annotated[float, Field(gt=1)] = 1.5
+    """Above 1, so that a budget that has become too short grows again."""
+    length_schedule: tuple[tuple[int, int], ...] = ()
+    """[[step, tokens], ...]: from this step on at most so many tokens; before the first, and above
+    it, `sampling.max_new_tokens` holds."""
+    length_cycle_steps: Annotated[int, Field(ge=0)] = 0
+    """Start `length_schedule` again every so many steps; 0 means never."""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether a decision depends on what was seen: then prompts are put shortly before use."""
+        return (
+            self.sizer not in ("fixed", "filter_refill")
+            or self.skip_below > 0
+            or self.length_quantile > 0
+            or bool(self.length_schedule)
+        )
+
+    @property
+    def skips(self) -> bool:
+        """Whether prompts may be left out at a visit."""
+        return self.skip_below > 0 or self.tokens_per_prompt > 0
+
+    def most_samples(self, samples_per_prompt: int) -> int:
+        """The largest group that a rule may ask for."""
+        if self.sizer in ("fixed", "filter_refill"):
+            return samples_per_prompt
+        return self.max_samples or 4 * samples_per_prompt
+>>>>>>> wip-sizing
 
 
 class RewardConfig(Settings):
@@ -127,7 +201,11 @@ class RolloutConfig(Settings):
     removes is reported) or `kept_set` (the engine records the kept ids; needs 1 <= top_k <= 512
     when truncating)."""
     sampling: SamplingConfig = SamplingConfig()
+<<<<<<< HEAD
     speculation: SpeculationConfig = SpeculationConfig()
+=======
+    sizing: SizingConfig = SizingConfig()
+>>>>>>> wip-sizing
 
 
 class EvalConfig(Settings):
@@ -151,6 +229,8 @@ class FeederSpec(Settings):
     prompts: PromptsConfig
     rollout: RolloutConfig
     eval: EvalConfig
+    advantage_by_std: bool = False
+    """Whether advantages are divided by their group's standard deviation."""
     steps: int
     """The learner step after which the run ends; its version is evaluated last."""
 

@@ -1,7 +1,7 @@
 """The feeder process: keeps the buffer supplied with prompts, and has versions evaluated.
 
-It holds no state of its own: where the stream goes on is told by the buffer's journal, which
-evaluations are done by `eval.jsonl`.
+It holds no state of its own: where the stream goes on, and what is known of each prompt, is told
+by the buffer's journal, which evaluations are done by `eval.jsonl`.
 """
 
 import asyncio
@@ -13,10 +13,11 @@ from ..buffer.client import BufferClient
 from ..buffer.errors import PeerLost, Refused
 from ..buffer.messages import EvaluationResults
 from ..buffer.process import run_process
-from ..buffer.records import SizingDecision, Ticket, Version
+from ..buffer.records import Ticket, Version
 from .config import FeederSpec
 from .evaluation import EvaluationSchedule, append_line, last_evaluated_step, summary
 from .prompts import PromptSource
+from .sizing import TicketMaker
 
 TICKETS_AT_ONCE = 32
 """Prompts put in one request: enough to amortise the journal's sync, soon enough for a claim."""
@@ -63,27 +64,20 @@ async def put_prompts(
     client: BufferClient, spec: FeederSpec, source: PromptSource, next_uid: int
 ) -> None:
     """Put tickets in uid order from `next_uid` on; the buffer's full queue holds us back."""
+    maker = TicketMaker(spec, source)
     tickets: list[Ticket] = []
-    while True:
-        if not tickets:
-            uids = range(next_uid, next_uid + TICKETS_AT_ONCE)
-            tickets = await asyncio.to_thread(_tickets, spec, source, uids)
-            next_uid = uids.stop
-        reply = await client.put_prompts(tickets, wait_s=WAIT_S)
-        del tickets[: reply.count]
-        if reply.closing:
-            return
-
-
-def _tickets(spec: FeederSpec, source: PromptSource, uids: range) -> list[Ticket]:
-    """The tickets of some uids, all sized alike."""
-    sizing = SizingDecision(
-        sizer="fixed",
-        num_samples=spec.rollout.samples_per_prompt,
-        max_new_tokens=spec.rollout.sampling.max_new_tokens,
-        reason="rollout.samples_per_prompt",
-    )
-    return [Ticket(prompt=source.prompt(uid), sizing=sizing) for uid in uids]
+    try:
+        while True:
+            if not tickets:
+                uids = range(next_uid, next_uid + TICKETS_AT_ONCE)
+                tickets = await asyncio.to_thread(maker.tickets, uids)
+                next_uid = uids.stop
+            reply = await client.put_prompts(tickets, wait_s=WAIT_S)
+            del tickets[: reply.count]
+            if reply.closing:
+                return
+    finally:
+        maker.save()
 
 
 async def follow_versions(client: BufferClient, spec: FeederSpec, source: PromptSource) -> None:

@@ -22,10 +22,13 @@ from slipstream.configs.schema import all_keys, all_sections
 
 ROOT = Path(__file__).parents[1]
 ORDER = ("README.md", "docs/first-run.md", "docs/model-and-data.md", "docs/reward.md",
-         "docs/run-folder.md", "docs/staleness.md", "docs/architecture.md", "docs/config.md",
-         "docs/coming-from.md", "docs/cluster.md")  # fmt: skip
+         "docs/run-folder.md", "docs/staleness.md", "docs/sizing.md", "docs/architecture.md",
+         "docs/config.md", "docs/coming-from.md", "docs/cluster.md")  # fmt: skip
 """As a reader goes on; later pages use what earlier ones made."""
-NEEDS = {"docs/run-folder.md": ("docs/first-run.md",)}
+NEEDS: dict[str, tuple[str, ...]] = {
+    "docs/run-folder.md": ("docs/first-run.md",),
+    "docs/sizing.md": ("docs/first-run.md",),
+}
 """Pages that must have run before, also when the test of one page runs alone."""
 TIMEOUT_S = 300
 LANGUAGES = {"bash", "python", "toml", "jsonl", "text"}
