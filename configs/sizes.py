@@ -108,6 +108,8 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> list[Cost]:
     copies = 2 if experiment.eval.enabled else 1
     moments = 2 * size.num_parameters * max(4, element)
     reference = weights if experiment.learner.objective.kl_coefficient else 0
+    average = experiment.learner.objective.proximal == "ewma"
+    moments += average * size.num_parameters * max(4, element)
     return [
         Cost("weights", weights, f"{size.num_parameters:,} parameters in {experiment.dtype}", True),
         Cost(
@@ -126,7 +128,7 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> list[Cost]:
         ),
         Cost(
             "learner", 2 * weights + moments + reference + PROCESS_BYTES,
-            "weights, gradients, two Adam moments"
+            f"weights, gradients, two Adam moments{', averaged weights' if average else ''}"
             + (", reference policy" if reference else "") + ", Python and torch; not activations",
         ),
     ]  # fmt: skip

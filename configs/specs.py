@@ -193,6 +193,8 @@ def user_module_path(spec: Settings, working_dir: Path) -> dict[str, str]:
     """
     reward, sft = getattr(spec, "reward", None), getattr(spec, "sft", None)
     names = [reward.name if reward else "", sft.demonstration if sft else ""]
+    if isinstance(spec, LearnerSpec):
+        names.append(spec.config.objective.surrogate)
     modules = [name.partition(":")[0] for name in names if ":" in name]
     tops = {module.split(".")[0] for module in modules if not module.endswith(".py")}
     if not any(

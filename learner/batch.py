@@ -16,7 +16,8 @@ from torch import Tensor
 from ..buffer.errors import CorruptData
 from ..buffer.records import Trajectory, TrajectoryGroup, Version
 from ..kernels.definition import KeptSets
-from .advantage import group_advantages
+from .advantage import batch_advantages
+from .config import AdvantageKind
 from .rows import MAX_SHARED_INPUTS, Layout, Piece, lay_out, row_width
 
 RatioLaw = Literal["temperature", "kept_set"]
@@ -36,6 +37,8 @@ class Sample:
     """Policy-written tokens before this one (the stale prefix) are context with zero weight."""
     weight: float = 1.0
     """Of each trained token in the loss, see `objective.token_weights`."""
+    share: float = 1.0
+    """Of its prompt: one over the prompt's number of samples with a reward."""
 
     @property
     def num_trained(self) -> int:
@@ -61,24 +64,30 @@ class MicroBatch(Rows):
     weights_T: Tensor
     clean_T: Tensor
     """bool: written by the version the learner holds, over keys of that version alone."""
+    owner_T: Tensor
+    """int64: which sample of the micro-batch it belongs to."""
+    lag_T: Tensor
+    """int64: versions between the one that wrote it and the one held."""
     mixed_T: Tensor
     """bool: some key is older than the version that wrote the token (`kv_mixture`)."""
     num_inputs: int
     """Inputs without padding."""
 
 
-def samples_of(
-    groups: Sequence[TrajectoryGroup], advantage: Literal["group_std", "group_mean"]
-) -> list[Sample]:
+def samples_of(groups: Sequence[TrajectoryGroup], advantage: AdvantageKind) -> list[Sample]:
     """The samples that carry gradient, in canonical order (uid, index).
 
     Rewards of samples that are not trained count in their group's advantages all the same.
     """
     samples = []
-    for group in sorted(groups, key=lambda group: group.prompt.uid):
-        ordered = sorted(group.samples, key=lambda sample: sample.trajectory.index)
-        rewards_G = [sample.trajectory.score.value for sample in ordered]
-        advantages_G = group_advantages(rewards_G, advantage)
+    ordered_PG = [
+        sorted(group.samples, key=lambda sample: sample.trajectory.index)
+        for group in sorted(groups, key=lambda group: group.prompt.uid)
+    ]
+    rewards_PG = [[s.trajectory.score.value for s in ordered] for ordered in ordered_PG]
+    advantages_PG = batch_advantages(rewards_PG, advantage)
+    for ordered, rewards_G, advantages_G in zip(ordered_PG, rewards_PG, advantages_PG, strict=True):
+        share = 1.0 / max(1, sum(reward is not None for reward in rewards_G))
         for sample, reward, value in zip(ordered, rewards_G, advantages_G, strict=True):
             left = sample.trajectory.num_policy_tokens - sample.stale_prefix
             if sample.trained and reward is not None and left > 0:
@@ -87,6 +96,7 @@ def samples_of(
                         trajectory=sample.trajectory,
                         advantage=float(value),
                         first_trained=sample.stale_prefix,
+                        share=share,
                     )
                 )
     return samples
@@ -200,8 +210,10 @@ def collate(
         weights_T=spread([sample.weight for sample in samples]),
         temperature_T=spread([_temperature(sample.trajectory) for sample in samples]),
         kept=_kept_sets(samples, layout.targets_T.numpy(), law),
-        clean_T=torch.from_numpy(np.concatenate([clean for clean, _ in ages])),
-        mixed_T=torch.from_numpy(np.concatenate([mixed for _, mixed in ages])),
+        clean_T=torch.from_numpy(np.concatenate([clean for clean, _, _ in ages])),
+        mixed_T=torch.from_numpy(np.concatenate([mixed for _, mixed, _ in ages])),
+        owner_T=torch.from_numpy(np.repeat(np.arange(len(samples)), counts)),
+        lag_T=torch.from_numpy(np.concatenate([lag for _, _, lag in ages])),
         num_inputs=sum(map(_width, rows)),
     )
 
@@ -212,8 +224,9 @@ def _temperature(trajectory: Trajectory) -> float:
     return trajectory.sampling.temperature
 
 
-def _ages(sample: Sample, held: Version) -> tuple[np.ndarray, np.ndarray]:
-    """Per trained token: written by the held version over its own keys; written over older keys."""
+def _ages(sample: Sample, held: Version) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per trained token: written by the held version over its own keys; written over older keys;
+    versions behind the held one."""
     trajectory, first = sample.trajectory, sample.first_trained
     lengths = [span.length for span in trajectory.versions]
     same = np.repeat([same_weights(span.version, held) for span in trajectory.versions], lengths)
@@ -223,7 +236,7 @@ def _ages(sample: Sample, held: Version) -> tuple[np.ndarray, np.ndarray]:
         [span.length for span in trajectory.kv_version_min],
     )
     mixed = (written != oldest)[first:]
-    return same[first:] & ~mixed, mixed
+    return same[first:] & ~mixed, mixed, (held.step - written)[first:]
 
 
 def same_weights(one: Version, other: Version) -> bool:

@@ -26,6 +26,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import LearnerSpec
+from .objective import find_surrogate
 from .policy import Policy, probe, weights_digest
 from .sft import read_examples, run_sft
 from .step import StepResult, train_step
@@ -64,6 +65,7 @@ class Trainer:
             CorruptData: the checkpoint to resume from is damaged.
         """
         torch.set_num_threads(self.spec.config.threads)
+        find_surrogate(self.spec.config.objective.surrogate)
         try:
             if self.spec.resume_from is None:
                 self._begin(stop)
@@ -90,7 +92,7 @@ class Trainer:
                 stop=stop,
             )
             torch.set_num_threads(spec.config.threads)
-        self._hold(Policy(model, spec.config.optimizer), step=0)
+        self._hold(self._policy(model), step=0)
         if not stop.is_set():
             self.save()
         self.reference = self._load_reference()
@@ -103,7 +105,7 @@ class Trainer:
                 f"dtype = {spec.dtype}, but the run was started with {checkpoint.info['dtype']}"
             )
         model = load_policy(spec.model_dir, spec.dtype, spec.seed)
-        policy = Policy(model, spec.config.optimizer)
+        policy = self._policy(model)
         policy.restore(
             read_weights([checkpoint.folder / "weights.safetensors"]),
             read_weights([checkpoint.folder / "optimizer.safetensors"]),
@@ -112,6 +114,11 @@ class Trainer:
         self.journal_sequence = checkpoint.journal_sequence
         self.saved = True
         self.reference = self._load_reference()
+
+    def _policy(self, model: PreTrainedModel) -> Policy:
+        objective = self.spec.config.objective
+        decay = objective.proximal_decay if objective.proximal == "ewma" else None
+        return Policy(model, self.spec.config.optimizer, decay)
 
     def _hold(self, policy: Policy, step: int) -> None:
         self.policy, self.saved = policy, False
