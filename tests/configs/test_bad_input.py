@@ -48,7 +48,11 @@ REFUSED = [
     (["learner.objective.proximal=first_pass", "learner.objective.correction=none"],
      ["clipping is off", 'correction = "truncate"']),
     (["learner.objective.preset=gspo"], ['ratio = "sequence" needs whole samples', "requeue"]),
-    (["launcher=ray"], ['launcher = "ray" is not there yet', "local"]),
+    (["cluster.min_workers=2"], ["cluster.max_workers = 0 is below cluster.min_workers"]),
+    (
+        ["cluster.placement=shared", "cluster.worker_gpus=1", "cluster.learner_gpus=1"],
+        ["on one device", "add up to 1 at most"],
+    ),
     (["learner.steps"], ["must look like learner.steps=5"]),
     (["learner.steps=5", "learner.steps.x=5"], ["contradicts steps = 5"]),
 ]  # fmt: skip
