@@ -62,7 +62,7 @@ $(TRL_VENV)/.installed:
 	    trl==1.16.0 'torch~=2.13.0' 'transformers>=5.16.1,<5.20'
 	touch $@
 
-bench-e2e: $(TRL_VENV)/.installed
+bench-e2e test-long: $(TRL_VENV)/.installed
 
 bench-%: $(INSTALLED)  ## run tests/bench/bench_NAME.py; prints one JSON object a line
 	$(BIN)/python tests/bench/bench_$(subst -,_,$*).py

@@ -127,9 +127,11 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> list[Cost]:
             "Python and torch",
         ),
         Cost(
-            "learner", 2 * weights + moments + reference + PROCESS_BYTES,
+            "learner",
+            2 * weights + moments + reference + checkpoint_bytes(experiment, size) + PROCESS_BYTES,
             f"weights, gradients, two Adam moments{', averaged weights' if average else ''}"
-            + (", reference policy" if reference else "") + ", Python and torch; not activations",
+            + (", reference policy" if reference else "")
+            + ", the copy a checkpoint is written from, Python and torch; not activations",
         ),
     ]  # fmt: skip
 

@@ -130,6 +130,10 @@ class CheckpointConfig(Settings):
     every_steps: Annotated[int, Field(ge=1)] = 10
     """Besides the first and the last step."""
     keep_last: Annotated[int, Field(ge=1)] = 2
+    keep_every_steps: Annotated[int, Field(ge=0)] = 0
+    """Also keep those whose step is a multiple of this; 0: none."""
+    keep_best: bool = False
+    """Also keep the one with the best held-out reward; needs `eval.every_steps` at saved steps."""
 
 
 class LearnerConfig(Settings):
