@@ -139,7 +139,8 @@ def loop_loss(current, proximal, behaviour, advantages, owner, config, uids):
             ratio = math.exp(sum(current[i] - proximal[i] for i in mates) / len(mates))
         correction = math.exp(proximal[t] - behaviour[t])
         if config.correction_level == "sequence":
-            correction = math.exp(sum(proximal[i] - behaviour[i] for i in mates))
+            log = sum(proximal[i] - behaviour[i] for i in mates)
+            correction = math.exp(max(-10.0, min(10.0, log)))  # our documented clamp
         if config.correction == "truncate":
             correction = min(correction, config.correction_high)
         elif config.correction == "mask":
