@@ -70,7 +70,8 @@ def _about_learning(experiment: Experiment) -> Iterator[str]:
             f"learner.optimizer.warmup_steps = {learner.optimizer.warmup_steps} is not over when "
             f"the run is ({learner.steps} steps)"
         )
-    if learner.objective.correction == "none" and experiment.buffer.max_staleness_steps:
+    objective, behaviour = learner.objective, learner.objective.proximal == "behaviour"
+    if objective.correction == "none" and experiment.buffer.max_staleness_steps and not behaviour:
         yield (
             'learner.objective.correction = "none" trains old samples as if they were fresh; '
             '"truncate" corrects for it'
@@ -108,9 +109,10 @@ def _without_effect(experiment: Experiment) -> Iterator[tuple[str, str]]:
     else:
         for key in ("task", "task_config", "size"):
             yield f"prompts.{key}", 'prompts.source = "dataset"'
-    if experiment.learner.updates_per_step == 1:
+    anchor = experiment.learner.objective.anchor(experiment.learner.updates_per_step)
+    if anchor == "first_pass":
         for key in ("clip_low", "clip_high"):
-            yield f"learner.objective.{key}", "learner.updates_per_step = 1, so the ratio is 1"
+            yield f"learner.objective.{key}", "the ratio is 1, see learner.objective.proximal"
     if experiment.learner.objective.correction != "mask":
         yield "learner.objective.correction_low", 'it needs learner.objective.correction = "mask"'
     if experiment.learner.objective.correction == "none":

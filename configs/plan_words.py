@@ -99,18 +99,10 @@ def _before_and_beside(experiment: Experiment) -> Iterator[str]:
 def bounds(experiment: Experiment) -> Iterator[str]:
     """Yield which term of the objective can act in this combination."""
     objective, updates = experiment.learner.objective, experiment.learner.updates_per_step
-    if updates == 1:
-        yield (
-            "ratio = current / proximal is exactly 1 (U = 1 and the proximal policy is taken at "
-            "the start of the step): clip_low and clip_high cannot act."
-        )
-    else:
-        low, high = 1 - objective.clip_low, 1 + objective.clip_high
-        yield (
-            f"From the second of {updates} updates on, clipping keeps ratio = current / proximal "
-            f"in [{low:g}, {high:g}]."
-        )
-    if experiment.buffer.max_staleness_steps == 0:
+    yield _ratio(objective, updates)
+    if objective.anchor(updates) == "behaviour":
+        yield "correction = proximal / behaviour is exactly 1: proximal is the behaviour policy."
+    elif experiment.buffer.max_staleness_steps == 0:
         yield (
             "correction = proximal / behaviour is 1 but for arithmetic (S = 0: the policy that "
             "sampled is the one trained); what is left is the gradient norm "
@@ -122,11 +114,43 @@ def bounds(experiment: Experiment) -> Iterator[str]:
     yield f"Both sides of every ratio are taken under {law}."
 
 
+def _ratio(objective: ObjectiveConfig, updates: int) -> str:
+    """What the clip acts on, and from when."""
+    low, high = 1 - objective.clip_low, 1 + objective.clip_high
+    anchor = objective.anchor(updates)
+    if objective.surrogate == "raft":
+        return "No ratio is taken (raft): the samples with the best reward are imitated."
+    act = {
+        "ppo": f"clipping keeps {{}} in [{low:g}, {high:g}]",
+        "cispo": f"the weight {{}} is capped at {high:g}",
+    }.get(objective.surrogate, f"{objective.surrogate} bounds {{}}")
+    if anchor == "first_pass":
+        return (
+            "ratio = current / proximal is exactly 1 (the proximal policy is the current one, "
+            f"taken {'at the start of the step' if updates == 1 else 'anew by each update'}): "
+            "clip_low and clip_high cannot act."
+        )
+    if anchor == "recomputed":
+        return (
+            f"From the second of {updates} updates on, {act.format('ratio = current / proximal')}."
+        )
+    of = {
+        "behaviour": "ratio = current / behaviour",
+        "interpolated": "ratio = current / (policy between behaviour and current, by staleness)",
+        "ewma": f"ratio = current / (weights averaged with decay {objective.proximal_decay:g})",
+    }[anchor]
+    return f"{act.format(of)[0].upper()}{act.format(of)[1:]}."
+
+
 def _correction(objective: ObjectiveConfig) -> str:
-    low, high = objective.correction_low, objective.correction_high
+    low, high, level = (
+        objective.correction_low,
+        objective.correction_high,
+        objective.correction_level,
+    )
     return {
-        "truncate": f"is capped at {high:g} per token: this bounds an update",
-        "mask": f"outside [{low:g}, {high:g}] silences a token: this bounds an update",
+        "truncate": f"is capped at {high:g} per {level}: this bounds an update",
+        "mask": f"outside [{low:g}, {high:g}] silences a {level}: this bounds an update",
         "none": "is not taken: old samples count as if they were fresh, and nothing bounds them",
     }[objective.correction]
 

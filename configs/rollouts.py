@@ -11,7 +11,7 @@ from ..buffer.errors import ConfigError, CorruptData
 from ..buffer.events import AnyEvent, Decision, Finished, Ref
 from ..buffer.journal import Journal
 from ..buffer.records import Prompt, Ticket, Trajectory
-from ..learner.advantage import group_advantages
+from ..learner.advantage import batch_advantages
 
 Pick = Literal["best", "worst", "stale", "failed", "all"]
 
@@ -190,8 +190,8 @@ def _advantages(run_dir: Path, entries: list[Entry]) -> dict[tuple[int, int], fl
         if entry.decision is not None:
             groups.setdefault(entry.uid, []).append(entry)
     found = {}
-    for group in groups.values():
-        values = group_advantages([entry.reward for entry in group], kind)
+    rewards = [[entry.reward for entry in group] for group in groups.values()]
+    for group, values in zip(groups.values(), batch_advantages(rewards, kind), strict=True):
         found |= {(e.uid, e.index): float(v) for e, v in zip(group, values, strict=True)}
     return found
 

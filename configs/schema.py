@@ -212,7 +212,34 @@ def check_launch(experiment: Experiment) -> Iterator[str]:
         yield f"learner.optimizer.betas = [{low:g}, {high:g}] must both lie in [0, 1)"
 
 
-CHECKS = (check_batch, check_sizing, check_sampling, check_staleness, check_prompts, check_launch)
+def check_objective(experiment: Experiment) -> Iterator[str]:
+    """Yield combinations under which a part of the objective would silently do nothing or harm."""
+    objective, stale = experiment.learner.objective, experiment.buffer.max_staleness_steps > 0
+    updates, of = experiment.learner.updates_per_step, "learner.objective."
+    if objective.proximal == "recomputed" and updates == 1:
+        yield (
+            f'{of}proximal = "recomputed" with learner.updates_per_step = 1 is the current policy '
+            "itself: the ratio is 1 and clipping is off; set updates_per_step to 2 or more, or "
+            f'{of}proximal = "ewma", "interpolated" or "behaviour"'
+        )
+    if objective.proximal == "first_pass" and objective.correction == "none" and stale:
+        yield (
+            f'{of}proximal = "first_pass" makes the ratio 1, so clipping is off, and {of}correction'
+            ' = "none" leaves nothing that bounds updates on old samples; set correction = '
+            '"truncate", proximal = "behaviour", or buffer.max_staleness_steps = 0'
+        )
+    if objective.needs_whole_samples and stale and experiment.buffer.stale == "trim":
+        key = "ratio" if objective.ratio == "sequence" else "correction_level"
+        yield (
+            f'{of}{key} = "sequence" needs whole samples, but buffer.stale = "trim" cuts stale '
+            'prefixes off; set buffer.stale = "requeue" or "drop"'
+        )
+
+
+CHECKS = (
+    check_batch, check_sizing, check_sampling, check_staleness, check_prompts, check_launch,
+    check_objective,
+)  # fmt: skip
 
 
 class Key(NamedTuple):

@@ -108,6 +108,8 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> list[Cost]:
     copies = 2 if experiment.eval.enabled else 1
     moments = 2 * size.num_parameters * max(4, element)
     reference = weights if experiment.learner.objective.kl_coefficient else 0
+    average = experiment.learner.objective.proximal == "ewma"
+    moments += average * size.num_parameters * max(4, element)
     return [
         Cost("weights", weights, f"{size.num_parameters:,} parameters in {experiment.dtype}", True),
         Cost(
@@ -125,9 +127,11 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> list[Cost]:
             "Python and torch",
         ),
         Cost(
-            "learner", 2 * weights + moments + reference + PROCESS_BYTES,
-            "weights, gradients, two Adam moments"
-            + (", reference policy" if reference else "") + ", Python and torch; not activations",
+            "learner",
+            2 * weights + moments + reference + checkpoint_bytes(experiment, size) + PROCESS_BYTES,
+            f"weights, gradients, two Adam moments{', averaged weights' if average else ''}"
+            + (", reference policy" if reference else "")
+            + ", the copy a checkpoint is written from, Python and torch; not activations",
         ),
     ]  # fmt: skip
 

@@ -211,6 +211,8 @@ def user_module_path(spec: Settings, working_dir: Path) -> dict[str, str]:
     environment, prompts = getattr(spec, "environment", None), getattr(spec, "prompts", None)
     names = [reward.name if reward else "", sft.demonstration if sft else ""]
     names += [environment.name if environment else "", prompts.task if prompts else ""]
+    if isinstance(spec, LearnerSpec):
+        names.append(spec.config.objective.surrogate)
     modules = [name.partition(":")[0] for name in names if ":" in name]
     tops = {module.split(".")[0] for module in modules if not module.endswith(".py")}
     if not any(

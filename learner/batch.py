@@ -16,7 +16,7 @@ from torch import Tensor
 from ..buffer.errors import CorruptData
 from ..buffer.records import Trajectory, TrajectoryGroup, Version
 from ..kernels.definition import KeptSets
-from .advantage import gigpo_advantages, group_advantages
+from .advantage import batch_advantages, gigpo_advantages
 from .config import ObjectiveConfig
 from .rows import MAX_SHARED_INPUTS, Layout, Piece, lay_out, row_width
 
@@ -38,6 +38,8 @@ class Sample:
     """Policy-written tokens before this one (the stale prefix) are context with zero weight."""
     weight: float = 1.0
     """Of each trained token in the loss, see `objective.token_weights`."""
+    share: float = 1.0
+    """Of its prompt: the prompt's sizing weight over its number of samples with a reward."""
 
     @property
     def num_trained(self) -> int:
@@ -63,6 +65,10 @@ class MicroBatch(Rows):
     weights_T: Tensor
     clean_T: Tensor
     """bool: written by the version the learner holds, over keys of that version alone."""
+    owner_T: Tensor
+    """int64: which sample of the micro-batch it belongs to."""
+    lag_T: Tensor
+    """int64: versions between the one that wrote it and the one held."""
     mixed_T: Tensor
     """bool: some key is older than the version that wrote the token (`kv_mixture`)."""
     num_inputs: int
@@ -75,28 +81,40 @@ def samples_of(groups: Sequence[TrajectoryGroup], objective: ObjectiveConfig) ->
     Rewards of samples that are not trained count in their group's advantages all the same.
     """
     samples = []
-    for group in sorted(groups, key=lambda group: group.prompt.uid):
-        ordered = sorted(group.samples, key=lambda sample: sample.trajectory.index)
-        trajectories = [sample.trajectory for sample in ordered]
-        for sample, value in zip(ordered, _advantages(trajectories, objective), strict=True):
+    ordered_P = sorted(groups, key=lambda group: group.prompt.uid)
+    ordered_PG = [sorted(g.samples, key=lambda s: s.trajectory.index) for g in ordered_P]
+    advantages_PG = _advantages([[s.trajectory for s in each] for each in ordered_PG], objective)
+    for group, ordered, advantages_G in zip(ordered_P, ordered_PG, advantages_PG, strict=True):
+        scored = sum(s.trajectory.score.value is not None for s in ordered)
+        share = group.sizing.weight / max(1, scored)
+        for sample, value in zip(ordered, advantages_G, strict=True):
             trajectory, stale = sample.trajectory, sample.stale_prefix
             left = trajectory.num_policy_tokens - stale
             if sample.trained and trajectory.score.value is not None and left > 0:
-                value = value[stale:] if isinstance(value, np.ndarray) else value
-                samples.append(Sample(trajectory=trajectory, advantage=value, first_trained=stale))
+                value = value[stale:] if isinstance(value, np.ndarray) else float(value)
+                samples.append(
+                    Sample(trajectory=trajectory, advantage=value, first_trained=stale, share=share)
+                )
     return samples
 
 
 def _advantages(
+    trajectories_PG: Sequence[Sequence[Trajectory]], objective: ObjectiveConfig
+) -> Sequence[Sequence[float | np.ndarray]]:
+    """The advantage of each sample of each group; under GiGPO of each of its N tokens."""
+    if objective.advantage == "gigpo":
+        return [_turn_advantages(trajectories, objective) for trajectories in trajectories_PG]
+    rewards_PG = [[t.score.value for t in trajectories] for trajectories in trajectories_PG]
+    return [a.tolist() for a in batch_advantages(rewards_PG, objective.advantage)]
+
+
+def _turn_advantages(
     trajectories: Sequence[Trajectory], objective: ObjectiveConfig
-) -> list[float] | list[np.ndarray]:
-    """The advantage of each sample of one group; under GiGPO of each of its N tokens."""
-    rewards_G = [trajectory.score.value for trajectory in trajectories]
-    if objective.advantage != "gigpo":
-        return group_advantages(rewards_G, objective.advantage).tolist()
+) -> list[np.ndarray]:
+    """GiGPO's of one group: per sample, [N] of the tokens that the policy wrote."""
     turns = [[turn for turn in t.turns if turn.role == "policy"] for t in trajectories]
     by_turn = gigpo_advantages(
-        rewards_G,
+        [trajectory.score.value for trajectory in trajectories],
         [[turn.reward for turn in each] for each in turns],
         [[turn.state_hash for turn in each] for each in turns],
         kind="group_mean",
@@ -219,8 +237,10 @@ def collate(
         weights_T=spread([sample.weight for sample in samples]),
         temperature_T=spread([_temperature(sample.trajectory) for sample in samples]),
         kept=_kept_sets(samples, layout.targets_T.numpy(), law),
-        clean_T=torch.from_numpy(np.concatenate([clean for clean, _ in ages])),
-        mixed_T=torch.from_numpy(np.concatenate([mixed for _, mixed in ages])),
+        clean_T=torch.from_numpy(np.concatenate([clean for clean, _, _ in ages])),
+        mixed_T=torch.from_numpy(np.concatenate([mixed for _, mixed, _ in ages])),
+        owner_T=torch.from_numpy(np.repeat(np.arange(len(samples)), counts)),
+        lag_T=torch.from_numpy(np.concatenate([lag for _, _, lag in ages])),
         num_inputs=sum(map(_width, rows)),
     )
 
@@ -231,8 +251,9 @@ def _temperature(trajectory: Trajectory) -> float:
     return trajectory.sampling.temperature
 
 
-def _ages(sample: Sample, held: Version) -> tuple[np.ndarray, np.ndarray]:
-    """Per trained token: written by the held version over its own keys; written over older keys."""
+def _ages(sample: Sample, held: Version) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per trained token: written by the held version over its own keys; written over older keys;
+    versions behind the held one."""
     trajectory, first = sample.trajectory, sample.first_trained
     lengths = [span.length for span in trajectory.versions]
     same = np.repeat([same_weights(span.version, held) for span in trajectory.versions], lengths)
@@ -242,7 +263,7 @@ def _ages(sample: Sample, held: Version) -> tuple[np.ndarray, np.ndarray]:
         [span.length for span in trajectory.kv_version_min],
     )
     mixed = (written != oldest)[first:]
-    return same[first:] & ~mixed, mixed
+    return same[first:] & ~mixed, mixed, (held.step - written)[first:]
 
 
 def same_weights(one: Version, other: Version) -> bool:

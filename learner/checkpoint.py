@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from safetensors import SafetensorError
 
-from ..buffer.errors import ConfigError, CorruptData
+from ..buffer.errors import ConfigError, CorruptData, TrainingFailed
 from ..buffer.mailbox import file_digest
 from ..buffer.records import Version
 
@@ -69,6 +70,7 @@ def save_checkpoint(
     journal_sequence: int,
     info: Mapping[str, Any],
     keep_last: int,
+    keep: Callable[[int], bool] = lambda step: False,
 ) -> Checkpoint:
     """Write a checkpoint, durable on return, and then remove older ones.
 
@@ -80,31 +82,60 @@ def save_checkpoint(
         info: lineage, plain data; goes into the manifest.
         keep_last: complete checkpoints to keep; that of step 0, what the run started from and the
             reference of a KL term, stays besides.
+        keep: steps to keep besides.
+    Raises:
+        TrainingFailed: the disk is full, or the folder cannot be written; what was written of it is
+            removed, and earlier checkpoints are as they were.
     """
     folder = root / folder_name(version)
+    try:
+        files = _write_files(folder, writers)
+        checkpoint = Checkpoint(
+            folder=folder,
+            version=version,
+            journal_sequence=journal_sequence,
+            saved_at=time.time(),
+            info=dict(info),
+        )
+        _write_manifest(checkpoint, files)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        earlier = next((f.name for f in complete_folders(root)), "none")
+        raise TrainingFailed(
+            f"checkpoint {folder} cannot be written: {error} ({_free_space(root)}). Newest earlier "
+            f"checkpoint: {earlier}. Make room or mend the folder, then `slipstream resume` the run"
+        ) from error
+    _prune(root, keep_last, keep)
+    crash_point("checkpoint.pruned")
+    return checkpoint
+
+
+def _write_files(
+    folder: Path, writers: Mapping[str, Callable[[Path], object]]
+) -> dict[str, dict[str, Any]]:
+    """Every file, durable; returns what the manifest says of each."""
     shutil.rmtree(folder, ignore_errors=True)  # what a crash left of it, if anything
+    crash_point("checkpoint.begun")
     folder.mkdir(parents=True)
     crash_point("checkpoint.folder_made")
     files = {}
     for name, write in writers.items():
         write(folder / name)
+        crash_point(f"checkpoint.file_written.{name}")
         _sync(folder / name)
         num_bytes, digest = file_digest(folder / name)
         files[name] = {"bytes": num_bytes, "digest": digest}
         crash_point(f"checkpoint.file_synced.{name}")
     _sync(folder)
     crash_point("checkpoint.files_synced")
-    checkpoint = Checkpoint(
-        folder=folder,
-        version=version,
-        journal_sequence=journal_sequence,
-        saved_at=time.time(),
-        info=dict(info),
-    )
-    _write_manifest(checkpoint, files)
-    _prune(root, keep_last)
-    crash_point("checkpoint.pruned")
-    return checkpoint
+    return files
+
+
+def _free_space(root: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(root).free:,} bytes free there"
+    except OSError:
+        return "no such folder"
 
 
 def _write_manifest(checkpoint: Checkpoint, files: dict[str, dict[str, Any]]) -> None:
@@ -199,12 +230,12 @@ def complete_folders(root: Path) -> list[Path]:
     return [found[key] for key in sorted(found, reverse=True)]
 
 
-def _prune(root: Path, keep_last: int) -> None:
+def _prune(root: Path, keep_last: int, keep: Callable[[int], bool]) -> None:
     """Remove what is not kept; the manifest goes first, so that no half of one counts."""
-    kept = [f for f in complete_folders(root) if not f.name.startswith("step-000000.")][:keep_last]
+    step = {folder: int(folder.name[5:].partition(".b")[0]) for folder in complete_folders(root)}
+    last = [folder for folder in step if step[folder]][:keep_last]
     for folder in root.glob("step-*.b*"):
-        complete = (folder / MANIFEST).exists()
-        if folder in kept or (complete and folder.name.startswith("step-000000.")):
+        if folder in last or (folder in step and (step[folder] == 0 or keep(step[folder]))):
             continue
         (folder / MANIFEST).unlink(missing_ok=True)
         crash_point("checkpoint.pruning")

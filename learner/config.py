@@ -1,44 +1,123 @@
 """Settings of the learner, of supervised warm starts and of checkpoints."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..buffer.config import Settings
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    "dapo": {"proximal": "behaviour", "clip_high": 0.28},
+    "dr_grpo": {
+        "proximal": "behaviour", "clip_high": 0.2, "advantage": "group_mean",
+        "aggregation": "prompt",
+    },
+    "cispo": {"surrogate": "cispo", "proximal": "behaviour", "clip_high": 4.0},
+    "gspo": {
+        "ratio": "sequence", "proximal": "behaviour", "clip_low": 3e-4, "clip_high": 4e-4,
+        "aggregation": "sequence",
+    },
+    "scalerl": {
+        "surrogate": "cispo", "proximal": "behaviour", "clip_high": 4.0,
+        "advantage": "group_mean_batch_std", "aggregation": "prompt_token",
+    },
+    "ppo": {"proximal": "behaviour", "clip_high": 0.2, "advantage": "batch_std"},
+    "raft": {"surrogate": "raft", "correction": "none", "advantage": "best"},
+}  # fmt: skip
+"""What a preset sets; the rest is the default. DAPO's dynamic sampling is `buffer.drop_no_signal`;
+`ppo` has no critic, its baseline is the batch's mean."""
+
+BatchAdvantage = Literal[
+    "group_std", "group_mean", "leave_one_out", "group_mean_batch_std", "batch_std", "best"
+]
+AdvantageKind = BatchAdvantage | Literal["gigpo"]
+Proximal = Literal["auto", "recomputed", "first_pass", "behaviour", "interpolated", "ewma"]
+
 
 class ObjectiveConfig(Settings):
-    """`[learner.objective]`: GRPO with the decoupled three-policy objective.
+    """`[learner.objective]`: the decoupled three-policy objective, composed of its parts.
 
     ratio = current / proximal, correction = proximal / behaviour. With one update per step and the
     proximal policy taken at its start, ratio is 1 and clipping cannot act: then the correction's
     bound is what limits an update.
     """
 
+    preset: str = "grpo"
+    """Sets the keys below where they are not given: grpo (decoupled), dapo, dr_grpo, cispo, gspo,
+    scalerl, ppo (without a critic) or raft."""
+    surrogate: Annotated[str, Field(min_length=1)] = "ppo"
+    """`ppo`: clipped on both sides; `cispo`: capped weight without gradient, no token is silenced;
+    `raft`: plain likelihood; an entry point of `slipstream.surrogates`; or `module:function` with
+    the signature of `learner.objective.clipped_surrogate`."""
+    ratio: Literal["token", "sequence"] = "token"
+    """`sequence`: all tokens of a sample share the geometric mean of their ratios (GSPO)."""
+    proximal: Proximal = "auto"
+    """The policy an update is anchored to. `recomputed`: the one at the start of the step, one more
+    forward; `first_pass`: the current one itself; `auto`: the second with one update per step, else
+    the first; `behaviour`: the one that sampled, as in PPO, so that nothing is decoupled;
+    `interpolated`: between behaviour and current by staleness (A-3PO), no more forward; `ewma`: an
+    average of the weights (PPO-EWMA), one more forward and one more float32 copy of the weights."""
+    proximal_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of `ewma`, per update; its centre of mass is 1 / (1 - decay) - 1 updates ago."""
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Acts only with `updates_per_step` of 2 or more."""
+    """Acts only where the ratio can leave 1, see `proximal`."""
     clip_high: Annotated[float, Field(gt=0)] = 0.28
-    """Acts only with `updates_per_step` of 2 or more."""
+    """As `clip_low`."""
     correction: Literal["truncate", "mask", "none"] = "truncate"
-    """Importance correction proximal / behaviour per token: `truncate` caps it at
-    `correction_high`; `mask` zeroes tokens outside [correction_low, correction_high]."""
+    """Importance correction proximal / behaviour: `truncate` caps it at `correction_high`; `mask`
+    zeroes tokens outside [correction_low, correction_high] (IcePop)."""
+    correction_level: Literal["token", "sequence"] = "token"
+    """`sequence`: of the product over the sample's tokens, so that whole samples are capped or
+    masked."""
     correction_low: Annotated[float, Field(ge=0, lt=1)] = 0.125
     correction_high: Annotated[float, Field(ge=1)] = 2.0
-    advantage: Literal["group_std", "group_mean", "gigpo"] = "group_std"
+    advantage: AdvantageKind = "group_std"
     """`group_std`: (reward - mean) / (std + eps), GRPO; `group_mean`: reward - mean, Dr.GRPO;
-    `gigpo`: `group_mean` of episodes plus that of turns taken in the same state."""
+    `leave_one_out`: reward - mean of the others, RLOO; `group_mean_batch_std`: `group_mean` over
+    its root mean square in the batch, ScaleRL; `batch_std`: normalised over the batch alone,
+    REINFORCE++; `best`: 1 for the highest reward, else 0, RAFT; `gigpo`: `group_mean` of episodes
+    plus that of turns taken in the same state."""
     step_discount: Annotated[float, Field(ge=0, le=1)] = 0.95
     """`gigpo`: how much a turn counts of the rewards that come one turn later."""
     step_weight: Annotated[float, Field(ge=0)] = 1.0
     """`gigpo`: of the turns' advantage beside the episodes'."""
-    aggregation: Literal["token", "sequence"] = "token"
+    aggregation: Literal["token", "sequence", "prompt", "prompt_token"] = "token"
     """`token`: the mean over all trained tokens of the batch; `sequence`: the mean over samples of
-    each one's mean."""
+    each one's mean; `prompt`: the mean over prompts, by their sizing weight, of the mean over
+    samples of each one's sum / max_new_tokens, with `leave_one_out` an unbiased policy gradient
+    whatever the sizes of the groups; `prompt_token`: the mean over prompts of the mean over each
+    one's tokens."""
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the k3 estimate of KL(current || reference); keeps a frozen copy of the policy the
+    """Weight of the estimate of KL(current || reference); keeps a frozen copy of the policy the
     run started from when above 0."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(given.get("preset", "grpo"), str):
+            return given
+        name = given.get("preset", "grpo")
+        if name not in PRESETS:
+            raise ValueError(
+                f'learner.objective.preset = "{name}" is none of {", ".join(PRESETS)}; a function '
+                'of your own goes into learner.objective.surrogate = "module:function"'
+            )
+        return {**PRESETS[name], **given}
+
+    @property
+    def needs_whole_samples(self) -> bool:
+        """Whether the loss of a token depends on the other tokens of its sample."""
+        return "sequence" in (self.ratio, self.correction_level)
+
+    def anchor(self, updates_per_step: int) -> Proximal:
+        """`proximal`, with `auto` decided."""
+        if self.proximal != "auto":
+            return self.proximal
+        return "recomputed" if updates_per_step > 1 else "first_pass"
 
 
 class OptimizerConfig(Settings):
@@ -58,6 +137,10 @@ class CheckpointConfig(Settings):
     every_steps: Annotated[int, Field(ge=1)] = 10
     """Besides the first and the last step."""
     keep_last: Annotated[int, Field(ge=1)] = 2
+    keep_every_steps: Annotated[int, Field(ge=0)] = 0
+    """Also keep those whose step is a multiple of this; 0: none."""
+    keep_best: bool = False
+    """Also keep the one with the best held-out reward; needs `eval.every_steps` at saved steps."""
 
 
 class LearnerConfig(Settings):

@@ -6,7 +6,8 @@
               train_step         in a thread, so that the connection stays alive
               publish            first thing after the update: engines wait for it
               metrics.jsonl      one line
-              save_checkpoint    every so many steps; then the buffer is told
+              checkpoint         every so many steps: copied, then written while training goes
+                                 on; once it is durable the buffer is told
 
 A crash anywhere is recoverable: what was published but not saved is on a branch that the resumed
 run leaves behind. SIGTERM ends the run after the step being trained, with a checkpoint.
@@ -85,6 +86,8 @@ class LearnerLoop:
         """Wire the parts; `trainer` is prepared and `client` connected."""
         self.spec, self.trainer, self.client, self.pool = spec, trainer, client, pool
         self.stopping = False
+        self._writing: asyncio.Task[None] | None = None
+        """The checkpoint on its way to the disk."""
         self._last_row: dict[str, Any] = {}
         self._step_began_s = time.monotonic()
 
@@ -92,13 +95,22 @@ class LearnerLoop:
         """All steps.
 
         Raises:
-            TrainingFailed: a batch did not come in time, or the step failed.
+            TrainingFailed: a batch did not come in time, the step failed, or a checkpoint could not
+                be written.
         """
+        try:
+            await self._steps()
+        finally:  # a step that failed does not take the checkpoint before it with it
+            await self._to_boundary(self._written())
+
+    async def _steps(self) -> None:
         await self._publish()
         if self.trainer.saved:
             await self.client.checkpoint_saved(self.trainer.held)
         try:
             while self.trainer.held.step < self.spec.config.steps and not self.stopping:
+                if self._writing is not None and self._writing.done():
+                    await self._written()
                 began_s = time.monotonic()
                 batch = await self._take_or_save(self.trainer.held.step + 1)
                 if batch is None:
@@ -125,6 +137,7 @@ class LearnerLoop:
         try:
             return await self._take(step)
         except (PeerLost, TrainingFailed):
+            await self._written()
             if not self.trainer.saved:
                 await self._in_thread(self.trainer.save)
             raise
@@ -167,10 +180,22 @@ class LearnerLoop:
             await self.client.publish(manifest)
 
     async def _checkpoint(self) -> None:
-        await self._in_thread(self.trainer.save)
+        """Copy the held version, and write it beside training; one at a time."""
+        await self._written()
+        write = await self._in_thread(self.trainer.snapshot)
+        self._writing = asyncio.create_task(self._write(write, self.trainer.held))
+
+    async def _write(self, write: Callable[[], object], version: Version) -> None:
+        await asyncio.to_thread(write)
         async with self._patience():
-            await self.client.checkpoint_saved(self.trainer.held)
+            await self.client.checkpoint_saved(version)
         crash_point("checkpoint.acknowledged")
+
+    async def _written(self) -> None:
+        """Wait for the checkpoint being written; raises what stopped it."""
+        task, self._writing = self._writing, None
+        if task is not None:
+            await task
 
     async def _stop(self) -> None:
         """Leave a checkpoint of the last finished step, and say so."""

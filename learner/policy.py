@@ -3,7 +3,8 @@
 Shape suffixes: B rows, L padded inputs of a row, D hidden size, V vocabulary, T trained tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import xxhash
@@ -20,6 +21,7 @@ from .config import OptimizerConfig
 from .rows import Layout
 
 RNG_NAME = "rng.torch"
+AVERAGE_WEIGHT_NAME = "average.weight"
 PROBE_ROWS, PROBE_TOKENS = 4, 24
 
 
@@ -30,8 +32,16 @@ class Policy:
     the model holds them rounded: exactly the weights that are published and sampled from.
     """
 
-    def __init__(self, model: PreTrainedModel, config: OptimizerConfig) -> None:
-        """Take over a model; nothing is copied unless it is bfloat16."""
+    def __init__(
+        self, model: PreTrainedModel, config: OptimizerConfig, average_decay: float | None = None
+    ) -> None:
+        """Take over a model; nothing is copied unless it is bfloat16 or averaged.
+
+        Args:
+            model: trained in place.
+            config: of AdamW.
+            average_decay: of the exponential average that `averaged` shows; None: there is none.
+        """
         self.model, self.config = model, config
         self.parameters = dict(model.named_parameters())
         rounded = model.dtype == torch.bfloat16
@@ -49,6 +59,36 @@ class Policy:
             fused=True,
         )
 
+        self.average_decay = average_decay
+        self.average = {} if average_decay is None else self._copy_of_masters()
+        self.average_weight = torch.ones((), dtype=torch.float64)
+        """Sum of decay^i over the updates so far: what the average divides by."""
+
+    def _copy_of_masters(self) -> dict[str, Tensor]:
+        return {name: master.detach().clone() for name, master in self.masters.items()}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with the averaged weights, inside a `with`.
+
+        Source: PPO-EWMA (arXiv:2110.00641), bias-corrected: theta_0 counts like any other.
+        """
+        own = {name: parameter.data for name, parameter in self.parameters.items()}
+        try:
+            for name, parameter in self.parameters.items():
+                parameter.data = self.average[name].to(parameter.dtype)
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = own[name]
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        assert self.average_decay is not None
+        self.average_weight = 1 + self.average_decay * self.average_weight
+        for name, average in self.average.items():
+            average.lerp_(self.masters[name], float(1 / self.average_weight))
+
     @property
     def loss_dtype(self) -> torch.dtype:
         """float64 for a float64 policy, else float32."""
@@ -65,6 +105,8 @@ class Policy:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
                     parameter.copy_(self.masters[name])
+        if self.average:
+            self._update_average()
 
     def grad_norm(self) -> Tensor:
         """The 2-norm of all accumulated gradients together."""
@@ -92,6 +134,10 @@ class Policy:
                 state[f"{name}:{field}"] = value
             if self.masters is not self.parameters:
                 state[f"{name}:master"] = master.detach()
+            if self.average:
+                state[f"{name}:average"] = self.average[name]
+        if self.average:
+            state[AVERAGE_WEIGHT_NAME] = self.average_weight
         return state
 
     def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -105,11 +151,15 @@ class Policy:
         torch.set_rng_state(state[RNG_NAME])
         for key, value in state.items():
             name, _, field = key.rpartition(":")
-            if key == RNG_NAME:
+            if key == AVERAGE_WEIGHT_NAME:
+                self.average_weight = value.clone()
+            if key in (RNG_NAME, AVERAGE_WEIGHT_NAME):
                 continue
             if name not in self.masters:
                 raise CorruptData(f"the optimizer state names {name}, which the model has not")
-            if field == "master":
+            if field == "average":
+                self.average[name] = value.clone()
+            elif field == "master":
                 with torch.no_grad():
                     self.masters[name].copy_(value)
             else:
@@ -119,6 +169,13 @@ class Policy:
 def score(model: PreTrainedModel, rows: Rows) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every scored token under a model; [T] each, with gradient."""
     return dispatch.scores(scored_hidden(model, rows), rows.layout.targets_T, _head(model, rows))
+
+
+def whole_loss(model: PreTrainedModel, rows: Rows, token_loss: TokenLoss) -> FullLoss:
+    """As `fused_loss`, for an objective that has to see all tokens of a sample at once."""
+    logprobs_T, entropy_T = score(model, rows)
+    loss_T, seen_T = token_loss(logprobs_T, entropy_T, slice(0, len(logprobs_T)))
+    return FullLoss(loss_T.sum(), logprobs_T.detach(), entropy_T.detach(), dict(seen_T))
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from .batch import (
 )
 from .config import LearnerConfig, ObjectiveConfig
 from .metrics import Sums, step_metrics
-from .policy import Policy, fused_loss, score_frozen
+from .policy import Policy, fused_loss, score_frozen, whole_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class _Part:
     batches: list[MicroBatch]
     denominator: float
     proximal: list[Tensor | None]
-    """Per micro-batch; None: the current policy's own, without gradient."""
+    """Per micro-batch; None: derived from the current policy while the loss is computed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,21 +67,25 @@ def train_step(
     """Train one batch. The exact order of operations, for whoever reproduces it:
 
     1. Samples in the order (uid, index). Per group, over all samples with a reward, trained or not:
-       advantage = (reward - mean) / (std + 1e-6), std of the population (`group_std`), or
-       reward - mean (`group_mean`), or both levels of `gigpo_advantages` (`gigpo`); float64.
+       advantage = (reward - mean) / (std + 1e-6), std of the population (`group_std`), or as
+       `advantage.batch_advantages` says of the other kinds; float64.
     2. The groups are cut, in order of uid, into U parts [P i // U, P (i + 1) // U); each part is
-       one optimizer update. With U = 1 the proximal policy is the current one without gradient;
-       with U >= 2 its log-probabilities are taken for the whole batch before the first update.
+       one optimizer update. The proximal policy is, by `proximal`: the current one without
+       gradient (`first_pass`); that before the first update, scored for the whole batch
+       (`recomputed`); the recorded one (`behaviour`); `objective.interpolated_proximal`; or the
+       averaged weights before each update (`ewma`).
     3. Log-probabilities and entropy are those of softmax(logits / temperature), under the law
        `kept_set` restricted to the recorded kept ids. Per trained token:
        log ratio = clamp(current - proximal, -10, 10), likewise for the correction and the KL;
-       surrogate = -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A);
-       loss = correction * surrogate + kl_coefficient * k3 - entropy_coefficient * entropy, where
+       surrogate = -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), or another one;
+       loss = correction * surrogate + kl_coefficient * KL - entropy_coefficient * entropy, where
        correction (no gradient) = min(proximal / behaviour, correction_high), or zeroed, or 1.
        The correction weighs the surrogate alone.
     4. The loss of an update is the sum over its trained tokens divided by their number (`token`),
-       or the mean over samples of each one's token mean (`sequence`); prompts, stale prefixes and
-       untrained samples count in neither. Micro-batches add up gradients of sums already divided.
+       or the mean over samples of each one's token mean (`sequence`), or the mean over prompts of
+       token sums / (samples x max_new_tokens) (`prompt`) or of token means (`prompt_token`);
+       prompts' tokens, stale prefixes and untrained samples count in none. Micro-batches add up
+       gradients of sums already divided.
     5. Gradients are scaled by min(1, max_grad_norm / (norm + 1e-6)), the norm taken over all
        parameters together; then AdamW (torch; decay on every parameter; bias-corrected) with rate
        learning_rate * min(1, step / warmup_steps).
@@ -104,19 +108,25 @@ def train_step(
         CorruptData: a record that cannot be trained on.
     """
     started = time.perf_counter()
+    samples = samples_of(groups, config.objective)
     parts = [
-        _part(samples, config, lambda rows: collate(rows, held, policy.loss_dtype, ratio_law))
-        for groups_of_update in updates_of(groups, config.updates_per_step)
-        if (samples := samples_of(groups_of_update, config.objective))
+        _part(own, len(uids), config, lambda r: collate(r, held, policy.loss_dtype, ratio_law))
+        for part in updates_of(groups, config.updates_per_step)
+        if (uids := {group.prompt.uid for group in part})
+        if (own := [s for s in samples if s.trajectory.uid in uids])
     ]
     proof = _prove(parts, step, max_staleness_steps, path)
-    if len(parts) > 1:
+    anchor = config.objective.anchor(config.updates_per_step)
+    if anchor == "recomputed" and len(parts) > 1:
         for part in parts:
             part.proximal[:] = [score_frozen(policy.model, batch) for batch in part.batches]
     warmup = config.optimizer.warmup_steps
     rate = config.optimizer.learning_rate * (min(1.0, step / warmup) if warmup else 1.0)
     sums, norms = Sums(), []
     for part in parts:
+        if anchor == "ewma":
+            with policy.averaged():
+                part.proximal[:] = [score_frozen(policy.model, batch) for batch in part.batches]
         _accumulate(policy, part, config.objective, reference, sums, step)
         norms.append(_checked_norm(policy, step))
         policy.update(rate, norms[-1])
@@ -129,13 +139,22 @@ def train_step(
 
 def _part(
     samples: list[Sample],
+    num_prompts: int,
     config: LearnerConfig,
     line_up: Callable[[Sequence[Sequence[Sample]]], MicroBatch],
 ) -> _Part:
     """Weigh the samples of one update and cut them into micro-batches."""
-    weights, denominator = objective.token_weights(
-        [sample.num_trained for sample in samples], config.objective.aggregation
-    )
+    aggregation = config.objective.aggregation
+    lengths = [sample.num_trained for sample in samples]
+    if aggregation == "prompt":
+        most = max(sample.trajectory.sampling.max_new_tokens for sample in samples)
+        shares = [sample.share for sample in samples]
+        weights, denominator = objective.prompt_weights(shares, num_prompts, most)
+    elif aggregation == "prompt_token":
+        uids = [sample.trajectory.uid for sample in samples]
+        weights, denominator = objective.prompt_token_weights(lengths, uids)
+    else:
+        weights, denominator = objective.token_weights(lengths, aggregation)
     samples = [replace(s, weight=w) for s, w in zip(samples, weights, strict=True)]
     plan = plan_micro_batches(
         samples, config.micro_batch_tokens, share_prompts=config.share_prompts
@@ -190,7 +209,8 @@ def _accumulate(
             assert reference is not None, "a KL term needs its reference policy"
             reference_T = score_frozen(reference, batch)
         terms = _TokenLoss(batch, config, anchor_T, reference_T, part.denominator)
-        result = fused_loss(policy.model, batch, terms)
+        run = whole_loss if config.needs_whole_samples else fused_loss
+        result = run(policy.model, batch, terms)
         if not math.isfinite(value := float(result.loss.detach())):
             raise TrainingFailed(
                 f"step {step}: the loss is {value}; the weights are as before this update. Resume "
@@ -198,17 +218,20 @@ def _accumulate(
             )
         result.loss.backward()
         sums.loss += value
-        sums.count(batch, result.logprobs_T if anchor_T is None else anchor_T, result.seen_T)
+        # The gap to the engine is that of the held version: `ewma` anchors elsewhere.
+        held = anchor_T is not None and config.proximal != "ewma"
+        sums.count(batch, anchor_T if held else result.logprobs_T, result.seen_T)
 
 
 @dataclass(frozen=True, slots=True)
 class _TokenLoss:
-    """The objective of one micro-batch, for `fused_loss`: called with some of its tokens."""
+    """The objective of one micro-batch: called with some of its tokens by `fused_loss`, with all
+    by `whole_loss`."""
 
     batch: MicroBatch
     config: ObjectiveConfig
     anchor_T: Tensor | None
-    """Proximal log-probabilities; None: the current ones."""
+    """Proximal log-probabilities; None: see `_proximal`."""
     reference_T: Tensor | None
     denominator: float
 
@@ -217,18 +240,23 @@ class _TokenLoss:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted [C] loss, and what is reported of every token."""
         config, now_C = self.config, current_C.detach()
-        behaviour_C = self.batch.behaviour_T[rows]
-        proximal_C = now_C if self.anchor_T is None else self.anchor_T[rows]
-        surrogate_C, clipped_C = objective.clipped_surrogate(
+        behaviour_C, owner_C = self.batch.behaviour_T[rows], self.batch.owner_T[rows]
+        proximal_C = anchor_C = self._proximal(now_C, rows)
+        if config.ratio == "sequence":
+            anchor_C = objective.sequence_proximal(current_C, proximal_C, owner_C)
+        surrogate_C, clipped_C = objective.find_surrogate(config.surrogate)(
             current_C,
-            proximal_C,
+            anchor_C,
             self.batch.advantages_T[rows],
             clip_low=config.clip_low,
             clip_high=config.clip_high,
         )
+        gap_C = proximal_C - behaviour_C
+        if config.correction_level == "sequence":
+            gap_C = objective.sequence_log_ratio(proximal_C, behaviour_C, owner_C)
         correction_C, limited_C = objective.importance_correction(
-            proximal_C,
-            behaviour_C,
+            gap_C,
+            torch.zeros_like(gap_C),
             kind=config.correction,
             low=config.correction_low,
             high=config.correction_high,
@@ -236,7 +264,7 @@ class _TokenLoss:
         loss_C = correction_C * surrogate_C
         behaviour_to_now_C = objective.log_ratio(now_C, behaviour_C)
         seen_C = {
-            "ratio": (now_C - proximal_C).exp(),
+            "ratio": (now_C - anchor_C).exp(),
             "clipped": clipped_C,
             "correction": correction_C,
             "limited": limited_C,
@@ -246,10 +274,19 @@ class _TokenLoss:
         if config.entropy_coefficient > 0:
             loss_C = loss_C - config.entropy_coefficient * entropy_C
         if self.reference_T is not None:
-            kl_C = objective.kl_to_reference(current_C, self.reference_T[rows])
+            reference_C = self.reference_T[rows]
+            kl_C = objective.kl_to_reference(current_C, reference_C, config.kl_estimator)
             loss_C = loss_C + config.kl_coefficient * kl_C
             seen_C["kl_reference"] = kl_C.detach()
         return loss_C * self.batch.weights_T[rows] / self.denominator, seen_C
+
+    def _proximal(self, now_C: Tensor, rows: slice) -> Tensor:
+        if self.anchor_T is not None:
+            return self.anchor_T[rows]
+        behaviour_C = self.batch.behaviour_T[rows]
+        if self.config.proximal == "interpolated":
+            return objective.interpolated_proximal(now_C, behaviour_C, self.batch.lag_T[rows])
+        return behaviour_C if self.config.proximal == "behaviour" else now_C
 
 
 def _checked_norm(policy: Policy, step: int) -> Tensor:

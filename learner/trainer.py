@@ -1,8 +1,10 @@
 """What the learner process holds: the policy, its version, and how both get to disk and back."""
 
+import contextlib
+import functools
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import LearnerSpec
+from .objective import find_surrogate
 from .policy import Policy, probe, weights_digest
 from .sft import read_examples, run_sft
 from .step import StepResult, train_step
@@ -53,8 +56,9 @@ class Trainer:
         self.root = spec.run_dir / "checkpoints"
         self.path = LivePath(spec.branch, spec.branch_parents)
         self.saved = False
-        """Whether a checkpoint of the held version is on disk."""
+        """Whether a checkpoint of the held version is on disk, or being written."""
         self.journal_sequence = 0
+        self._copies: dict[str, dict[str, Tensor]] = {}
 
     def prepare(self, stop: threading.Event) -> None:
         """Bring the policy to where the run starts: a checkpoint, or its (warm-started) beginning.
@@ -64,6 +68,7 @@ class Trainer:
             CorruptData: the checkpoint to resume from is damaged.
         """
         torch.set_num_threads(self.spec.config.threads)
+        find_surrogate(self.spec.config.objective.surrogate)
         try:
             if self.spec.resume_from is None:
                 self._begin(stop)
@@ -90,7 +95,7 @@ class Trainer:
                 stop=stop,
             )
             torch.set_num_threads(spec.config.threads)
-        self._hold(Policy(model, spec.config.optimizer), step=0)
+        self._hold(self._policy(model), step=0)
         if not stop.is_set():
             self.save()
         self.reference = self._load_reference()
@@ -103,7 +108,7 @@ class Trainer:
                 f"dtype = {spec.dtype}, but the run was started with {checkpoint.info['dtype']}"
             )
         model = load_policy(spec.model_dir, spec.dtype, spec.seed)
-        policy = Policy(model, spec.config.optimizer)
+        policy = self._policy(model)
         policy.restore(
             read_weights([checkpoint.folder / "weights.safetensors"]),
             read_weights([checkpoint.folder / "optimizer.safetensors"]),
@@ -112,6 +117,11 @@ class Trainer:
         self.journal_sequence = checkpoint.journal_sequence
         self.saved = True
         self.reference = self._load_reference()
+
+    def _policy(self, model: PreTrainedModel) -> Policy:
+        objective = self.spec.config.objective
+        decay = objective.proximal_decay if objective.proximal == "ewma" else None
+        return Policy(model, self.spec.config.optimizer, decay)
 
     def _hold(self, policy: Policy, step: int) -> None:
         self.policy, self.saved = policy, False
@@ -166,15 +176,24 @@ class Trainer:
         return manifest
 
     def save(self) -> Checkpoint:
-        """A checkpoint of the held version."""
-        checkpoint = save_checkpoint(
+        """A checkpoint of the held version, on disk on return."""
+        return self.snapshot()()
+
+    def snapshot(self) -> Callable[[], Checkpoint]:
+        """Copy what a checkpoint of the held version holds; the result writes it, in any thread.
+
+        Training may go on while it writes, but the next snapshot overwrites the copies.
+        """
+        tensors = {
+            "weights.safetensors": self.policy.weights(),
+            "optimizer.safetensors": self.policy.optimizer_state(),
+            "probe.safetensors": probe(self.policy.model),
+        }
+        write = functools.partial(
+            save_checkpoint,
             self.root,
             self.held,
-            {
-                "weights.safetensors": file_writer(self.policy.weights()),
-                "optimizer.safetensors": file_writer(self.policy.optimizer_state()),
-                "probe.safetensors": file_writer(probe(self.policy.model)),
-            },
+            {name: file_writer(self._copied(name, of)) for name, of in tensors.items()},
             journal_sequence=self.journal_sequence,
             info={
                 "run_id": self.spec.run_id,
@@ -182,14 +201,42 @@ class Trainer:
                 "dtype": self.spec.dtype,
             },
             keep_last=self.spec.config.checkpoint.keep_last,
+            keep=self._is_kept,
         )
         self.saved = True
-        return checkpoint
+        return write
+
+    def _copied(self, file: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies, in memory that is kept: fresh pages would cost several times the copying."""
+        kept = self._copies.setdefault(file, {})
+        for name, tensor in tensors.items():
+            if name not in kept or kept[name].shape != tensor.shape:
+                kept[name] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            kept[name].copy_(tensor)
+        return kept
+
+    def _is_kept(self, step: int) -> bool:
+        """Whether a checkpoint is kept beyond `keep_last`."""
+        every = self.spec.config.checkpoint.keep_every_steps
+        if every and step % every == 0:
+            return True
+        return self.spec.config.checkpoint.keep_best and step == best_step(self.spec.run_dir)
 
 
 def file_writer(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
     """A function that writes the tensors, as they are when it is called, to a safetensors file."""
     return lambda path: save_file({n: t.contiguous() for n, t in tensors.items()}, str(path))
+
+
+def best_step(run_dir: Path) -> int | None:
+    """The step with the highest held-out reward so far, the later of two equal ones."""
+    rewards: dict[int, float] = {}
+    path = run_dir / "eval.jsonl"
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut by a crash
+            row = json.loads(line)
+            rewards[int(row["step"])] = float(row["reward_mean"])
+    return max(rewards, key=lambda step: (rewards[step], step)) if rewards else None
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:

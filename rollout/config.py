@@ -58,7 +58,6 @@ class SamplingConfig(Settings):
         return SamplingParams(**self.model_dump())
 
 
-<<<<<<< HEAD
 class SpeculationConfig(Settings):
     """`[rollout.speculation]`: tokens guessed ahead and verified in one forward. Never changes what
     is sampled; drafts less, down to nothing, where guessing costs more than it saves."""
@@ -71,7 +70,8 @@ class SpeculationConfig(Settings):
     """Most tokens guessed for a sample in one step; how many pay is measured as the run goes."""
     history_tokens: Annotated[int, Field(ge=0)] = 200_000
     """`siblings`: tokens of finished samples that an engine remembers, some 1 kB each."""
-=======
+
+
 class SizingConfig(Settings):
     """`[rollout.sizing]`: how many samples each prompt gets, and how long they may be.
 
@@ -140,7 +140,6 @@ class SizingConfig(Settings):
         if self.sizer in ("fixed", "filter_refill"):
             return samples_per_prompt
         return self.max_samples or 4 * samples_per_prompt
->>>>>>> wip-sizing
 
 
 class RewardConfig(Settings):
@@ -201,11 +200,8 @@ class RolloutConfig(Settings):
     removes is reported) or `kept_set` (the engine records the kept ids; needs 1 <= top_k <= 512
     when truncating)."""
     sampling: SamplingConfig = SamplingConfig()
-<<<<<<< HEAD
     speculation: SpeculationConfig = SpeculationConfig()
-=======
     sizing: SizingConfig = SizingConfig()
->>>>>>> wip-sizing
 
 
 class EvalConfig(Settings):

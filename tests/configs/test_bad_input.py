@@ -43,6 +43,11 @@ REFUSED = [
     (["prompts.source=dataset"], ["needs prompts.path"]),
     (["prompts.source=dataset", "prompts.path=x.jsonl"], ["reasoning_gym", "exact_match"]),
     (["prompts.template=hello"], ["does not contain {prompt}"]),
+    (["learner.objective.preset=dapoo"], ['preset = "dapoo"', "grpo, dapo", "module:function"]),
+    (["learner.objective.proximal=recomputed"], ["clipping is off", "updates_per_step to 2"]),
+    (["learner.objective.proximal=first_pass", "learner.objective.correction=none"],
+     ["clipping is off", 'correction = "truncate"']),
+    (["learner.objective.preset=gspo"], ['ratio = "sequence" needs whole samples', "requeue"]),
     (["cluster.min_workers=2"], ["cluster.max_workers = 0 is below cluster.min_workers"]),
     (
         ["cluster.placement=shared", "cluster.worker_gpus=1", "cluster.learner_gpus=1"],
@@ -76,6 +81,9 @@ def test_everything_wrong_is_said_at_once():
         ["buffer.max_staleness_steps=0", "buffer.stale=trim"],
         ["learner.objective.aggregation=sequence", "buffer.stale=trim"],
         ["eval.temperature=0"],
+        ["learner.objective.preset=gspo", "buffer.stale=requeue"],
+        ["learner.objective.preset=scalerl"],
+        ["learner.objective.proximal=recomputed", "learner.updates_per_step=2"],
     ],
 )
 def test_what_is_possible_is_not_refused(overrides: list[str]):

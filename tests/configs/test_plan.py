@@ -38,6 +38,15 @@ def test_the_algebra_is_that_of_the_law():
         (["learner.objective.correction=mask"], "outside [0.125, 2] silences"),
         (["mode=sequential"], "correction = proximal / behaviour is 1 but for arithmetic"),
         (["mode=sequential"], "S = 0: every token is written by the policy that is trained"),
+        (
+            ["learner.objective.preset=ppo"],
+            "Clipping keeps ratio = current / behaviour in [0.8, 1.2]",
+        ),
+        (["learner.objective.preset=ppo"], "correction = proximal / behaviour is exactly 1"),
+        (["learner.objective.preset=cispo"], "current / behaviour is capped at 5"),
+        (["learner.objective.proximal=ewma"], "weights averaged with decay 0.9"),
+        (["learner.objective.proximal=interpolated"], "by staleness"),
+        (["learner.objective.preset=raft"], "imitated"),
         (["rollout.ratio_law=kept_set"], "under the kept set"),
     ],
 )

@@ -1,25 +1,30 @@
 """A checkpoint counts when it is whole, and only then; `kill -9` at any moment leaves one."""
 
+import json
 import os
 import signal
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from slipstream.buffer.errors import ConfigError, CorruptData
+from slipstream.buffer.errors import ConfigError, CorruptData, TrainingFailed
 from slipstream.buffer.records import Version
 from slipstream.learner import checkpoint as module
+from slipstream.learner import trainer as trainer_module
 from slipstream.learner.checkpoint import (
     complete_folders,
     find_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
+from slipstream.learner.config import CheckpointConfig
+from slipstream.learner.policy import weights_digest
 
 BYTES = {"weights.safetensors": b"w" * 1000, "optimizer.safetensors": b"o" * 500}
 
 
-def save(root, step, branch=0, keep_last=2, content=BYTES):
+def save(root, step, branch=0, keep_last=2, content=BYTES, keep=lambda step: False):
     return save_checkpoint(
         root,
         Version(branch=branch, step=step, digest=f"d{step}"),
@@ -27,6 +32,7 @@ def save(root, step, branch=0, keep_last=2, content=BYTES):
         journal_sequence=7,
         info={"run_id": "r"},
         keep_last=keep_last,
+        keep=keep,
     )
 
 
@@ -86,8 +92,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, dama
 
 
 POINTS = [
+    "checkpoint.begun",
     "checkpoint.folder_made",
+    "checkpoint.file_written.weights.safetensors",
     "checkpoint.file_synced.weights.safetensors",
+    "checkpoint.file_written.optimizer.safetensors",
     "checkpoint.file_synced.optimizer.safetensors",
     "checkpoint.files_synced",
     "checkpoint.manifest_written",
@@ -119,11 +128,94 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, monkey
         save(tmp_path, step)
     killed(lambda: save(tmp_path, 6), point, monkeypatch)
     found, problems = find_checkpoint(tmp_path)
-    complete = point in POINTS[5:]
+    complete = point in POINTS[POINTS.index("checkpoint.manifest_renamed") :]
     assert (found.version.step, problems) == (6 if complete else 4, [])
     saved = save(tmp_path, 6)  # what the crash left is in nobody's way
     assert find_checkpoint(tmp_path)[0] == saved
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def into_a_full_disk(path):
+    path.symlink_to("/dev/full")
+    path.write_bytes(b"w")
+
+
+def test_a_full_disk_is_named_and_the_earlier_checkpoint_stays(tmp_path):
+    earlier = save(tmp_path, 2)
+    with pytest.raises(TrainingFailed, match=r"No space left .* earlier checkpoint: step-000002"):
+        save_checkpoint(
+            tmp_path, Version(branch=0, step=4, digest="d"),
+            {"weights.safetensors": into_a_full_disk}, journal_sequence=7, info={}, keep_last=2,
+        )  # fmt: skip
+    assert find_checkpoint(tmp_path) == (earlier, [])
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-000002.b0"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file, where the folder should be")
+    with pytest.raises(TrainingFailed, match=r"checkpoints.* cannot be written: .*Newest earlier"):
+        save(tmp_path / "checkpoints", 2)
+
+
+def test_what_is_to_be_kept_is_kept_beside_the_last(tmp_path):
+    for step in (0, 2, 3, 4, 6):
+        save(tmp_path, step, keep_last=1, keep=lambda step: step == 3)
+    assert [f.name[:11] for f in complete_folders(tmp_path)] == [
+        "step-000006",
+        "step-000003",
+        "step-000000",
+    ]
+
+
+def test_every_nth_and_the_best_checkpoint_are_kept(make_spec, fake_buffer, run_loop):
+    spec = make_spec(steps=6)
+    kept = CheckpointConfig(every_steps=1, keep_last=1, keep_every_steps=4, keep_best=True)
+    spec = spec.model_copy(update={"config": spec.config.model_copy(update={"checkpoint": kept})})
+    rows = [{"step": s, "reward_mean": r} for s, r in ((1, 0.2), (2, 0.9), (3, 0.5))]
+    text = "\n".join(map(json.dumps, rows)) + '\n{"step": 9, "rewa'
+    (spec.run_dir / "eval.jsonl").write_text(text)
+    run_loop(spec, fake_buffer())
+    folders = complete_folders(spec.run_dir / "checkpoints")
+    assert sorted(int(f.name[5:11]) for f in folders) == [0, 2, 4, 6]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_copied_step(
+    make_spec, fake_buffer, run_loop, monkeypatch
+):
+    spec, buffer, next_step = make_spec(steps=4), fake_buffer(), threading.Event()
+    ordinary, waited = trainer_module.file_writer, []
+    buffer.on_take = lambda step: next_step.set() if step == 3 else None
+
+    def slow_writer(tensors):
+        def write(path):
+            if path.parent.name == "step-000002.b0":
+                waited.append(next_step.wait(timeout=20))
+            ordinary(tensors)(path)
+
+        return write
+
+    monkeypatch.setattr(trainer_module, "file_writer", slow_writer)
+    run_loop(spec, buffer)
+    assert waited
+    assert all(waited), "step 3 was taken only after the checkpoint of step 2 was written"
+    assert [v.step for v in buffer.saved] == [0, 2, 4]
+    found, _ = find_checkpoint(spec.run_dir / "checkpoints", (0, 2))
+    assert weights_digest(load_file(found.folder / "weights.safetensors")) == found.version.digest
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_says_so(
+    make_spec, fake_buffer, run_loop, monkeypatch
+):
+    spec, ordinary = make_spec(steps=6), trainer_module.file_writer
+
+    def writer(tensors):
+        full = lambda path: into_a_full_disk(path) if "000004" in str(path) else None  # noqa: E731
+        return lambda path: full(path) or ordinary(tensors)(path)
+
+    monkeypatch.setattr(trainer_module, "file_writer", writer)
+    with pytest.raises(TrainingFailed, match=r"step-000004.* cannot be written: .*No space"):
+        run_loop(spec, fake_buffer())
+    assert find_checkpoint(spec.run_dir / "checkpoints")[0].version.step == 2
 
 
 LOOP_POINTS = [
