@@ -30,6 +30,7 @@ class Reporter:
             started_s=launch.run.branches[-1].started_s,
         )
         self.observer: Observer | None = None
+        self.console = console
         self._launch = launch
         self._feed = Feed(launch.run_dir)
         self._display = Display(self.progress, console)
