@@ -23,7 +23,7 @@ $(BIN)/pip:
 # The pip that comes with Python 3.11 knows no --group.
 $(INSTALLED): pyproject.toml | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[gguf]' --group dev
+	$(BIN)/python -m pip install --quiet --editable '.[gguf,ray]' --group dev
 	touch $@
 
 # What `import slipstream.x` means, for pyright (see pyproject.toml).

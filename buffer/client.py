@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import zmq
 import zmq.asyncio
 
-from . import codec
+from . import codec, waits
+from .curve import protect_client
 from .errors import PeerLost, Refused, WireError
 from .messages import (
     Accepted,
@@ -113,6 +114,7 @@ class BufferClient:
         # An ipc path that does not exist yet is tried again this often, in milliseconds.
         socket.setsockopt(zmq.RECONNECT_IVL, 50)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        protect_client(socket, self.endpoint)
         socket.connect(self.endpoint)
         self._reader = asyncio.create_task(self._read(socket), name=f"{self.name} reader")
 
@@ -161,6 +163,7 @@ class BufferClient:
             since_s=time.monotonic(),
             deadline_s=getattr(request, "wait_s", 0.0) + self.timeout_s,
         )
+        waits.put(future, wait)
         try:
             reply = await self._exchange(frames, future, wait)
         except asyncio.CancelledError:
@@ -168,6 +171,7 @@ class BufferClient:
                 self._cut.add(number)
             raise
         finally:
+            waits.put(future)
             del self._pending[number]
         if isinstance(reply, RefusedReply):
             raise Refused(reply.reason)

@@ -19,12 +19,14 @@ from .journal import Journal
 from .mailbox import Mailbox, check_present
 from .messages import Claim, Done, NotYet, ProofLine, RefusedReply, Reply, Request
 from .records import Ticket, TrainingSample, Trajectory, TrajectoryGroup, WeightsManifest
-from .replay import Replay
+from .replay import MAX_DEATHS, Replay
 from .staleness import capacity, proof_line
 from .state import Group, Lengths
 from .take import TakePlan
 from .waits import Wait
 
+PUBLISHED_LEASES = 4
+"""The oldest ones: what holds a batch up is among them."""
 REPORTED_ATTEMPTS = 3
 """A prompt on its fourth attempt is named in the stats: it may never fit the bound."""
 
@@ -48,6 +50,8 @@ class Coordinator:
         self.evaluations = Evaluations(self.mailbox)
         self.closing = ""
         self.refused = 0
+        self.poisoned: list[int] = []
+        """Prompts quarantined because workers died over them."""
         self._pids: dict[str, int] = {}
         self._stats: dict[str, dict[str, float]] = {}
         self._tickets: dict[int, Ticket] = {}
@@ -206,7 +210,7 @@ class Coordinator:
             raise Refused(f"this is run {self.spec.run_id}, {request.name} is of {request.run_id}")
         if self._pids.get(request.name) != request.pid:
             self._pids[request.name] = request.pid
-            self.replay.expire_worker(request.name)
+            self.poisoned += self.replay.worker_died(request.name)
             self.evaluations.expire_worker(request.name)
         return messages.Welcome(
             run_id=self.spec.run_id, branch=self.spec.branch, next_uid=self.replay.state.next_uid
@@ -407,9 +411,24 @@ class Coordinator:
             oldest_inflight_s=max(ages, default=0.0),
             capacity_groups=capacity(state.newest.step, *law) if state.newest else 0,
             workers=self._stats,
-            waits=[*waiting, *self._often_issued()],
+            waits=[*waiting, *self._often_issued(), *map(_poisoned_words, self.poisoned)],
             evaluation=self.evaluations.describe(),
         )
+
+    def waits(self, now: float) -> list[Wait]:
+        """What the learner waits for, and the samples that have been in flight the longest."""
+        leases, since = self.replay.state.leases, self.replay.claimed_at
+        oldest = sorted(leases, key=lambda name: since.get(name, now))[:PUBLISHED_LEASES]
+        inflight = [
+            Wait(
+                owner="buffer",
+                what=f"group {leases[name].uid} sample {index} at {leases[name].worker}",
+                since_s=since.get(name, now),
+            )
+            for name in oldest
+            for index in sorted(leases[name].open)
+        ]
+        return [*([self._step_wait] if self._step_wait is not None else []), *inflight]
 
     def _often_issued(self) -> list[str]:
         """Name the open prompts that had to be issued again and again."""
@@ -420,3 +439,7 @@ class Coordinator:
             for uid in open_uids
             if groups[uid].attempt >= REPORTED_ATTEMPTS
         ]
+
+
+def _poisoned_words(uid: int) -> str:
+    return f"uid {uid} is quarantined: {MAX_DEATHS} workers died over it (`slipstream show` has it)"

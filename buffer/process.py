@@ -17,6 +17,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import waits
 from .errors import SlipstreamError
 
 PARENT_VARIABLE = "SLIPSTREAM_PARENT_PID"
@@ -49,6 +50,7 @@ def run_process(name: str, run_dir: Path, coroutine: Coroutine[Any, Any, Any]) -
     # Told by the supervisor, because it may have died while this process was still importing torch.
     parent_pid = int(os.environ.get(PARENT_VARIABLE, os.getppid()))
     threading.Thread(target=_end_with, args=(parent_pid,), daemon=True).start()
+    waits.publish_for_ever(folder / f"{name}.waits.json")
     try:
         asyncio.run(_until_sigterm(coroutine))
     except Exception as error:  # the process boundary: record, then exit
@@ -61,7 +63,9 @@ async def _until_sigterm(coroutine: Coroutine[Any, Any, Any]) -> None:
     task = asyncio.ensure_future(coroutine)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    pulse = asyncio.ensure_future(waits.pulse())
     await asyncio.wait({task})
+    pulse.cancel()
     if not task.cancelled():
         task.result()
 

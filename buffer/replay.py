@@ -23,6 +23,9 @@ from .staleness import admits, capacity, first_late
 from .state import Group, Lease, State
 from .take import TakePlan, plan_take
 
+MAX_DEATHS = 3
+"""So many workers may die over one prompt before it is taken for the cause."""
+
 
 class Replay:
     """The state machine WAITING -> INFLIGHT -> READY -> TAKEN -> TRAINED, DROPPED(reason)."""
@@ -40,6 +43,8 @@ class Replay:
         self.last_seen: dict[str, float] = {}
         """worker -> when it last showed life, in the caller's clock."""
         self.claimed_at: dict[str, float] = {}
+        self.deaths: Counter[int] = Counter()
+        """uid -> workers that died while they held it, since one of its samples was finished."""
         """lease -> when it was granted, in the caller's clock."""
         self.blocked: tuple[int, float] = (0, 0.0)
         """(step, since when): it could begin but for samples that it would push over the bound."""
@@ -88,6 +93,8 @@ class Replay:
         granted: list[str] = []
         while max_samples > 0 and (choice := self._choose(serving)) is not None:
             group, attempt, indices = choice
+            if not self._alone(worker, group.uid):
+                break
             lease_id = f"{self.state.path.branch}.{self.state.leases_issued}"
             claimed = events.Claimed(
                 uid=group.uid,
@@ -104,6 +111,12 @@ class Replay:
             granted.append(lease_id)
             max_samples -= len(claimed.indices)
         return [(lease_id, self.state.leases[lease_id]) for lease_id in granted]
+
+    def _alone(self, worker: str, uid: int) -> bool:
+        """Whether a prompt may go to a worker that holds others: one whose worker died is given out
+        alone, so that the next death tells a poisoned prompt from its bystanders."""
+        held = {lease.uid for lease in self.state.leases.values() if lease.worker == worker} - {uid}
+        return not held or not (self.deaths.keys() & (held | {uid}))
 
     def _check_serving(self, serving: Version) -> None:
         newest = self.state.newest
@@ -163,6 +176,7 @@ class Replay:
             spans=tuple((s.version.branch, s.version.step, s.length) for s in spans),
             reward=value if value is not None and math.isfinite(value) else None,
         )
+        self.deaths.pop(group.uid, None)
         self._emit(
             events.Finished(uid=group.uid, index=trajectory.index, payload=payload(), facts=facts)
         )
@@ -264,6 +278,18 @@ class Replay:
         }
         return sum(self.expire_worker(worker) for worker in sorted(silent))
 
+    def worker_died(self, worker: str) -> list[int]:
+        """Issue again what a dead worker held; return the prompts that are quarantined instead,
+        because `MAX_DEATHS` workers died over them."""
+        held = {lease.uid for lease in self.state.leases.values() if lease.worker == worker}
+        self.deaths.update(held)
+        self.expire_worker(worker)
+        poisoned = [uid for uid in sorted(held) if self.deaths[uid] >= MAX_DEATHS]
+        for uid in poisoned:
+            del self.deaths[uid]
+            self.quarantine(uid)
+        return poisoned
+
     def expire_worker(self, worker: str) -> int:
         """Issue again what one worker holds; return how many samples."""
         held = [lease for lease in self.state.leases.values() if lease.worker == worker]
@@ -307,7 +333,7 @@ class Replay:
         return plan_take(self, step, now)
 
     def quarantine(self, uid: int) -> None:
-        """Drop a prompt whose ticket is unreadable: nobody can be asked it again."""
+        """Drop a prompt that nobody can be asked again: unreadable, or deadly to workers."""
         step = self.state.next_step
         self._emit(events.Dropped(uid=uid, reason="quarantined", step=step))
 

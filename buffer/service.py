@@ -20,9 +20,10 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
-from . import codec
+from . import codec, waits
 from .config import ServiceSpec
 from .coordinator import Coordinator
+from .curve import protect_server
 from .errors import ConfigError, WireError
 from .messages import RefusedReply, Reply, Request, Stats, TakeGroups
 from .process import run_process
@@ -71,6 +72,7 @@ class BufferService:
         self._names: dict[bytes, str] = {}
         self._connections = 0
         self._last_heard = time.monotonic()
+        self._told_s = 0.0
 
     async def serve(self) -> None:
         """Bind and serve; everything acknowledged is durable, however it ends.
@@ -114,6 +116,7 @@ class BufferService:
             if len(os.fsencode(path)) > MAX_IPC_PATH:
                 raise ConfigError(f"endpoint {self.spec.endpoint}: over {MAX_IPC_PATH} bytes")
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        protect_server(socket, self.spec.endpoint)
         socket.bind(self.spec.endpoint)
         if self.spec.endpoint.startswith("ipc://"):
             path.chmod(0o600)
@@ -142,6 +145,9 @@ class BufferService:
                 replies += self._receive([frame.buffer for frame in message])
         now = time.monotonic()
         self.coordinator.tick(now)
+        if now - self._told_s >= waits.PUBLISH_S:
+            self._told_s = now
+            waits.put("buffer", *self.coordinator.waits(now))
         replies += self._ask_parked(now)
         self.coordinator.commit()
         for (identity, _), frames in replies:

@@ -52,12 +52,7 @@ class Child:
             threads: how many threads its tensor libraries may start.
             environment: variables on top of ours.
         """
-        self.name = name
-        self.run_dir = run_dir
-        self.log_path = run_dir / "logs" / f"{name}.log"
-        self._exit_code: int | None = None
-        # A message of an earlier branch must not be taken for the reason of this one's end.
-        self._error_path.unlink(missing_ok=True)
+        self._describe(name, run_dir)
         with self.log_path.open("ab") as log:
             self._popen = subprocess.Popen(
                 list(argv),
@@ -69,6 +64,14 @@ class Child:
                 start_new_session=True,
             )
         self.pid = self._popen.pid
+
+    def _describe(self, name: str, run_dir: Path) -> None:
+        """Set what every child knows of itself."""
+        self.name, self.run_dir, self.pid = name, run_dir, 0
+        self.log_path = run_dir / "logs" / f"{name}.log"
+        self._exit_code: int | None = None
+        # A message of an earlier branch must not be taken for the reason of this one's end.
+        self._error_path.unlink(missing_ok=True)
 
     @property
     def _error_path(self) -> Path:
@@ -92,8 +95,14 @@ class Child:
 
     def terminate(self) -> None:
         """Ask it to end (SIGTERM to the process itself: it tells its own children)."""
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGTERM)
+        self.send(signal.SIGTERM)
+
+    def send(self, number: signal.Signals) -> bool:
+        """Signal the process itself; False when it has ended."""
+        if self.poll() is not None:
+            return False
+        os.kill(self.pid, number)
+        return True
 
     def kill(self) -> None:
         """End it and everything it started, now."""

@@ -84,12 +84,17 @@ def run(
     seeds: Annotated[str, typer.Option(help="Sibling runs, one after another: 0,1,2.")] = "",
     output: OutputOption = None,
     export: ExportOption = True,
+    launcher: Annotated[str, typer.Option(help="`local` or `ray`; else the experiment's.")] = "",
+    address: Annotated[str, typer.Option(help="Of the Ray cluster: auto, or HOST:PORT.")] = "",
 ) -> None:
     """Train, evaluate and export."""
     from . import launch
     from .load import load_experiment
 
-    numbers, loaded = _seeds(seeds), load_experiment(experiment, overrides or ())
+    given = [*(overrides or ())]
+    given += [f"launcher={launcher}"] if launcher else []
+    given += [f'cluster.address="{address}"'] if address else []
+    numbers, loaded = _seeds(seeds), load_experiment(experiment, given)
     if numbers:
         runs = launch.run_seeds(loaded, numbers, output, export=export)
     else:
@@ -119,6 +124,82 @@ def stop(run: RunArgument) -> None:
     from . import launch
 
     print(launch.stop(run))
+
+
+@app.command()
+def scale(
+    run: RunArgument,
+    rollout_workers: Annotated[int, typer.Option(help="How many there shall be.")],
+) -> None:
+    """Let rollout workers join or leave a running run."""
+    from .scaling import request
+
+    print(request(run, rollout_workers))
+
+
+cluster = typer.Typer(help="Start, look at and end a Ray cluster.", no_args_is_help=True)
+app.add_typer(cluster, name="cluster")
+
+
+@cluster.command()
+def up(
+    hosts: Annotated[Path | None, typer.Argument(metavar="[hosts.toml]", help="Over ssh.")] = None,
+    local: Annotated[int, typer.Option(help="So many nodes on this machine.")] = 0,
+    cpus: Annotated[int | None, typer.Option(help="Of each local node; else all.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="Of each local node; else all.")] = None,
+) -> None:
+    """Start Ray: several nodes on this machine, or one on each host."""
+    from . import ray_cluster
+
+    if (hosts is None) == (local == 0):
+        raise typer.BadParameter("give either hosts.toml or --local N")
+    started = (
+        ray_cluster.up_local(local, cpus=cpus, gpus=gpus)
+        if hosts is None
+        else ray_cluster.up_hosts(hosts)
+    )
+    print(f"Ray is up at {started.address}; `slipstream cluster down` ends it")
+
+
+@cluster.command()
+def status() -> None:
+    """The nodes and what is free on them."""
+    from . import ray_cluster
+
+    print("\n".join(ray_cluster.status()))
+
+
+@cluster.command()
+def down() -> None:
+    """End the cluster that `up` started."""
+    from . import ray_cluster
+
+    print("\n".join(ray_cluster.down()))
+
+
+@app.command()
+def submit(
+    experiment: ExperimentArgument,
+    overrides: OverridesArgument = None,
+    address: Annotated[str, typer.Option(help="auto, or the job server's.")] = "auto",
+) -> None:
+    """Run an experiment as a job of a Ray cluster."""
+    from . import ray_cluster
+
+    job = ray_cluster.submit(experiment, overrides or (), address)
+    print(f"submitted {job}; follow it with: ray job logs {job} --follow")
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder.")] = None,
+) -> None:
+    """Say what a run waits for, alive or dead; without RUN, whether this machine can run one."""
+    from .doctor import machine_report, run_report
+
+    ok, lines = machine_report(Path.cwd()) if run is None else run_report(run)
+    print("\n".join(lines))
+    raise typer.Exit(0 if ok else 1)
 
 
 @app.command()

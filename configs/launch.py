@@ -34,7 +34,7 @@ from .run_dir import (
     update_run,
 )
 from .schema import Experiment
-from .session import run_branch, run_warm_start
+from .session import run_branches, run_warm_start
 from .specs import Launch, preflight_plan
 from .track import check_tracking
 
@@ -69,7 +69,7 @@ def run(
     run_dir = create_run_dir(loaded, output, files)
     with supervising(run_dir):
         launch = _prepare_or_remove(loaded.experiment, run_dir, console)
-        return run_branch(launch, console, export=export)
+        return run_branches(launch, console, lambda: _reopen(run_dir, console), export=export)
 
 
 def sft_only(
@@ -88,7 +88,7 @@ def sft_only(
     run_dir = create_run_dir(loaded, output)
     with supervising(run_dir):
         launch = _prepare_or_remove(loaded.experiment, run_dir, console)
-        return run_warm_start(launch, console)
+        return run_warm_start(launch, console, lambda: _reopen(run_dir, console))
 
 
 def run_seeds(
@@ -166,7 +166,7 @@ def resume(run_dir: Path, *, console: Console | None = None, export: bool = True
     read_run(run_dir)  # a folder that is no run is refused before anything is written into it
     with supervising(run_dir):
         launch = _reopen(run_dir, console)
-        return run_branch(launch, console, export=export)
+        return run_branches(launch, console, lambda: _reopen(run_dir, console), export=export)
 
 
 def _reopen(run_dir: Path, console: Console) -> Launch:

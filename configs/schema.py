@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from ..buffer.config import BufferConfig, Settings
 from ..learner.config import LearnerConfig, SftConfig
 from ..rollout.config import EvalConfig, PromptsConfig, RewardConfig, RolloutConfig
+from .cluster import ClusterConfig
 
 MAX_KEPT_IDS = 512
 """Ids recorded per token under `ratio_law = "kept_set"`; more would cost more than the text."""
@@ -44,7 +45,8 @@ class Experiment(Settings):
     mode: Literal["async", "sequential"] = "async"
     """`sequential`: generate P groups, then train on them, and so on (S = 0, nothing overlaps)."""
     launcher: Literal["local", "ray"] = "local"
-    """`local`: plain processes on this machine. `ray` is not there yet and is refused."""
+    """`local`: plain processes on this machine. `ray`: the same processes, placed by Ray (needs the
+    extra `slipstream[ray]`; see `[cluster]`)."""
     runs_dir: Annotated[str, Field(min_length=1)] = "runs"
     """Each run makes a new folder in it; relative to where the command is given."""
     prompts: PromptsConfig = PromptsConfig()
@@ -56,6 +58,7 @@ class Experiment(Settings):
     """A warm start; without the section (or with `sft = false`) there is none."""
     eval: EvalConfig = EvalConfig()
     track: TrackConfig = TrackConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @property
     def samples_per_step(self) -> int:
@@ -158,11 +161,6 @@ def check_prompts(experiment: Experiment) -> Iterator[str]:
 
 def check_launch(experiment: Experiment) -> Iterator[str]:
     """Yield what this version cannot start."""
-    if experiment.launcher == "ray":
-        yield (
-            'launcher = "ray" is not there yet: this version starts plain processes on one '
-            'machine; set launcher = "local"'
-        )
     low, high = experiment.learner.optimizer.betas
     if not (0 <= low < 1 and 0 <= high < 1):
         yield f"learner.optimizer.betas = [{low:g}, {high:g}] must both lie in [0, 1)"

@@ -1,58 +1,81 @@
-"""One branch of a run, from the start of its processes to its closing screen."""
+"""A run from its processes' start to its closing screen, over as many branches as it takes."""
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
 
-from ..buffer.errors import SlipstreamError
+from ..buffer.errors import ConfigError, SlipstreamError
+from ..learner.checkpoint import complete_folders
 from .audit import audit_run
 from .child import Child
 from .closing import print_closing
+from .doctor import Doctor, Stall
 from .exporting import export_run
 from .observer import Observer
 from .reporter import Reporter
 from .result import Audited, Result, RunResult, summarise
 from .run_dir import end_branch, read_run
+from .scaling import Balance, Scaling, balance
 from .scratch import Scratch, scratch
 from .sizes import DTYPE_BYTES, model_size
-from .specs import Launch, process_plans
-from .supervisor import POLL_S, Deadlines, Outcome, StopRequests, Supervisor, failure_of
+from .specs import Launch, ProcessPlan, process_names, process_plan
+from .supervisor import POLL_S, Deadlines, Outcome, StopRequests, Supervisor, outcome_of
 
 EXIT_CODES = {"finished": 0, "interrupted": 130}
 
 UNKNOWN_MODEL_BYTES = 2 * 2**30
 """Assumed for a model whose config does not tell its size; decides only tmpfs or disk."""
 
-
-def run_branch(launch: Launch, console: Console, *, export: bool = True) -> RunResult:
-    """Run the newest branch to its end, whatever the end is, and print the closing screen.
-
-    Args:
-        launch: the run and its newest branch.
-        console: where displays go.
-        export: whether a finished run is exported.
-    """
-    return _session(launch, console, _supervise, export=export)
-
-
-def run_warm_start(launch: Launch, console: Console) -> RunResult:
-    """Run only the warm start, export it, and print the closing screen."""
-    return _session(launch, console, _follow_warm_start, export=True)
+Reopen = Callable[[], Launch]
+Start = Callable[[ProcessPlan], Child]
 
 
 Work = Callable[[Launch, Reporter, StopRequests], Outcome]
 
 
-def _session(launch: Launch, console: Console, work: Work, *, export: bool) -> RunResult:
+def run_branches(
+    launch: Launch, console: Console, reopen: Reopen, *, export: bool = True
+) -> RunResult:
+    """Run the newest branch, and those that continue it when the policy says so, to the end,
+    whatever it is; print the closing screen.
+
+    Args:
+        launch: the run and its newest branch.
+        console: where displays go.
+        reopen: opens the next branch, from the newest checkpoint.
+        export: whether a finished run is exported.
+    """
+    return _session(launch, console, _supervise, reopen, export=export)
+
+
+def run_warm_start(launch: Launch, console: Console, reopen: Reopen) -> RunResult:
+    """Run only the warm start, export it, and print the closing screen."""
+    return _session(launch, console, _follow_warm_start, reopen, export=True)
+
+
+def _session(
+    launch: Launch, console: Console, work: Work, reopen: Reopen, *, export: bool
+) -> RunResult:
     """Do the work under a display, conclude, and leave run.json telling how it ended."""
-    stop = StopRequests()
+    stop, went_back, saved = StopRequests(), 0, _saved(launch)
     try:
-        with stop.listening(), Reporter(launch, console) as reporter:
-            outcome = work(launch, reporter, stop)
-            result = _conclude(launch, outcome, reporter, stop, export=export)
+        with stop.listening():
+            while True:
+                with Reporter(launch, console) as reporter:
+                    outcome = work(launch, reporter, stop)
+                    went_back = went_back if _saved(launch) == saved else 0
+                    allowed = went_back < launch.experiment.cluster.restarts
+                    if not (outcome.go_back and allowed) or stop.count:
+                        result = _conclude(launch, outcome, reporter, stop, export=export)
+                        break
+                went_back, saved = went_back + 1, _saved(launch)
+                _say(console, launch, f"{outcome.process}: {outcome.reason}")
+                end_branch(launch.run_dir, "failed", f"{outcome.process}: {outcome.reason}", None)
+                launch = reopen()
     except BaseException as error:
         # Our own mistake or a tracker's: the children are gone, and run.json must say so.
         end_branch(launch.run_dir, "failed", f"{type(error).__name__}: {error}", None)
@@ -68,11 +91,22 @@ def _session(launch: Launch, console: Console, work: Work, *, export: bool) -> R
     return done
 
 
+def _saved(launch: Launch) -> list[str]:
+    """The checkpoints there are: what reaches a new one is not going round in circles."""
+    return [folder.name for folder in complete_folders(launch.run_dir / "checkpoints")]
+
+
+def _say(console: Console, launch: Launch, line: str) -> None:
+    """Tell the user, and keep it beside the processes' logs."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    with suppress(OSError), (launch.run_dir / "logs" / "supervisor.log").open("a") as log:
+        log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+
 def _follow_warm_start(launch: Launch, reporter: Reporter, stop: StopRequests) -> Outcome:
     """Start the one process of a warm start and wait for it."""
     places = Scratch(endpoint="ipc://none", weights_dir=launch.run_dir)
-    learner, *_ = process_plans(launch, places)
-    plan = dataclasses.replace(learner, module="learner.warm_start")
+    plan = dataclasses.replace(process_plan(launch, places, "learner"), module="learner.warm_start")
     child = plan.start(launch.run_dir, Path(launch.run.working_dir))
     try:
         while child.poll() is None and not stop.count:
@@ -85,28 +119,74 @@ def _follow_warm_start(launch: Launch, reporter: Reporter, stop: StopRequests) -
     finally:
         child.kill()
     if child.poll() != 0:
-        return failure_of(child)
+        return outcome_of(child)
     return Outcome(status="finished")
+
+
+@contextmanager
+def _launcher(launch: Launch) -> Iterator[tuple[Scratch, Start]]:
+    """Where the run's processes meet, and who starts them."""
+    if launch.experiment.launcher == "ray":
+        try:
+            from .ray_launcher import ray_launcher
+        except ImportError:
+            raise ConfigError(
+                "launcher = \"ray\" needs Ray: pip install 'slipstream[ray]'"
+            ) from None
+        with ray_launcher(launch, _version_bytes(launch)) as both:
+            yield both
+        return
+    working_dir = Path(launch.run.working_dir)
+    with scratch(launch.run_dir, launch.run.run_id, _version_bytes(launch)) as places:
+        yield places, lambda plan: plan.start(launch.run_dir, working_dir)
 
 
 def _supervise(launch: Launch, reporter: Reporter, stop: StopRequests) -> Outcome:
     """Start the processes and follow them; afterwards none is left."""
-    working_dir = Path(launch.run.working_dir)
     children: dict[str, Child] = {}
-    with scratch(launch.run_dir, launch.run.run_id, _version_bytes(launch)) as places:
-        reporter.observer = observer = Observer(places.endpoint, launch.run.run_id)
+    with _launcher(launch) as (places, start):
+        around = _Around(launch, reporter, places, start)
         try:
-            for plan in process_plans(launch, places):
-                children[plan.name] = plan.start(launch.run_dir, working_dir)
-            observer.start()
-            supervisor = Supervisor(
-                children, close_run=observer.close_run, tick=reporter.tick, stop=stop
-            )
-            return supervisor.run()
+            for name in process_names(launch.experiment):
+                children[name] = around.start(name)
+            around.observer.start()
+            restarts = launch.experiment.cluster.restarts
+            return Supervisor(children, around, stop, restarts=restarts).run()
         finally:
             for child in children.values():  # a start that failed halfway
                 child.kill()
-            observer.stop()
+            around.observer.stop()
+            if (measured := around.measure()) is not None:
+                _say(reporter.console, launch, measured.line(around.workers))
+
+
+class _Around:
+    """The supervisor's surroundings: see `supervisor.Surroundings`."""
+
+    def __init__(self, launch: Launch, reporter: Reporter, places: Scratch, start: Start) -> None:
+        self._launch, self._reporter, self._places, self._start = launch, reporter, places, start
+        self._doctor = Doctor(launch.run_dir, launch.experiment.cluster.stall_s)
+        self._scaling = Scaling(launch.run_dir, launch.experiment.cluster)
+        self.workers = launch.experiment.rollout.workers
+        self.observer = reporter.observer = Observer(places.endpoint, launch.run.run_id)
+        self.close_run, self.tick = self.observer.close_run, reporter.tick
+        self.chain = self._doctor.chain
+
+    def start(self, name: str) -> Child:
+        return self._start(process_plan(self._launch, self._places, name))
+
+    def say(self, line: str) -> None:
+        _say(self._reporter.console, self._launch, line)
+
+    def stalled(self, children: Mapping[str, Child]) -> list[Stall]:
+        return self._doctor.look(children)
+
+    def measure(self) -> Balance | None:
+        return balance(self._reporter.progress.rows, self.observer.latest, self.workers)
+
+    def wanted_workers(self, now: int) -> int:
+        self.workers = now
+        return self._scaling.wanted(now, self.measure)
 
 
 def _version_bytes(launch: Launch) -> int:

@@ -1,7 +1,6 @@
 """What each process of a run is told: one spec per process, written to `processes/NAME.json`."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,13 +36,17 @@ class ProcessPlan:
     spec: Settings
     threads: int = 1
 
-    def start(self, run_dir: Path, working_dir: Path) -> Child:
-        """Write the spec and start the process."""
+    def write(self, run_dir: Path) -> list[str]:
+        """Write the spec; the command that reads it."""
         path = run_dir / "processes" / f"{self.name}.json"
         path.write_text(self.spec.model_dump_json(indent=2) + "\n")
+        return module_argv(self.module, path)
+
+    def start(self, run_dir: Path, working_dir: Path) -> Child:
+        """Write the spec and start the process."""
         return Child(
             self.name,
-            module_argv(self.module, path),
+            self.write(run_dir),
             run_dir=run_dir,
             threads=self.threads,
             environment=user_module_path(self.spec, working_dir),
@@ -75,27 +78,32 @@ class Launch:
         return self.run_dir / "sft.jsonl" if self.experiment.sft is not None else None
 
 
-def process_plans(launch: Launch, places: Scratch) -> Iterator[ProcessPlan]:
-    """Yield the run's processes in the order in which they are started.
+def process_names(experiment: Experiment) -> list[str]:
+    """The run's processes in the order in which they are started.
 
     The learner comes first: it is on the way to the first step the longest (torch, then the warm
     start), and the others find the buffer whenever it is up.
     """
+    workers = [f"worker-{number}" for number in range(experiment.rollout.workers)]
+    return ["learner", "buffer", *workers, "feeder"]
+
+
+def process_plan(launch: Launch, places: Scratch, name: str) -> ProcessPlan:
+    """One process of the run: `learner`, `buffer`, `feeder` or `worker-N`."""
     experiment = launch.experiment
-    learner = experiment.learner
-    threads = max(learner.threads, experiment.sft.threads if experiment.sft else 1)
-    yield ProcessPlan(
-        name="learner", module="learner.loop", spec=learner_spec(launch, places), threads=threads
-    )
-    yield ProcessPlan(name="buffer", module="buffer.service", spec=service_spec(launch, places))
-    for number in range(experiment.rollout.workers):
-        yield ProcessPlan(
-            name=f"worker-{number}",
-            module="rollout.worker",
-            spec=worker_spec(launch, places, f"worker-{number}"),
-            threads=experiment.rollout.threads_per_worker,
-        )
-    yield ProcessPlan(name="feeder", module="rollout.feeder", spec=feeder_spec(launch, places))
+    match name:
+        case "learner":
+            sft_threads = experiment.sft.threads if experiment.sft else 1
+            threads = max(experiment.learner.threads, sft_threads)
+            module, spec = "learner.loop", learner_spec(launch, places)
+        case "buffer":
+            threads, module, spec = 1, "buffer.service", service_spec(launch, places)
+        case "feeder":
+            threads, module, spec = 1, "rollout.feeder", feeder_spec(launch, places)
+        case _:
+            threads = experiment.rollout.threads_per_worker
+            module, spec = "rollout.worker", worker_spec(launch, places, name)
+    return ProcessPlan(name=name, module=module, spec=spec, threads=threads)
 
 
 def preflight_plan(launch: Launch) -> ProcessPlan:

@@ -1,7 +1,8 @@
 """Follows the processes of a run to its end: finished, failed or interrupted, with none left.
 
     RUNNING --learner 0--> EVALUATING --feeder 0--> CLOSING --workers, buffer 0--> finished
-    any of them --a process ends that should not--> failed (its reason)
+    any of them --a process fails--> what `policy.POLICY` says: restarted, back to the checkpoint,
+                                     or failed (its reason)
     any of them --Ctrl-C, SIGTERM--> learner saves at its step boundary --> interrupted
 
 On every way out the order is: learner (it may still be saving, and tells the buffer), then feeder
@@ -11,13 +12,15 @@ and workers, then the buffer; each with a deadline, then SIGKILL.
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Literal
+from typing import Literal, Protocol
 
 from .child import Child
+from .doctor import Stall, dump_stacks
+from .policy import Budget, failure_of, kind_of, rule_for
 
 POLL_S = 0.05
 
@@ -46,13 +49,21 @@ class Outcome:
     """Which one ended the run, when it failed."""
     exit_code: int = 1
     """Of a failed run: what its process recorded; a `ConfigError` is a 2 wherever it shows."""
+    go_back: bool = False
+    """Whether the policy is to continue from the newest checkpoint."""
 
 
-def failure_of(child: Child) -> Outcome:
+def outcome_of(child: Child, why: str = "", *, go_back: bool = False) -> Outcome:
     """The end of a run whose child ended badly."""
     error = child.error()
     code = 1 if error is None else error.exit_code
-    return Outcome(status="failed", reason=child.why(), process=child.name, exit_code=code)
+    return Outcome(
+        status="failed",
+        reason=why or child.why(),
+        process=child.name,
+        exit_code=code,
+        go_back=go_back,
+    )
 
 
 class StopRequests:
@@ -90,40 +101,73 @@ class _Ended(Exception):
         self.outcome = outcome
 
 
+class Surroundings(Protocol):
+    """What a supervisor needs of the rest of a session."""
+
+    def start(self, name: str, /) -> Child:
+        """Start the process of this name."""
+        ...
+
+    def close_run(self, reason: str, /) -> None:
+        """Tell the buffer that no more claims are granted; returns quickly."""
+        ...
+
+    def tick(self, phase: str, /) -> None:
+        """Called every `POLL_S` with the phase in words; draws displays."""
+        ...
+
+    def say(self, line: str, /) -> None:
+        """Tell the user, and the run's log."""
+        ...
+
+    def stalled(self, children: dict[str, Child], /) -> list[Stall]:
+        """Which children hang."""
+        ...
+
+    def chain(self) -> str:
+        """Who waits on whom."""
+        ...
+
+    def wanted_workers(self, now: int, /) -> int:
+        """How many rollout workers there should be."""
+        ...
+
+
 class Supervisor:
     """Owns the children of one run, named `buffer`, `feeder`, `worker-0` ... and `learner`.
 
-    Trace of a crash:
+    Trace of crashes, one restart allowed:
         run()                    # all run
-        worker-0 dies            # _check raises _Ended(failed, why)
+        worker-0 dies            # _recover: started again
+        worker-0 dies            # _recover: raises _Ended(failed, why)
         _end_all                 # learner SIGTERM, saves; feeder, workers; buffer; SIGKILL
         -> Outcome(status="failed", process="worker-0", reason="...")
     """
 
     def __init__(
         self,
-        children: Mapping[str, Child],
-        *,
-        close_run: Callable[[str], None],
-        tick: Callable[[str], None],
+        children: dict[str, Child],
+        around: Surroundings,
         stop: StopRequests,
+        *,
+        restarts: int = 0,
         deadlines: Deadlines | None = None,
     ) -> None:
         """Take over running children.
 
         Args:
-            children: by name; all are ended when `run` returns.
-            close_run: tells the buffer that no more claims are granted; must return quickly.
-            tick: called every `POLL_S` with the phase in words; draws displays.
+            children: by name; all are ended when `run` returns, those started later included.
+            around: starts processes, shows what happens.
             stop: who asked to stop, and how often.
+            restarts: of each kind of process, within ten minutes.
             deadlines: how long each way of ending may take.
         """
-        self._children = children
-        self._close_run = close_run
-        self._tick = tick
-        self._stop = stop
+        self._children, self._around, self._stop = children, around, stop
+        self._budget = Budget(restarts)
         self._deadlines = deadlines or Deadlines()
         self._closing = False
+        self._leaving: set[str] = set()
+        self._stalled: dict[str, str] = {}
 
     def run(self) -> Outcome:
         """Follow the run to its end; afterwards no child is left."""
@@ -134,7 +178,8 @@ class Supervisor:
             self._end_gracefully(ended.outcome)
             return ended.outcome
         finally:
-            self._kill_all()
+            for child in self._children.values():
+                child.kill()
 
     def _follow(self) -> None:
         """The happy path; anything else raises `_Ended`."""
@@ -142,7 +187,7 @@ class Supervisor:
         # However long it takes: the feeder itself gives up an evaluation that makes no progress.
         self._wait_for("feeder", phase="final evaluation", deadline_s=None)
         self._closing = True
-        self._close_run("finished")
+        self._around.close_run("finished")
         for name in self._workers:
             self._wait_for(name, phase="closing", deadline_s=self._deadlines.end_s)
         self._children["buffer"].terminate()
@@ -156,30 +201,77 @@ class Supervisor:
         """Until this child ended well, or for so long; `run` kills what is left then."""
         end = None if deadline_s is None else time.monotonic() + deadline_s
         while self._children[name].poll() is None:
-            self._tick(phase)
+            self._around.tick(phase)
             self._check()
             if end is not None and time.monotonic() > end:
                 return
             time.sleep(POLL_S)
         self._check()
+        if self._children[name].poll() is None:  # it failed at last, and is restarted
+            self._wait_for(name, phase=phase, deadline_s=deadline_s)
 
     def _check(self) -> None:
-        """Raise when the user asked to stop, or when a child ended that should not have."""
+        """Raise when the user asked to stop; see to children that hang, ended, or are to come."""
         if self._stop.count:
             raise _Ended(Outcome(status="interrupted", reason="stopped on request"))
+        if self._closing:
+            return  # all is trained and evaluated; what a process loses now nobody needs
+        for stall in self._around.stalled(self._children):
+            self._end_stalled(stall)
         ended = [child for child in self._children.values() if self._ended_badly(child)]
         if ended:
-            cause = min(ended, key=_blame)
-            raise _Ended(failure_of(cause))
+            self._recover(min(ended, key=_blame))
+        self._scale()
 
     def _ended_badly(self, child: Child) -> bool:
-        code = child.poll()
-        if code is None:
-            return False
         # The learner and the feeder end by themselves when done; the others only when told.
-        may_end = self._closing or child.name in ("learner", "feeder")
-        asked = self._closing and code == -signal.SIGTERM
-        return not (may_end and (code == 0 or asked))
+        code = child.poll()
+        done = code == 0 and child.name in ("learner", "feeder")
+        return code is not None and not done and child.name not in self._leaving
+
+    def _end_stalled(self, stall: Stall) -> None:
+        """Show the chain of waits and the stacks of a hung process, then kill it."""
+        child = self._children[stall.name]
+        self._around.say(f"stalled: {self._around.chain()}")
+        self._around.say(f"{stall.name} (pid {child.pid}) {stall.why}; {dump_stacks(child)}")
+        self._stalled[stall.name] = f"hung: {stall.why}"
+        child.kill()
+
+    def _recover(self, child: Child) -> None:
+        """Do what the policy says of a process that failed.
+
+        Raises:
+            _Ended: the run ends, or goes back to its checkpoint.
+        """
+        why = self._stalled.pop(child.name, "")
+        rule = rule_for(child.name, failure_of(child, stalled=bool(why)))
+        kind, first = kind_of(child.name), (why or child.why()).splitlines()[0].rstrip(":;")
+        if rule.action == "go back" and self._budget.allowed:
+            raise _Ended(outcome_of(child, why, go_back=True))
+        if rule.action != "restart" or not self._budget.spend(kind):
+            raise _Ended(outcome_of(child, why))
+        count = f"{self._budget.used(kind)} of {self._budget.allowed}"
+        self._around.say(f"{child.name}: {first}; {rule.words} ({kind} restart {count})")
+        self._children[child.name] = self._around.start(child.name)
+
+    def _scale(self) -> None:
+        """Start or end rollout workers until there are as many as wanted."""
+        for name in [name for name in self._leaving if self._children[name].poll() is not None]:
+            self._leaving.discard(name)
+            del self._children[name]
+        staying = [name for name in self._workers if name not in self._leaving]
+        wanted = self._around.wanted_workers(len(staying))
+        if wanted == len(staying):
+            return
+        if wanted < len(staying):
+            for name in sorted(staying, key=_number)[wanted:]:
+                self._leaving.add(name)
+                self._children[name].terminate()  # it gives back what it holds
+        taken = {_number(name) for name in self._workers}
+        free = [number for number in range(wanted + len(taken)) if number not in taken]
+        for number in free[: max(0, wanted - len(staying))]:
+            self._children[f"worker-{number}"] = self._around.start(f"worker-{number}")
+        self._around.say(f"rollout workers: {len(staying)} -> {wanted}")
 
     def _end_gracefully(self, outcome: Outcome) -> None:
         """Learner first, buffer last; a second request to stop ends all waiting."""
@@ -189,7 +281,7 @@ class Supervisor:
             save_s = self._deadlines.learner_crash_s if alive else 2.0
         self._end(["learner"], save_s, phase="saving")
         if alive:
-            self._close_run(outcome.reason.splitlines()[0])
+            self._around.close_run(outcome.reason.splitlines()[0])
         self._end(["feeder", *self._workers], self._deadlines.end_s, phase="ending")
         self._end(["buffer"], self._deadlines.end_s, phase="ending")
 
@@ -200,16 +292,16 @@ class Supervisor:
             child.terminate()
         end = time.monotonic() + deadline_s
         while any(child.poll() is None for child in children):
-            self._tick(phase)
+            self._around.tick(phase)
             if time.monotonic() > end or self._stop.count >= 2:
                 break
             time.sleep(POLL_S)
         for child in children:
             child.kill()
 
-    def _kill_all(self) -> None:
-        for child in self._children.values():
-            child.kill()
+
+def _number(name: str) -> int:
+    return int(name.partition("-")[2])
 
 
 def _blame(child: Child) -> tuple[bool, bool]:

@@ -35,6 +35,7 @@ from ..buffer.errors import PeerLost, Refused, TrainingFailed
 from ..buffer.messages import Batch, NotYet
 from ..buffer.process import run_process
 from ..buffer.records import Version, WeightsManifest
+from ..buffer.waits import waiting
 from .checkpoint import crash_point
 from .config import LearnerSpec
 from .step import StepResult
@@ -229,7 +230,8 @@ class LearnerLoop:
 
     async def _in_thread(self, work: Callable[[], R]) -> R:
         """Run blocking work in the one training thread."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool, work)
+        with waiting("learner", f"its training thread at step {self.trainer.held.step + 1}"):
+            return await asyncio.get_running_loop().run_in_executor(self.pool, work)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+from ..buffer import waits
 from ..buffer.client import BufferClient
 from ..buffer.errors import PeerLost, Refused, TrainingFailed
 from ..buffer.messages import Claim
@@ -43,6 +44,11 @@ class HandIn:
     def lease(self, claim: Claim, request_id: str, index: int) -> None:
         """Note a sample that must be handed in or given back."""
         self._open[request_id] = (claim, index)
+        self._wait(claim, index, request_id, f"the engine of {self._engine_id}")
+
+    def _wait(self, claim: Claim, index: int, request_id: str, what: str) -> None:
+        owner = f"group {claim.ticket.prompt.uid} sample {index}"
+        waits.put(request_id, waits.Wait(owner=owner, what=what, since_s=time.monotonic()))
 
     async def finish(
         self,
@@ -62,6 +68,7 @@ class HandIn:
         else:
             await self._score(claim, index, request, output, claimed_s)
         self._open.pop(output.request_id)
+        waits.put(output.request_id)
 
     async def _score(
         self,
@@ -72,6 +79,7 @@ class HandIn:
         claimed_s: float,
     ) -> None:
         self._errors_in_a_row = 0
+        self._wait(claim, index, output.request_id, f"reward {self._rewards.describe()}")
         score = await self._rewards.score(completion_of(output), claim.ticket.prompt)
         self._rewards.raise_if_failing()
         if score.status == "infrastructure_failed" and claim.attempt + 1 < MAX_SCORING_ATTEMPTS:

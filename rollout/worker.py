@@ -19,6 +19,7 @@ from ..buffer.errors import CorruptData, Refused
 from ..buffer.messages import Claim, Claims
 from ..buffer.process import run_process
 from ..buffer.records import Message
+from ..buffer.waits import progressed, waiting
 from ..kernels.models import load_tokenizer, render_prompt
 from .config import WorkerSpec
 from .engine import Engine
@@ -108,7 +109,8 @@ class Worker:
             if newest.manifest is None or newest.manifest.version == serving:
                 continue
             try:
-                await self._engine.load(newest.manifest)
+                with waiting(self._spec.name, f"its engine to load {newest.manifest.version}"):
+                    await self._engine.load(newest.manifest)
                 failures = 0
                 self._loaded.set()
             except CorruptData:
@@ -203,6 +205,8 @@ class Worker:
             await asyncio.sleep(min(HEARTBEAT_S, self._lease_s / 4))
             self._count(0)
             stats, now_s = self._engine.stats(), time.monotonic()
+            if stats.generated_tokens > written:
+                progressed(f"the engine of {self._spec.name}")
             await self._client.heartbeat(
                 self._engine.serving,
                 {

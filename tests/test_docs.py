@@ -23,7 +23,7 @@ from slipstream.configs.schema import all_keys, all_sections
 ROOT = Path(__file__).parents[1]
 ORDER = ("README.md", "docs/first-run.md", "docs/model-and-data.md", "docs/reward.md",
          "docs/run-folder.md", "docs/staleness.md", "docs/architecture.md", "docs/config.md",
-         "docs/coming-from.md")  # fmt: skip
+         "docs/coming-from.md", "docs/cluster.md")  # fmt: skip
 """As a reader goes on; later pages use what earlier ones made."""
 NEEDS = {"docs/run-folder.md": ("docs/first-run.md",)}
 """Pages that must have run before, also when the test of one page runs alone."""

@@ -104,6 +104,11 @@ class RewardChild(asyncio.SubprocessProtocol):
         return child
 
     @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._pid
+
+    @property
     def load(self) -> int:
         """Jobs sent and not answered."""
         return len(self._inflight)

@@ -109,6 +109,11 @@ class RewardPool:
         self._note(score)
         return score
 
+    def describe(self) -> str:
+        """The reward and its processes, for people who wait for it."""
+        pids = ", ".join(str(child.pid) for child in self._children) or "starting"
+        return f"{self.config.name}, pid {pids}"
+
     @property
     def failure_rate(self) -> float:
         """Share of the last 200 rewards that failed; 0 before the first."""

@@ -43,7 +43,11 @@ REFUSED = [
     (["prompts.source=dataset"], ["needs prompts.path"]),
     (["prompts.source=dataset", "prompts.path=x.jsonl"], ["reasoning_gym", "exact_match"]),
     (["prompts.template=hello"], ["does not contain {prompt}"]),
-    (["launcher=ray"], ['launcher = "ray" is not there yet', "local"]),
+    (["cluster.min_workers=2"], ["cluster.max_workers = 0 is below cluster.min_workers"]),
+    (
+        ["cluster.placement=shared", "cluster.worker_gpus=1", "cluster.learner_gpus=1"],
+        ["on one device", "add up to 1 at most"],
+    ),
     (["learner.steps"], ["must look like learner.steps=5"]),
     (["learner.steps=5", "learner.steps.x=5"], ["contradicts steps = 5"]),
 ]  # fmt: skip

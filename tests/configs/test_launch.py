@@ -31,7 +31,7 @@ from slipstream.configs.run_dir import (
     read_run,
     write_run,
 )
-from slipstream.configs.specs import Launch, process_plans, user_module_path
+from slipstream.configs.specs import Launch, process_names, process_plan, user_module_path
 from slipstream.configs.track import check_tracking, make_trackers, scalars
 
 ROWS = [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(40)]
@@ -258,7 +258,7 @@ def test_the_processes_are_told_the_same_run_branch_and_endpoint(tmp_path: Path)
         experiment=loaded.experiment, run=read_run(run_dir), run_dir=run_dir, model_dir=tmp_path
     )
     places = scratch.Scratch(endpoint="ipc:///tmp/x/buffer", weights_dir=tmp_path)
-    plans = {plan.name: plan for plan in process_plans(told, places)}
+    plans = {n: process_plan(told, places, n) for n in process_names(told.experiment)}
     assert list(plans) == ["learner", "buffer", "worker-0", "worker-1", "worker-2", "feeder"]
     specs = [json.loads(plan.spec.model_dump_json()) for plan in plans.values()]
     assert {spec["endpoint"] for spec in specs} == {"ipc:///tmp/x/buffer"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from slipstream.configs import doctor
 from slipstream.configs.child import Child, module_argv
+from slipstream.configs.doctor import Doctor
 from slipstream.configs.supervisor import Deadlines, Outcome, StopRequests, Supervisor
 
 FOREVER = "import time; time.sleep(600)"
@@ -48,18 +51,39 @@ def start(run_dir: Path) -> Iterator[Start]:
         child.kill()
 
 
+class Around:
+    """What a session gives a supervisor, for stand-ins."""
+
+    def __init__(self, run_dir: Path, tick: Callable[[str], None], scripts: dict[str, str]) -> None:
+        self.run_dir, self.tick, self.scripts = run_dir, tick, scripts
+        self.closed: list[str] = []
+        self.said: list[str] = []
+        self.started: list[str] = []
+        self.workers: int | None = None
+        self.doctor = Doctor(run_dir, stall_s=2.0)
+        self.close_run, self.say = self.closed.append, self.said.append
+        self.stalled, self.chain = self.doctor.look, self.doctor.chain
+
+    def start(self, name: str) -> Child:
+        self.started.append(name)
+        argv = [sys.executable, "-c", self.scripts.get(name, FOREVER)]
+        return Child(name, argv, run_dir=self.run_dir)
+
+    def wanted_workers(self, now: int) -> int:
+        return now if self.workers is None else self.workers
+
+
 def supervise(
     children: dict[str, Child],
     *,
     stop: StopRequests | None = None,
     tick: Callable[[str], None] = lambda phase: None,
-    closed: list[str] | None = None,
+    around: Around | None = None,
+    restarts: int = 0,
 ) -> Outcome:
-    close_run = (closed if closed is not None else []).append
+    around = around or Around(next(iter(children.values())).run_dir, tick, {})
     stop = stop or StopRequests()
-    return Supervisor(
-        children, close_run=close_run, tick=tick, stop=stop, deadlines=DEADLINES
-    ).run()
+    return Supervisor(children, around, stop, restarts=restarts, deadlines=DEADLINES).run()
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> None:
@@ -70,12 +94,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 
 
 def test_a_run_is_finished_when_learner_and_feeder_end_and_nobody_is_left(start: Start) -> None:
-    closed: list[str] = []
     phases: list[str] = []
     children = start(learner=DONE, feeder=DONE)
-    outcome = supervise(children, closed=closed, tick=phases.append)
+    around = Around(children["buffer"].run_dir, phases.append, {})
+    outcome = supervise(children, around=around)
     assert outcome.status == "finished"
-    assert closed == ["finished"]
+    assert around.closed == ["finished"]
     assert phases[-1] == "closing"
     assert all(child.poll() is not None for child in children.values())
 
@@ -115,6 +139,116 @@ def test_without_a_record_the_reason_is_the_end_of_the_log(start: Start, run_dir
     assert "exited with code 1" in outcome.reason
     assert "ValueError: no such tensor" in outcome.reason
     assert str(run_dir / "logs" / "worker-0.log") in outcome.reason
+
+
+@pytest.mark.parametrize("name", ["buffer", "feeder", "worker-0"])
+def test_a_killed_process_is_restarted_as_often_as_allowed_and_then_ends_the_run(
+    start: Start, run_dir: Path, name: str
+) -> None:
+    around = Around(run_dir, lambda phase: None, {name: "import time; time.sleep(0.1); exit(3)"})
+    children = start()
+    os.kill(children[name].pid, signal.SIGKILL)
+    outcome = supervise(children, around=around, restarts=2)
+    assert around.started == [name, name]
+    assert (outcome.status, outcome.process, outcome.go_back) == ("failed", name, False)
+    kind = name.split("-")[0]
+    assert f"{kind} restart 1 of 2" in around.said[0]
+    assert "was killed by SIGKILL" in around.said[0]
+    assert all(child.poll() is not None for child in children.values())
+
+
+def test_a_killed_learner_takes_the_run_back_to_its_checkpoint(start: Start) -> None:
+    children = start()
+    os.kill(children["learner"].pid, signal.SIGKILL)
+    outcome = supervise(children, restarts=1)
+    assert (outcome.process, outcome.go_back) == ("learner", True)
+
+
+@pytest.mark.parametrize("kind", ["ConfigError", "TrainingFailed"])
+def test_who_says_why_it_cannot_go_on_is_not_restarted(
+    start: Start, run_dir: Path, kind: str
+) -> None:
+    record = json.dumps({"type": kind, "message": "no", "exit_code": 2})
+    path = run_dir / "processes" / "worker-0.error.json"
+    script = f"open({str(path)!r}, 'w').write({record!r}); raise SystemExit(2)"
+    around = Around(run_dir, lambda phase: None, {})
+    outcome = supervise(start(worker_0=script), around=around, restarts=3)
+    assert (outcome.status, outcome.exit_code, around.started) == ("failed", 2, [])
+
+
+def test_rollout_workers_join_and_leave_as_wanted(start: Start, run_dir: Path) -> None:
+    around = Around(run_dir, lambda phase: None, {})
+    stop, turns, children = StopRequests(), [3, 1], start()
+
+    def turn(phase: str) -> None:
+        workers = [name for name in children if name.startswith("worker")]
+        if around.workers is None or len(workers) == around.workers:
+            if not turns:
+                stop.add()
+            else:
+                around.workers = turns.pop(0)
+
+    around.tick = turn
+    assert supervise(children, around=around, stop=stop).status == "interrupted"
+    assert around.started == ["worker-1", "worker-2"]
+    assert around.said == ["rollout workers: 1 -> 3", "rollout workers: 3 -> 1"]
+    assert sorted(children) == ["buffer", "feeder", "learner", "worker-0"]
+
+
+SPEAKS = """
+import asyncio, pathlib, time
+from slipstream.buffer import waits
+from slipstream.buffer.process import run_process
+async def work():
+    with waits.waiting({owner!r}, {what!r}, {deadline}):
+        {body}
+run_process({name!r}, pathlib.Path("."), work())
+"""
+
+
+def speaking(name: str, owner: str, what: str, body: str, deadline: float = 0.0) -> str:
+    return SPEAKS.format(name=name, owner=owner, what=what, body=body, deadline=deadline)
+
+
+def test_a_stopped_process_is_found_said_and_restarted(
+    start: Start, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "SILENT_S", 3.0)
+    around = Around(run_dir, lambda phase: None, {})
+    script = speaking("worker-0", "worker-0", "nothing", "await asyncio.sleep(600)", 1e6)
+    children, stop = start(worker_0=script), StopRequests()
+    wait_for((run_dir / "processes" / "worker-0.waits.json").exists, 20)
+    os.kill(children["worker-0"].pid, signal.SIGSTOP)
+    around.tick = lambda phase: stop.add() if around.started else None
+    supervise(children, around=around, stop=stop, restarts=1)
+    assert around.started == ["worker-0"]
+    assert "has been silent for" in around.said[1]
+    assert "stopped by a signal" in around.said[1]
+    assert "worker-0: hung" in around.said[2]
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("await asyncio.sleep(600)", "waited .* s for the engine of worker-0"),
+        ("time.sleep(600)", "waited .* s for the engine of worker-0|event loop has not turned"),
+    ],
+)
+def test_a_wait_past_its_deadline_is_found_with_its_chain_and_its_stacks(
+    start: Start, run_dir: Path, monkeypatch: pytest.MonkeyPatch, body: str, told: str
+) -> None:
+    monkeypatch.setattr(doctor, "SLACK_S", 0.0)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name, path: None)
+    around = Around(run_dir, lambda phase: None, {})
+    what = "the engine of worker-0"
+    children = start(worker_0=speaking("worker-0", "group 7 sample 3", what, body))
+    stop = StopRequests()
+    around.tick = lambda phase: stop.add() if around.started else None
+    supervise(children, around=around, stop=stop, restarts=1)
+    assert re.search(told, around.said[1]), around.said
+    assert "stacks in" in around.said[1]
+    assert "line 7 in work" in children["worker-0"].log_path.read_text() or body.startswith("await")
+    assert around.started == ["worker-0"]
 
 
 def test_who_lost_a_peer_is_not_blamed_for_the_peers_end(start: Start, run_dir: Path) -> None:

@@ -68,7 +68,10 @@ async def hand_in(score: Score, attempt: int) -> Buffer:
     request = GenerationRequest(
         request_id="a", prompt_token_ids=(1,), sampling=SamplingParams(), sample_key=7
     )
-    buffer, rewards = Buffer(), SimpleNamespace(score=give, raise_if_failing=lambda: None)
+    buffer = Buffer()
+    rewards = SimpleNamespace(
+        score=give, raise_if_failing=lambda: None, describe=lambda: "stand-in, pid 1"
+    )
     samples = HandIn(cast(Any, buffer), cast(Any, rewards), "worker-0")
     samples.lease(claim, "a", 0)
     await samples.finish(claim, 0, request, output, 0.0)

@@ -113,6 +113,9 @@ class ScriptedRewards:
         await asyncio.sleep(self.delay_s)
         return Score(value=float(len(completion.token_ids)))
 
+    def describe(self):
+        return "scripted"
+
     def raise_if_failing(self):
         if self.error:
             raise self.error

@@ -1,0 +1,184 @@
+"""Where the processes of a run go on a Ray cluster, and in words what it lacks for them."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ..buffer.errors import ConfigError
+from .cluster import ClusterConfig
+from .ray_child import ProcessActor, answer, versions
+from .schema import Experiment
+
+PLACE_DEADLINE_S = 60.0
+
+Bundle = dict[str, float]
+
+
+def bundles(experiment: Experiment) -> tuple[list[Bundle], list[Bundle]]:
+    """What is reserved: one bundle per learner rank, one per rollout worker.
+
+    With `placement = "shared"` a worker lives in the bundle of a learner rank.
+    """
+    config, workers = experiment.cluster, experiment.rollout.workers
+    learner = [_bundle(config.learner_cpus, config.learner_gpus)] * config.learner_ranks
+    worker = _bundle(config.worker_cpus, config.worker_gpus)
+    if config.placement == "split":
+        return learner, [worker] * workers
+    shared = [
+        {key: rank.get(key, 0) + (worker.get(key, 0) if number < workers else 0)
+         for key in rank.keys() | worker.keys()}
+        for number, rank in enumerate(learner)
+    ]  # fmt: skip
+    return shared, [worker] * (workers - len(learner))
+
+
+def _bundle(cpus: float, gpus: float) -> Bundle:
+    return {key: amount for key, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+
+
+def shortage(experiment: Experiment, nodes: list[Bundle]) -> str:
+    """What a cluster of free resources lacks for an experiment, in words; empty when it fits."""
+    learner, workers = bundles(experiment)
+    config = experiment.cluster
+    for key, word in (("GPU", "GPUs"), ("CPU", "processors")):
+        asked = sum(bundle.get(key, 0) for bundle in (*learner, *workers))
+        free = sum(node.get(key, 0) for node in nodes)
+        if asked > free + 1e-6:
+            return (
+                f"the run asks for {asked:g} {word} ({_ask(config, key, experiment)}), and "
+                f"{free:g} are free on {len(nodes)} nodes; add nodes, or lower "
+                f"cluster.learner_ranks, rollout.workers or cluster.worker_{key.lower()}s"
+            )
+        largest = max((node.get(key, 0) for node in nodes), default=0)
+        biggest = max((bundle.get(key, 0) for bundle in (*learner, *workers)), default=0)
+        if biggest > largest + 1e-6:
+            return (
+                f"one process asks for {biggest:g} {word}, and the largest node has {largest:g} "
+                "free; a process cannot span nodes"
+            )
+    return ""
+
+
+def _ask(config: ClusterConfig, key: str, experiment: Experiment) -> str:
+    each = (config.learner_gpus, config.worker_gpus)
+    if key == "CPU":
+        each = (config.learner_cpus, config.worker_cpus)
+    workers = experiment.rollout.workers
+    ranks = f"{config.learner_ranks} learner ranks of {each[0]:g}"
+    return f"{ranks}, {workers} rollout workers of {each[1]:g}"
+
+
+class Placement:
+    """The reserved bundles of a run: the learner's packed, the workers' spread.
+
+    The learner's group comes first: it takes whole nodes, and engines fill what is left.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        """Reserve.
+
+        Raises:
+            ConfigError: what is asked is not there, in words.
+        """
+        self._experiment, self._config = experiment, experiment.cluster
+        self._groups: list[PlacementGroup] = []
+        if problem := shortage(experiment, free_resources()):
+            raise ConfigError(problem)
+        learner, workers = bundles(experiment)
+        self._learner = self._reserve(learner, "PACK", "the learner's ranks")
+        spread = "SPREAD" if self._config.spread else "PACK"
+        self._workers = self._reserve(workers, spread, "rollout workers") if workers else None
+        self._later: dict[str, PlacementGroup] = {}
+
+    def _reserve(self, bundles: list[Bundle], strategy: str, what: str) -> PlacementGroup:
+        empty_allowed = [bundle or {"CPU": 0.001} for bundle in bundles]  # Ray refuses empty ones
+        group = placement_group(empty_allowed, strategy=strategy)
+        self._groups.append(group)
+        if not group.wait(PLACE_DEADLINE_S):
+            self.remove()
+            raise ConfigError(
+                f"Ray could not place {what} within {PLACE_DEADLINE_S:.0f} s: {bundles}; the free "
+                f"resources are in pieces: {free_resources()}"
+            )
+        return group
+
+    def bundle(self, name: str) -> tuple[PlacementGroup, int, Bundle]:
+        """Where a process goes, and with what."""
+        config = self._config
+        if name.startswith("learner"):
+            index = int(name.partition("-")[2] or 0)
+            return self._learner, index, _bundle(config.learner_cpus, config.learner_gpus)
+        ask, number = _bundle(config.worker_cpus, config.worker_gpus), int(name.partition("-")[2])
+        sharing = config.learner_ranks if config.placement == "shared" else 0
+        if number < sharing:
+            return self._learner, number, ask
+        if self._workers is not None and number - sharing < self._workers.bundle_count:
+            return self._workers, number - sharing, ask
+        if name not in self._later:  # a worker that joined later has a group of its own
+            self._later[name] = self._reserve([ask], "PACK", name)
+        return self._later[name], 0, ask
+
+    def actor(self, name: str) -> Any:
+        """A new actor in its bundle."""
+        group, index, ask = self.bundle(name)
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=group, placement_group_bundle_index=index
+        )
+        remote = ray.remote(ProcessActor).options(
+            num_cpus=ask.get("CPU", 0),
+            num_gpus=ask.get("GPU", 0),
+            max_concurrency=4,  # `ended` waits while the others answer
+            scheduling_strategy=strategy,
+        )
+        return remote.remote()
+
+    def check_nodes(self, run_dir: Path) -> list[dict[str, Any]]:
+        """Compare every node that a process will be on with the head, before anything starts.
+
+        Returns:
+            The facts of each learner rank and worker, in order.
+        Raises:
+            ConfigError: versions differ, or the run folder is not visible there.
+        """
+        ranks = range(1, self._config.learner_ranks)
+        workers = range(self._experiment.rollout.workers)
+        names = ["learner", *(f"learner-{n}" for n in ranks), *(f"worker-{n}" for n in workers)]
+        actors = [self.actor(name) for name in names]
+        try:
+            facts = [answer(actor.facts.remote(str(run_dir)), 120.0) for actor in actors]
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+        ours = versions()
+        for each in facts:
+            other = {k: v for k, v in each["versions"].items() if v != ours[k]}
+            if other:
+                wanted = {key: ours[key] for key in other}
+                raise ConfigError(f"node {each['host']} has {other}, this one {wanted}")
+            if not each["sees"]:
+                raise ConfigError(
+                    f"node {each['host']} does not see {run_dir}: put runs_dir (and the model) on "
+                    "a file system that all nodes share"
+                )
+        return facts
+
+    def remove(self) -> None:
+        """Give everything back."""
+        for group in self._groups:
+            with suppress(RayError):
+                remove_placement_group(group)
+        self._groups.clear()
+
+
+def free_resources() -> list[Bundle]:
+    """Processors and devices that are free on each living node."""
+    from ray._private.state import available_resources_per_node  # what `ray status` reads
+
+    free = available_resources_per_node()
+    alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    return [{k: free.get(n, {}).get(k, 0.0) for k in ("CPU", "GPU")} for n in alive]

@@ -1,0 +1,101 @@
+"""What is done about a process that fails: one table for every kind of process and of failure.
+
+    kind(process) x failure(how it ended) -> Rule(action, words)
+
+Each action may be taken `cluster.restarts` times within `WINDOW_S`; then the run ends, with the
+words of the last failure and the command that resumes it.
+"""
+
+import time
+from collections import deque
+from typing import Literal, NamedTuple
+
+from .child import Child
+
+WINDOW_S = 600.0
+
+Kind = Literal["learner", "buffer", "feeder", "worker"]
+Failure = Literal["died", "lost a peer", "raised", "stalled", "starved", "refused", "left"]
+"""`died`: killed, or gone without a word. `lost a peer`: another process did not answer. `raised`:
+an error nobody foresaw. `stalled`: found hung and killed by us. `starved`: the learner got no batch
+in time. `refused`: said why it cannot go on, which a restart does not change. `left`: ended by
+itself, too early."""
+
+Action = Literal["restart", "go back", "give up"]
+"""`restart`: this process alone; the ledger gives its work to it again. `go back`: all processes,
+on a new branch from the newest checkpoint. `give up`: end the run, which can be resumed."""
+
+
+class Rule(NamedTuple):
+    """What to do, and how to say it."""
+
+    action: Action
+    words: str
+
+
+_RESTART = Rule("restart", "is restarted; what it held is issued again")
+_GO_BACK = Rule("go back", "the run goes back to its newest checkpoint")
+_GIVE_UP = Rule("give up", "a restart would not change it")
+
+POLICY: dict[tuple[Kind, Failure], Rule] = {
+    **{("worker", how): _RESTART for how in ("died", "lost a peer", "raised", "stalled", "left")},
+    **{("feeder", how): Rule("restart", "is restarted where the ledger says")
+       for how in ("died", "lost a peer", "raised", "stalled")},
+    **{("buffer", how): Rule("restart", "is restarted from its ledger")
+       for how in ("died", "raised", "stalled")},
+    **{("learner", how): _GO_BACK
+       for how in ("died", "lost a peer", "raised", "stalled", "starved")},
+}  # fmt: skip
+"""Every other pair is given up: see `rule_for`."""
+
+FINAL_ERRORS = ("ConfigError", "TrainingFailed", "CorruptData")
+STARVED = "got no batch within"
+"""What the learner says of a batch that did not come (`learner/loop.py`)."""
+
+
+def kind_of(name: str) -> Kind:
+    """`worker-3` is a worker."""
+    kind = name.partition("-")[0]
+    assert kind in ("learner", "buffer", "feeder", "worker"), name
+    return kind
+
+
+def failure_of(child: Child, stalled: bool = False) -> Failure:
+    """How an ended child failed."""
+    if stalled:
+        return "stalled"
+    error = child.error()
+    if error is None:
+        return "left" if child.poll() == 0 else "died"
+    if STARVED in error.message:
+        return "starved"
+    if error.type in ("PeerLost", "Refused", "WireError"):
+        return "lost a peer"
+    return "refused" if error.type in FINAL_ERRORS else "raised"
+
+
+def rule_for(name: str, failure: Failure) -> Rule:
+    """The table's rule; a pair that is not in it is given up."""
+    return POLICY.get((kind_of(name), failure), _GIVE_UP)
+
+
+class Budget:
+    """Counts actions; `spend` says whether one more is allowed."""
+
+    def __init__(self, allowed: int) -> None:
+        self.allowed = allowed
+        self._times: dict[str, deque[float]] = {}
+
+    def spend(self, what: str) -> bool:
+        """Note one action now; False when there were too many within the window."""
+        now, times = time.monotonic(), self._times.setdefault(what, deque())
+        while times and now - times[0] > WINDOW_S:
+            times.popleft()
+        if len(times) >= self.allowed:
+            return False
+        times.append(now)
+        return True
+
+    def used(self, what: str) -> int:
+        """How many are in the window."""
+        return len(self._times.get(what, ()))

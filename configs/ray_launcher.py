@@ -1,0 +1,122 @@
+"""`launcher = "ray"`: the processes of a run, placed on a cluster by Ray.
+
+    supervisor (head) -> RayChild -> ProcessActor (placed) -> Child (the same process as ever)
+
+The buffer and the feeder run on the head, beside the supervisor. Run folder, model and data must be
+visible under the same paths on every node; without that nothing is started.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from ray._private.utils import read_ray_address
+from ray.exceptions import RayError
+from ray.util import get_node_ip_address
+
+from ..buffer.curve import SECRET, new_keys
+from ..buffer.errors import ConfigError
+from .child import Child
+from .placement import Placement
+from .ray_child import RayChild
+from .scratch import Scratch, scratch
+from .specs import Launch, ProcessPlan, user_module_path
+
+CONNECT_S = 5.0
+
+Start = Callable[[ProcessPlan], Child]
+
+
+@contextmanager
+def ray_launcher(
+    launch: Launch, bytes_per_version: int
+) -> Iterator[tuple[Scratch, Callable[[ProcessPlan], Child]]]:
+    """Connect, check, reserve; then start processes as told, and leave nothing behind.
+
+    Raises:
+        ConfigError: the cluster cannot be reached, lacks something, or its nodes differ.
+    """
+    connect(launch.experiment.cluster.address, launch.run_dir)
+    try:
+        placement = Placement(launch.experiment)
+        try:
+            facts = placement.check_nodes(launch.run_dir)
+            here = get_node_ip_address()
+            far = launch.experiment.cluster.tcp or any(each["address"] != here for each in facts)
+            with scratch(launch.run_dir, launch.run.run_id, bytes_per_version) as places:
+                if far:
+                    places = _reachable(places, here, launch.run_dir)
+                with _keys(new_keys() if far else {}) as keys:
+                    yield places, lambda plan: start_on_ray(plan, launch, placement, keys)
+        finally:
+            shutil.rmtree(launch.run_dir / "weights", ignore_errors=True)
+            placement.remove()
+    finally:
+        ray.shutdown()
+
+
+def _reachable(places: Scratch, address: str, run_dir: Path) -> Scratch:
+    """The same places for processes on other machines: a port, and weights in the run folder."""
+    with socket.create_server((address, 0)) as server:
+        port = server.getsockname()[1]
+    weights = run_dir / "weights"
+    weights.mkdir(mode=0o700, exist_ok=True)
+    return dataclasses.replace(places, endpoint=f"tcp://{address}:{port}", weights_dir=weights)
+
+
+@contextmanager
+def _keys(keys: dict[str, str]) -> Iterator[dict[str, str]]:
+    """Have the supervisor and its own children know the run's keys; yields what the others need."""
+    os.environ.update(keys)
+    try:
+        yield {key: value for key, value in keys.items() if key != SECRET}
+    finally:
+        for key in keys:
+            os.environ.pop(key, None)
+
+
+def connect(address: str, folder: Path) -> None:
+    """Join a cluster, from the run folder: Ray puts the driver's directory on its workers' path.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        # Ray itself waits for minutes on a head that is not there.
+        host, _, port = (_this_machines() if address == "auto" else address).rpartition(":")
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        with contextlib.chdir(folder):
+            ray.init(address=address, namespace="slipstream", log_to_driver=False,
+                     logging_level=logging.ERROR)  # fmt: skip
+    except (OSError, RayError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"no Ray cluster at {address!r}: {' '.join(str(error).splitlines()[:1])}. `slipstream "
+            "cluster up --local 1` starts one on this machine"
+        ) from None
+
+
+def _this_machines() -> str:
+    """The address of the cluster this machine is part of; empty without one."""
+    return os.environ.get("RAY_ADDRESS") or read_ray_address() or ""
+
+
+def start_on_ray(
+    plan: ProcessPlan, launch: Launch, placement: Placement, keys: dict[str, str]
+) -> Child:
+    """Start one process: learner ranks and workers in their bundles, the others here."""
+    working_dir = Path(launch.run.working_dir)
+    if plan.name in ("buffer", "feeder"):
+        return plan.start(launch.run_dir, working_dir)
+    argv = plan.write(launch.run_dir)
+    extra = user_module_path(plan.spec, working_dir) | keys
+    actor = placement.actor(plan.name)
+    return RayChild(
+        plan.name, launch.run_dir, actor, (argv, str(launch.run_dir), plan.threads, extra)
+    )

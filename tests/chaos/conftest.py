@@ -1,0 +1,164 @@
+"""A run to be harmed: started by the command line, watched by its files."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+PYTHON = [sys.executable, "-P"]
+STEPS = 60
+START_DEADLINE_S = 150.0
+"""Four processes import torch on two cores, which other tests may use, too."""
+END_DEADLINE_S = 60.0
+
+EXPERIMENT = """
+name = "chaos"
+[prompts]
+source = "dataset"
+path = "prompts.jsonl"
+held_out = 4
+[reward]
+name = "reward.py:slow"
+[rollout]
+workers = 1
+samples_per_prompt = 2
+max_concurrent_samples = 8
+[rollout.sampling]
+max_new_tokens = 4
+[buffer]
+drop_no_signal = false
+[learner]
+steps = {steps}
+prompts_per_step = 2
+[learner.checkpoint]
+every_steps = 2
+[eval]
+enabled = false
+[track]
+tensorboard = false
+"""
+
+REWARD = """
+import time, zlib
+
+def slow(completion, prompt):
+    time.sleep(0.05)  # paces the run, so that it lives long enough to be killed
+    return (zlib.crc32(completion.text.encode()) % 100) / 100
+"""
+
+
+class Run:
+    """A run driven by the command line, as a user would."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.run_dir = folder, folder / "run"
+        self.output = folder / "output.txt"
+        self.supervisor: subprocess.Popen[bytes] | None = None
+        self.environment: dict[str, str] = {}
+
+    def start(self, *arguments: str) -> None:
+        self.spawn([*PYTHON, "-m", "slipstream.configs.cli", *arguments])
+
+    def spawn(self, command: list[str]) -> None:
+        with self.output.open("ab") as output:
+            self.supervisor = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                stdout=output,
+                stderr=output,
+                env=os.environ | self.environment,
+            )
+
+    def add_path(self, folder: Path) -> None:
+        """Put a folder before the others that its processes import from."""
+        old = os.environ.get("PYTHONPATH", "")
+        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), old]))
+
+    def matches(self, pattern: str) -> bool:
+        """Whether it said so."""
+        return re.search(pattern, self.output.read_text()) is not None
+
+    def step(self) -> int:
+        """The newest step in the metrics; 0 before the first."""
+        with suppress(FileNotFoundError):
+            lines = (self.run_dir / "metrics.jsonl").read_text().splitlines()
+            return max((json.loads(line)["step"] for line in lines), default=0)
+        return 0
+
+    def wait_for_step(self, step: int) -> None:
+        def reached() -> bool:
+            assert self.supervisor is not None
+            assert self.supervisor.poll() is None, self.output.read_text()
+            return self.step() >= step
+
+        wait_until(reached, START_DEADLINE_S)
+
+    def pid(self, name: str) -> int:
+        """Of a process of the run; `reward` is one that a rollout worker started."""
+        if name == "supervisor":
+            assert self.supervisor is not None
+            return self.supervisor.pid
+        if name == "reward":
+            children = psutil.Process(self.pid("worker-0")).children(recursive=True)
+            return next(c.pid for c in children if "rewards.process" in " ".join(c.cmdline()))
+        return int((self.run_dir / "processes" / f"{name}.pid").read_text())
+
+    def lines(self) -> int:
+        """Steps trained so far, redone ones included: what grows while a run is alive."""
+        with suppress(FileNotFoundError):
+            return (self.run_dir / "metrics.jsonl").read_bytes().count(b"\n")
+        return 0
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid(name), number)
+
+    def wait(self, deadline_s: float = END_DEADLINE_S) -> int:
+        assert self.supervisor is not None
+        return self.supervisor.wait(timeout=deadline_s)
+
+    def processes(self) -> list[psutil.Process]:
+        """Whatever runs for this run, wherever it hangs in the process tree."""
+        found = []
+        for process in psutil.process_iter(["cmdline", "cwd", "status"]):
+            info = process.info
+            ours = str(self.run_dir) in " ".join(info["cmdline"] or ())
+            ours |= (info["cwd"] or "").startswith(str(self.run_dir))
+            if ours and info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        return found
+
+    def end(self) -> None:
+        """Whatever is left, stopped processes included."""
+        if self.supervisor is not None and self.supervisor.poll() is None:
+            self.supervisor.kill()
+            self.supervisor.wait()
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def wait_until(condition: Callable[[], bool], deadline_s: float) -> None:
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, f"did not come true within {deadline_s:.0f} s"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    (tmp_path / "chaos.toml").write_text(EXPERIMENT.format(steps=STEPS))
+    (tmp_path / "reward.py").write_text(REWARD)
+    rows = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(500)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = Run(tmp_path)
+    yield run
+    run.end()

@@ -1,0 +1,123 @@
+"""Deadlocks that other systems' users reported, staged: each run ends, and says what it waited for.
+
+A planted fault acts once: it leaves a file, and the restarted process finds it.
+"""
+
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from .conftest import Run
+
+pytestmark = pytest.mark.slow
+
+ONCE = """
+import os, sys
+if "slipstream.{module}" in sys.orig_argv and not os.path.exists({flag!r}):
+    import asyncio, time
+{body}
+"""
+NEVER_LOADED = """
+from slipstream.rollout.engines.native import NativeEngine as Engine
+real, calls = Engine.load, []
+async def load(self, manifest):
+    calls.append(1)
+    if len(calls) == 3:
+        open(FLAG, "w").close()
+        await asyncio.sleep(3600)
+    await real(self, manifest)
+Engine.load = load
+"""
+RETURNS_NOTHING = """
+from slipstream.rollout.engines.native import NativeEngine as Engine
+async def generate(self, requests):
+    open(FLAG, "w").close()
+    await asyncio.sleep(3600)
+    yield
+Engine.generate = generate
+"""
+ONE_NEVER_ENDS = """
+from slipstream.rollout.engines.native import NativeEngine as Engine
+real = Engine.generate
+async def generate(self, requests):
+    async for output in real(self, requests):
+        if not os.path.exists(FLAG):
+            open(FLAG, "w").close()
+            continue
+        yield output
+    await asyncio.sleep(3600)
+Engine.generate = generate
+"""
+STEP_HANGS = """
+from slipstream.learner.trainer import Trainer
+real, calls = Trainer.train, []
+def train(self, batch):
+    calls.append(1)
+    if len(calls) == 4:
+        open(FLAG, "w").close()
+        time.sleep(3600)
+    return real(self, batch)
+Trainer.train = train
+"""
+WORKER, LEARNER = "rollout.worker", "learner.loop"
+
+
+@pytest.mark.parametrize(
+    ("module", "body", "settings", "told"),
+    [
+        (WORKER, NEVER_LOADED, (), "worker-0 has waited .* its engine to load"),
+        (WORKER, RETURNS_NOTHING, (), "has waited .* for the engine of worker-0"),
+        (
+            WORKER,
+            ONE_NEVER_ENDS,
+            ("buffer.max_staleness_steps=0", "buffer.take_deadline_s=20"),
+            "has waited .* for the engine of worker-0|got no batch within",
+        ),
+        (LEARNER, STEP_HANGS, (), "learner has waited .* for its training thread at step 4"),
+    ],
+    ids=["weights that never load", "a worker that returns nothing", "a sample that never ends",
+         "a training step that hangs"],
+)  # fmt: skip
+def test_who_hangs_is_found_and_restarted_and_the_run_finishes(
+    run: Run, module: str, body: str, settings: tuple[str, ...], told: str
+) -> None:
+    flag = str(run.folder / "planted")
+    body = body.replace("FLAG", repr(flag))
+    plant = ONCE.format(module=module, flag=flag, body=textwrap.indent(body, "    "))
+    (run.folder / "plant").mkdir()
+    (run.folder / "plant" / "sitecustomize.py").write_text(plant)
+    run.add_path(run.folder / "plant")
+    output = finishes(run, "cluster.stall_s=5", *settings)
+    assert Path(flag).exists()
+    assert run.matches(told), output
+
+
+def test_a_reward_that_hangs_fails_its_samples_and_nothing_else(run: Run) -> None:
+    (run.folder / "reward.py").write_text(
+        "import time\n"
+        "def slow(completion, prompt):\n"
+        "    if prompt.uid % 3 == 1:\n"
+        "        time.sleep(3600)\n"
+        "    return (len(completion.text) % 7) / 7\n"
+    )
+    finishes(run, "reward.timeout_s=0.5", "reward.max_failure_rate=1.0")
+
+
+def test_the_end_of_an_epoch_and_a_batch_that_does_not_divide_it_are_nothing_special(
+    run: Run,
+) -> None:
+    rows = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(7)]
+    (run.folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    finishes(run, "prompts.held_out=2", "learner.prompts_per_step=4", "learner.steps=12")
+
+
+def finishes(run: Run, *settings: str) -> str:
+    run.start("run", "chaos.toml", "learner.steps=12", *settings, "--output", "run", "--no-export")
+    assert run.wait(400) == 0, run.output.read_text()
+    output = run.output.read_text()
+    assert run.step() == 12
+    assert "audit: ok, issued" in output
+    assert run.processes() == []
+    return output

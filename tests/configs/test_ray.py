@@ -1,0 +1,164 @@
+"""Placement on a real Ray: declared devices, real actors, real processes."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from slipstream.buffer.errors import ConfigError
+from slipstream.configs.load import load_table
+from slipstream.configs.placement import Placement, bundles, shortage
+from slipstream.configs.ray_child import RayChild
+from slipstream.configs.ray_launcher import connect
+from slipstream.configs.schema import Experiment
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray leaves sockets to the garbage collector
+
+
+def experiment(workers: int = 2, **cluster: Any) -> Experiment:
+    table = {
+        "launcher": "ray",
+        "rollout": {"workers": workers},
+        "learner": {"steps": 2},
+        "cluster": cluster,
+    }
+    return load_table(table, name="placed").experiment
+
+
+FLEET = {"learner_ranks": 16, "learner_gpus": 1, "worker_gpus": 4, "worker_cpus": 0,
+         "learner_cpus": 0}  # fmt: skip
+"""16 learner ranks and, with 4 workers, 4 engines of tensor-parallel size 4: all of 4 x 8 GPUs."""
+
+
+@pytest.mark.parametrize(
+    ("workers", "cluster", "nodes", "words"),
+    [
+        (4, FLEET, [{"GPU": 8, "CPU": 1}] * 4, ""),
+        (
+            4,
+            FLEET,
+            [{"GPU": 8}] * 3 + [{"GPU": 7}],
+            "asks for 32 GPUs (16 learner ranks of 1, 4 rollout workers of 4), and 31 are free on "
+            "4 nodes",
+        ),
+        (1, {"worker_gpus": 16}, [{"GPU": 8, "CPU": 9}] * 2, "a process cannot span nodes"),
+        (3, {"worker_cpus": 2}, [{"CPU": 6}], "asks for 7 processors"),
+    ],
+)
+def test_what_a_cluster_lacks_is_said_in_words(
+    workers: int, cluster: dict[str, Any], nodes: list[dict[str, float]], words: str
+) -> None:
+    told = shortage(experiment(workers, **cluster), nodes)
+    assert words in told
+    assert bool(told) == bool(words)
+
+
+def test_shared_placement_puts_a_worker_and_a_rank_into_one_bundle() -> None:
+    shared = experiment(
+        3, placement="shared", learner_ranks=2, learner_gpus=0.6, worker_gpus=0.4, worker_cpus=1
+    )
+    learner, workers = bundles(shared)
+    assert learner == [{"CPU": 2.0, "GPU": 1.0}] * 2
+    assert workers == [{"CPU": 1.0, "GPU": 0.4}]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0})
+    (tmp_path / "run.json").write_text("{}")
+    for name in ("logs", "processes"):
+        (tmp_path / name).mkdir()
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def test_a_process_on_a_node_is_signalled_and_ends_as_a_local_one(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    connect(cluster.address or "", tmp_path)
+    placement = Placement(experiment(1, worker_cpus=0.5, learner_cpus=0.5))
+    placement.check_nodes(tmp_path)
+    script = "import os, time; print('up', os.getcwd(), flush=True); time.sleep(600)"
+    argv = [sys.executable, "-c", script]
+
+    def start() -> RayChild:
+        actor = placement.actor("worker-0")
+        child = RayChild("worker-0", tmp_path, actor, (argv, str(tmp_path), 1, {}))
+        wait_for(lambda: child.placed() and "up" in child.log_tail(), 30)
+        return child
+
+    child = start()
+    assert child.poll() is None
+    assert str(tmp_path) in child.log_tail()
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait(10) == -signal.SIGKILL
+    assert "was killed by SIGKILL" in child.why()
+
+    child = start()
+    child.terminate()
+    assert child.wait(10) == -signal.SIGTERM
+
+    child = start()
+    pid = child.pid
+    child.kill()
+    assert child.poll() == -signal.SIGKILL
+    wait_for(lambda: not Path(f"/proc/{pid}").exists(), 10)
+    placement.remove()
+
+
+@pytest.mark.slow
+def test_sixteen_ranks_and_four_engines_of_four_share_no_device_and_survive_a_lost_node(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    nodes = [cluster.add_node(num_gpus=8, num_cpus=1) for _ in range(4)]
+    cluster.wait_for_nodes()
+    connect(cluster.address or "", tmp_path)
+    fleet = experiment(4, **FLEET)
+    placement = Placement(fleet)
+    facts = placement.check_nodes(tmp_path)
+    ranks, engines = facts[:16], facts[16:]
+    assert [len(each["devices"]) for each in ranks] == [1] * 16
+    assert [len(each["devices"]) for each in engines] == [4] * 4
+    held = [(each["node"], device) for each in facts for device in each["devices"]]
+    assert len(held) == len(set(held)) == 32
+    assert len({each["node"] for each in ranks}) == 2, "packed: two whole nodes"
+    assert len({each["node"] for each in engines}) == 2
+    placement.remove()
+
+    too_many = experiment(4, **FLEET | {"learner_ranks": 17})
+    wait_for_gpus(32)
+    with pytest.raises(ConfigError, match=r"asks for 33 GPUs .* and 32 are free on 5 nodes"):
+        Placement(too_many)
+
+    cluster.remove_node(nodes[0])
+    wait_for_gpus(24)
+    with pytest.raises(ConfigError, match=r"asks for 32 GPUs .* and 24 are free on 4 nodes"):
+        Placement(fleet)
+    cluster.add_node(num_gpus=8, num_cpus=1)
+    wait_for_gpus(32)
+    again = Placement(fleet).check_nodes(tmp_path)
+    held = [(each["node"], device) for each in again for device in each["devices"]]
+    assert len(held) == len(set(held)) == 32
+
+
+def wait_for_gpus(number: int) -> None:
+    wait_for(lambda: ray.available_resources().get("GPU", 0) == number, 60)
+
+
+def wait_for(condition: Any, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "condition did not come true in time"
+        time.sleep(0.05)
+
+
+def test_without_a_cluster_the_refusal_says_how_to_start_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="slipstream cluster up --local 1"):
+        connect("127.0.0.1:1", tmp_path)

@@ -1,0 +1,96 @@
+"""`slipstream cluster`: starts what it says, ends what it started, and compares versions first."""
+
+import os
+import stat
+from pathlib import Path
+
+import psutil
+import pytest
+from slipstream.buffer.errors import ConfigError
+from slipstream.configs import ray_cluster
+
+SSH = """#!/bin/sh
+# A stand-in for ssh, which needs a server: the host's command is noted, and answered from a file.
+while [ "$1" = -o ]; do shift 2; done
+echo "$1 $2" >> {log}
+cat {answers}/"$1" 2>/dev/null || exit 255
+"""
+
+
+@pytest.fixture
+def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    answers = tmp_path / "answers"
+    answers.mkdir()
+    for host in ("a", "b"):
+        (answers / host).write_text("3.11.7 2.60.0 0.1.0\n")
+    script = tmp_path / "ssh"
+    script.write_text(SSH.format(log=tmp_path / "log", answers=answers))
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "hosts.toml").write_text('head = "a"\nworkers = ["b"]\npython = "py"\n')
+    return tmp_path
+
+
+def commands(ssh: Path) -> list[str]:
+    return [line for line in (ssh / "log").read_text().splitlines() if "importlib" not in line]
+
+
+def test_hosts_are_started_head_first_and_ended_head_last(ssh: Path) -> None:
+    started = ray_cluster.up_hosts(ssh / "hosts.toml")
+    assert started.address == "a:6379"
+    assert stat.S_IMODE(ray_cluster.state_file().stat().st_mode) == 0o600
+    with pytest.raises(ConfigError, match="a cluster is up at a:6379"):
+        ray_cluster.up_hosts(ssh / "hosts.toml")
+    assert ray_cluster.down() == ["b: ended", "a: ended"]
+    assert [line.split()[0] for line in commands(ssh)] == ["a", "b", "b", "a"]
+    assert "--head" in commands(ssh)[0]
+    assert "--address=a:6379" in commands(ssh)[1]
+    with pytest.raises(ConfigError, match="no cluster of ours is up"):
+        ray_cluster.down()
+
+
+def test_versions_are_compared_before_anything_starts(ssh: Path) -> None:
+    (ssh / "answers" / "b").write_text("3.11.7 2.59.0 0.1.0\n")
+    with pytest.raises(ConfigError, match=r"the hosts differ .* b: 3\.11\.7 2\.59\.0"):
+        ray_cluster.up_hosts(ssh / "hosts.toml")
+    assert commands(ssh) == []
+
+
+def test_a_host_that_cannot_be_reached_is_named_and_nothing_stays_up(ssh: Path) -> None:
+    (ssh / "answers" / "b").unlink()
+    with pytest.raises(ConfigError, match=r"^b: "):
+        ray_cluster.up_hosts(ssh / "hosts.toml")
+    assert ray_cluster.read() is None
+
+
+@pytest.mark.parametrize("text", ["", "head = 3", 'head = "a"\nworker = ["b"]', "head = ["])
+def test_a_hosts_file_that_is_none_is_refused(ssh: Path, text: str) -> None:
+    (ssh / "bad.toml").write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.toml: .*head"):
+        ray_cluster.up_hosts(ssh / "bad.toml")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_local_nodes_are_started_seen_and_all_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    before = set(rays())
+    ray_cluster.up_local(2, cpus=3, gpus=8)
+    lines = ray_cluster.status()
+    assert len([line for line in lines if "3 of 3 CPU, 8 of 8 GPU free" in line]) == 2
+    assert len(ray_cluster.down()) == 2
+    assert set(rays()) <= before, "nothing is left behind"
+    assert ray_cluster.read() is None
+
+
+def rays() -> list[int]:
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = " ".join(process.info["cmdline"] or ())
+        alive = process.info["status"] != psutil.STATUS_ZOMBIE
+        if alive and ("raylet" in words or "gcs_server" in words):
+            found.append(process.pid)
+    return found

@@ -1,0 +1,102 @@
+"""The same experiment under Ray, on three nodes of this machine."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from .test_resume import losses, run_file, sampled
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+START_DEADLINE_S = 240.0
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    for _ in range(2):
+        made.add_node(num_cpus=2)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def test_at_no_staleness_a_run_under_ray_equals_the_local_one_to_the_bit(
+    system: Any, cluster: Cluster
+) -> None:
+    system.make_inputs(torch.float64)
+    steps = 8
+    system.experiment(steps=steps, dtype="float64", max_concurrent=1)
+    address = ("--launcher", "ray", "--address", cluster.address)
+    plain = ("run", "experiment.toml", "--no-export", "--output")
+    system.start(*plain, "local").ended()
+    told = system.start(*plain, "ray", *address, "cluster.tcp=true").ended()
+    local, placed = system.folder / "local", system.folder / "ray"
+    assert "audit: ok" in told
+    assert losses(placed) == losses(local)
+    assert list(losses(local)) == list(range(1, steps + 1))
+    for step in range(1, steps + 1):
+        assert sampled(placed, step) == sampled(local, step), f"step {step}"
+    assert (placed / "logs" / "worker-0.log").exists()
+    specs = [path.read_text() for path in (placed / "processes").glob("*.json")]
+    assert sum('"endpoint": "tcp://' in spec for spec in specs) >= 4
+    assert not any("SLIPSTREAM_CURVE" in spec for spec in specs)
+
+
+def test_a_run_goes_on_when_a_worker_its_node_and_the_learner_are_lost(
+    system: Any, cluster: Cluster
+) -> None:
+    system.make_inputs(torch.float32)
+    system.experiment(steps=60, dtype="float32", workers=2, checkpoint_every=2)
+    file = system.folder / "experiment.toml"
+    file.write_text(
+        file.read_text().replace('mode = "sequential"', "").replace(":reward", ":slow")
+        + "[cluster]\nrestarts = 10\nworker_cpus = 2\nlearner_cpus = 1\n"
+    )
+    run = system.start(
+        "run", "experiment.toml", "--no-export", "--output", "run",
+        "--launcher", "ray", "--address", cluster.address,
+    )  # fmt: skip
+    folder = system.folder / "run"
+
+    def step_reached(step: int) -> None:
+        wait_for(run, lambda: max(losses(folder), default=0) >= step)
+
+    step_reached(3)
+    os.kill(pid(folder, "worker-0"), signal.SIGKILL)
+    step_reached(max(losses(folder)) + 5)
+    os.kill(pid(folder, "learner"), signal.SIGKILL)
+    lost = len((folder / "metrics.jsonl").read_text().splitlines())
+    wait_for(run, lambda: len((folder / "metrics.jsonl").read_text().splitlines()) >= lost + 4)
+    worker = psutil.Process(pid(folder, "worker-1"))
+    node = next(n for n in cluster.worker_nodes if _raylet(n) in [p.pid for p in worker.parents()])
+    cluster.remove_node(node, allow_graceful=False)
+    step_reached(max(losses(folder)) + 5)  # with one worker
+    cluster.add_node(num_cpus=2)
+    assert "audit: ok" in run.ended()
+    assert max(losses(folder)) == 60
+    assert [b["status"] for b in run_file(folder)["branches"]] == ["failed", "finished"]
+
+
+def pid(folder: Path, name: str) -> int:
+    return int((folder / "processes" / f"{name}.pid").read_text())
+
+
+def _raylet(node: Any) -> int:
+    return node.all_processes["raylet"][0].process.pid
+
+
+def wait_for(run: Any, condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + START_DEADLINE_S
+    while not condition():
+        assert run.process.poll() is None, run.output.read_text()
+        assert time.monotonic() < end, run.output.read_text()
+        time.sleep(0.05)
