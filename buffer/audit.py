@@ -42,6 +42,11 @@ class AuditReport:
         """Whether everything adds up."""
         return not self.faults
 
+    @property
+    def line(self) -> str:
+        """The equation, or the first thing that is wrong with it."""
+        return self.lines()[0] if self.ok else self.faults[0]
+
     def lines(self) -> list[str]:
         """The report in words, the equation first."""
         ended = [f"{n} dropped({reason})" for reason, n in sorted(self.dropped.items())]

@@ -22,39 +22,33 @@ def supervising(run_dir: Path) -> Iterator[None]:
         ConfigError: another living process is.
     """
     with _path(run_dir).open("ab") as file:
-        if not _lock(file):
-            raise ConfigError(
-                f"{run_dir} is running (process {running_supervisor(run_dir)}); "
-                f"`slipstream stop {run_dir}` ends it"
-            )
+        end = time.monotonic() + LOOK_S
+        while not _lock(file, fcntl.LOCK_EX):
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"{run_dir} is running (process {running_supervisor(run_dir)}); "
+                    f"`slipstream stop {run_dir}` ends it"
+                )
+            time.sleep(0.01)
         file.truncate(0)
         file.write(b"%d\n" % os.getpid())
         file.flush()
         yield
 
 
-def _lock(file: IO[bytes]) -> bool:
-    """Take the run, unless somebody keeps it longer than a look of `running_supervisor`."""
-    end = time.monotonic() + LOOK_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.01)
+def _lock(file: IO[bytes], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def running_supervisor(run_dir: Path) -> int | None:
     """The living process that runs this run, or None."""
     try:
         with _path(run_dir).open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return None
-            except BlockingIOError:
-                return int(file.read())
+            return None if _lock(file, fcntl.LOCK_SH) else int(file.read())
     except (OSError, ValueError):  # never run, or taken this very moment
         return None
 

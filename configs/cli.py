@@ -236,7 +236,7 @@ def audit(run: RunArgument) -> None:
     from .audit import audit_run
 
     report = audit_run(run)
-    print(report.text)
+    print(*report.lines(), sep="\n")
     raise typer.Exit(0 if report.ok else 1)
 
 

@@ -1,8 +1,7 @@
 """What a run reports while it goes on: the lines its processes append to their JSONL files."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -17,8 +16,7 @@ FILES: dict[EventKind, str] = {
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+class Event(NamedTuple):
     """One reported line: an SFT update, a learner step or an evaluation."""
 
     kind: EventKind

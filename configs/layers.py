@@ -3,7 +3,7 @@
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,12 @@ from .toml import Table
 
 EXPERIMENTS_DIR = Path(__file__).parent / "experiments"
 
+NOT_INHERITED = ("extends", "name", "description")
+"""Inherited, the last two would make two experiments look like one."""
+
+NUMBER = re.compile(r"[+-]?(\d+\.|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+"""`.9` and `1.`: numbers to people and shells, not to TOML."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -21,14 +27,18 @@ class Layer:
 
     table: Table
     source: str
-    lines: Mapping[str, int]
-    folder: Path
+    lines: Mapping[str, int] = field(default_factory=dict)
+    folder: Path = field(default_factory=Path.cwd)
     """What relative paths in it are relative to."""
 
     def origin(self, path: str) -> str:
         """Where the layer says `path`."""
         line = self.lines.get(path)
         return self.source if line is None else f"{self.source}:{line}"
+
+    def without(self, *keys: str) -> "Layer":
+        """The same with less in it."""
+        return replace(self, table={k: v for k, v in self.table.items() if k not in keys})
 
 
 def find_experiment(path_or_name: str) -> Path:
@@ -74,21 +84,13 @@ def with_bases(layer: Layer, within: tuple[Path, ...] = ()) -> list[Layer]:
         ConfigError: `extends` names nothing, or goes round in a circle.
     """
     base = layer.table.get("extends")
-    own = Layer(
-        {key: value for key, value in layer.table.items() if key != "extends"},
-        layer.source, layer.lines, layer.folder,
-    )  # fmt: skip
     if base is None:
-        return [own]
+        return [layer]
     if not isinstance(base, str):
         raise ConfigError(f"extends ({layer.origin('extends')}) must be a name or path: {base!r}")
     beside = layer.folder / base
-    found = beside if beside.is_file() else find_experiment(base)
-    inherited = file_layers(found, within)
-    for each in inherited:  # inherited, they would make two experiments look like one
-        each.table.pop("name", None)
-        each.table.pop("description", None)
-    return [*inherited, own]
+    inherited = file_layers(beside if beside.is_file() else find_experiment(base), within)
+    return [*(each.without(*NOT_INHERITED) for each in inherited), layer.without("extends")]
 
 
 def override_layer(overrides: Sequence[str], source: str = "command line") -> Layer:
@@ -102,18 +104,8 @@ def override_layer(overrides: Sequence[str], source: str = "command line") -> La
         key, equals, value = override.removeprefix("--").partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"override {override!r} must look like learner.steps=5")
-        *sections, last = key.strip().split(".")
-        here = table
-        for section in sections:
-            here = here.setdefault(section, {})
-            if not isinstance(here, dict):
-                raise ConfigError(f"override {override!r} contradicts {section} = {here!r}")
-        here[last] = override_value(value.strip())
-    return Layer(table, source, {}, Path.cwd())
-
-
-NUMBER = re.compile(r"[+-]?(\d+\.|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-"""`.9` and `1.`: numbers to people and shells, not to TOML."""
+        toml.put(table, key.strip(), override_value(value.strip()), f"override {override!r}")
+    return Layer(table, source)
 
 
 def override_value(text: str) -> Any:

@@ -5,9 +5,7 @@
 Each is a layer; the later wins, key by key.
 """
 
-import dataclasses
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +23,16 @@ from .toml import Table
 SECTIONS = all_sections()
 
 MAY_BE_PATHS = ("model", "prompts.path", "sft.data", "reward.name", "sft.demonstration")
+NAMES_CODE = ("reward.name", "sft.demonstration")
 
-ARGUMENTS_OF = {
-    "prompts.task_config": "prompts.task",
-    "reward.arguments": "reward.name",
-    "prompts.prompt_column": "prompts.path",
-    "prompts.answer_column": "prompts.path",
-}
-"""Values that mean something only beside another one: a layer that changes the key on the right
-does not inherit the one on the left."""
+ARGUMENTS_OF = (
+    ("prompts", "task_config", "task"),
+    ("reward", "arguments", "name"),
+    ("prompts", "prompt_column", "path"),
+    ("prompts", "answer_column", "path"),
+)
+"""(section, key, owner): a layer that changes the owner does not inherit the key, which means
+something only beside it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +42,20 @@ class Loaded:
     experiment: Experiment
     origins: dict[str, str]
     """Dotted key -> `file:line`, `command line`, ...; keys that are not here are defaults."""
-    source_text: str
-    """All that was given (files, `extends`, overrides) as one TOML that loads by itself; the file
-    it came from is at its end, as comments."""
+    layers: tuple[Layer, ...]
+    """All that was given, the oldest first."""
+    table: Table
+    """The same as one."""
+    as_given: str = ""
+    """The file it came from, as the person wrote it."""
+
+    @property
+    def source_text(self) -> str:
+        """All that was given (files, `extends`, overrides) as one TOML that loads by itself; the
+        file it came from is at its end, as comments."""
+        written = self.as_given.splitlines()
+        comments = [f"# {line}".rstrip() + "\n" for line in ("", *written) if written]
+        return toml.document(self.table, list(SECTIONS)).lstrip() + "".join(comments)
 
 
 def load_experiment(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Loaded:
@@ -59,9 +69,10 @@ def load_experiment(path_or_name: str | Path, overrides: Sequence[str] = ()) -> 
             combination is impossible; the message names key, place, reason and remedy.
     """
     path = find_experiment(str(path_or_name))
-    layers = file_layers(path)
-    as_given = f"{path.name}, as given:\n{path.read_text(encoding='utf-8')}"
-    return _compose([*layers, override_layer(overrides)], path.stem, as_given)
+    layers = [*file_layers(path), override_layer(overrides)]
+    return _compose(
+        layers, path.stem, f"{path.name}, as given:\n{path.read_text(encoding='utf-8')}"
+    )
 
 
 def load_table(
@@ -72,8 +83,7 @@ def load_table(
     Raises:
         ConfigError: as `load_experiment`.
     """
-    layers = with_bases(Layer(table, source, {}, Path.cwd()))
-    return _compose([*layers, override_layer(overrides)], name)
+    return _compose([*with_bases(Layer(table, source)), override_layer(overrides)], name)
 
 
 def with_overrides(loaded: Loaded, overrides: Sequence[str], source: str) -> Loaded:
@@ -82,42 +92,28 @@ def with_overrides(loaded: Loaded, overrides: Sequence[str], source: str) -> Loa
     Raises:
         ConfigError: as `load_experiment`.
     """
-    layers = [
-        Layer(tomllib.loads(loaded.source_text), "", {}, Path.cwd()),
-        override_layer(overrides, source),
-    ]
-    changed = _compose(layers, loaded.experiment.name)
-    origins = {
-        path: where or loaded.origins.get(path, "") for path, where in changed.origins.items()
-    }
-    return dataclasses.replace(changed, origins=origins)
+    layers = [*loaded.layers, override_layer(overrides, source)]
+    return _compose(layers, loaded.experiment.name, loaded.as_given)
 
 
 def _compose(layers: Sequence[Layer], name: str, as_given: str = "") -> Loaded:
-    table: Table = {}
+    table: Table = {"name": name}
     origins: dict[str, str] = {}
     for layer in layers:
         _discard_orphaned_arguments(table, layer.table)
         _merge(table, layer.table, "", layer, origins)
-    table = {"name": name, **table}
     if table.get("sft") is False:
         del table["sft"]
-    bound_given = "max_staleness_steps" in _section(table, "buffer")
-    if table.get("mode") == "sequential" and not bound_given:
-        table["buffer"] = {**_section(table, "buffer"), "max_staleness_steps": 0}
+    if table.get("mode") == "sequential" and "buffer.max_staleness_steps" not in origins:
+        toml.put(table, "buffer.max_staleness_steps", 0, 'mode = "sequential"')
         origins["buffer.max_staleness_steps"] = 'mode = "sequential"'
-    experiment = validate(table, origins)
-    text = toml.document(table, list(SECTIONS)) + _commented(as_given)
-    return Loaded(experiment=experiment, origins=origins, source_text=text)
-
-
-def _commented(text: str) -> str:
-    return "".join(f"# {line}".rstrip() + "\n" for line in ("", *text.splitlines())) if text else ""
-
-
-def _section(table: Table, name: str) -> Table:
-    found = table.get(name, {})
-    return found if isinstance(found, dict) else {}
+    return Loaded(
+        experiment=validate(table, origins),
+        origins=origins,
+        layers=tuple(layers),
+        table=table,
+        as_given=as_given,
+    )
 
 
 def _merge(into: Table, table: Table, prefix: str, layer: Layer, origins: dict[str, str]) -> None:
@@ -139,19 +135,20 @@ def _resolved(path: str, value: Any, folder: Path) -> Any:
     if path not in MAY_BE_PATHS or not isinstance(value, str):
         return value
     file, colon, function = value.partition(":")
-    names_code = path in ("reward.name", "sft.demonstration")
     there = (folder / file).expanduser()
-    if not file or not there.exists() or (names_code and there.suffix != ".py"):
+    if not file or not there.exists() or (path in NAMES_CODE and there.suffix != ".py"):
         return value
     return f"{there.resolve()}{colon}{function}"
 
 
 def _discard_orphaned_arguments(table: Table, layer: Table) -> None:
-    for arguments, owner in ARGUMENTS_OF.items():
-        section, owner_key = owner.split(".")
-        ours, theirs = _section(table, section), _section(layer, section)
-        if owner_key in theirs and theirs[owner_key] != ours.get(owner_key):
-            ours.pop(arguments.split(".")[1], None)
+    for section, key, owner in ARGUMENTS_OF:
+        ours, theirs = table.get(section), layer.get(section)
+        if (
+            isinstance(ours, dict) and isinstance(theirs, dict)
+            and theirs.get(owner, ours.get(owner)) != ours.get(owner)
+        ):  # fmt: skip
+            ours.pop(key, None)
 
 
 def validate(table: Table, origins: Mapping[str, str]) -> Experiment:

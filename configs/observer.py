@@ -2,14 +2,13 @@
 
 import asyncio
 import threading
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 
 from ..buffer.client import BufferClient
 from ..buffer.errors import SlipstreamError
 from ..buffer.messages import Stats
 
-CLOSE_PATIENCE_S = 3.0
+PATIENCE_S = 3.0
+"""For the service to hear that the run closes, and for the thread to end."""
 
 
 class Observer:
@@ -30,71 +29,53 @@ class Observer:
             run_id: which run it must be.
             every_s: seconds between two questions.
         """
-        self._endpoint = endpoint
-        self._run_id = run_id
-        self._every_s = every_s
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._serve, name="observer", daemon=True)
-        self._client: BufferClient | None = None
-        self._task: asyncio.Task[None] | None = None
         self.latest: Stats | None = None
         """The newest answer."""
+        self._client = BufferClient(endpoint, run_id, "supervisor", timeout_s=5)
+        self._every_s = every_s
+        self._closing_reason = ""
+        self._wake, self._told, self._stopped = (threading.Event() for _ in range(3))
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._ask()), name="observer", daemon=True
+        )
 
     def start(self) -> None:
         """Begin to ask."""
         self._thread.start()
 
     def close_run(self, reason: str) -> None:
-        """Tell the service that no more claims are granted; gives up when it does not answer."""
-        if self._client is None or not self._thread.is_alive():
-            return
-        future: Future[object] = asyncio.run_coroutine_threadsafe(
-            self._close(self._client, reason), self._loop
-        )
-        try:
-            future.result(timeout=CLOSE_PATIENCE_S)
-        except (SlipstreamError, FutureTimeout):
-            future.cancel()  # the service is gone or busy; the children are ended anyway
+        """Tell the service that no more claims are granted; gives up when it does not answer, as
+        the children are ended anyway."""
+        self._closing_reason = reason
+        self._wake.set()
+        if self.latest is not None and self._thread.is_alive():
+            self._told.wait(PATIENCE_S)
 
     def stop(self) -> None:
         """End the thread."""
+        self._stopped.set()
+        self._wake.set()
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._cancel)
-            self._thread.join(timeout=CLOSE_PATIENCE_S)
-
-    def _cancel(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-
-    @staticmethod
-    async def _close(client: BufferClient, reason: str) -> None:
-        await client.close_run(reason)
-
-    def _serve(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._task = self._loop.create_task(self._ask())
-        try:
-            self._loop.run_until_complete(self._task)
-        except asyncio.CancelledError:
-            pass
-        finally:
-            self._loop.close()
+            self._thread.join(PATIENCE_S)
 
     async def _ask(self) -> None:
-        client = BufferClient(self._endpoint, self._run_id, "supervisor", timeout_s=5)
+        connected = False
         try:
-            while True:
-                await self._ask_once(client)
-                await asyncio.sleep(self._every_s)
+            while not self._stopped.is_set():
+                try:
+                    if not connected:
+                        await self._client.connect()
+                        connected = True
+                    await self._turn()
+                except SlipstreamError:
+                    pass  # not up yet, or down: the supervisor sees the process itself
+                await asyncio.to_thread(self._wake.wait, self._every_s)
+                self._wake.clear()
         finally:
-            await client.close()
+            await self._client.close()
 
-    async def _ask_once(self, client: BufferClient) -> None:
-        try:
-            if self._client is None:
-                await client.connect()
-                self._client = client
-            self.latest = await client.stats()
-        except SlipstreamError:
-            # Not up yet, or down: the supervisor sees the process itself, this is only display.
-            return
+    async def _turn(self) -> None:
+        if self._closing_reason and not self._told.is_set():
+            await self._client.close_run(self._closing_reason)
+            self._told.set()
+        self.latest = await self._client.stats()

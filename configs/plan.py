@@ -21,6 +21,9 @@ from .sizes import ModelSize, model_size
 
 PIPED_WIDTH = 120
 
+SAID_ABOVE = ("name", "description")
+"""Keys that head the plan, and so are not listed again."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -28,9 +31,9 @@ class Plan:
 
     loaded: Loaded
     size: ModelSize | None
-    sections: tuple[tuple[str, tuple[str, ...]], ...]
-    """(title, sentences)."""
-    warnings: tuple[str, ...]
+    sections: dict[str, list[str]]
+    """Title -> sentences."""
+    warnings: list[str]
 
 
 def make_plan(loaded: Loaded) -> Plan:
@@ -42,13 +45,13 @@ def make_plan(loaded: Loaded) -> Plan:
     experiment = loaded.experiment
     size = model_size(experiment.model)
     _refuse_experts(experiment, size)
-    sections = (
-        ("One step and the run", tuple(algebra(experiment))),
-        ("What bounds an update", tuple(bounds(experiment))),
-        ("Staleness to expect", tuple(staleness(experiment))),
-        ("Memory and bytes", tuple(memory(experiment, size))),
-    )
-    return Plan(loaded=loaded, size=size, sections=sections, warnings=tuple(warnings(loaded, size)))
+    sections = {
+        "One step and the run": list(algebra(experiment)),
+        "What bounds an update": list(bounds(experiment)),
+        "Staleness to expect": list(staleness(experiment)),
+        "Memory and bytes": list(memory(experiment, size)),
+    }
+    return Plan(loaded=loaded, size=size, sections=sections, warnings=list(warnings(loaded, size)))
 
 
 def _refuse_experts(experiment: Experiment, size: ModelSize | None) -> None:
@@ -65,8 +68,14 @@ def print_plan(plan: Plan, console: Console, *, show_all: bool = False) -> None:
     """Draw it; plain text when the console is not a terminal."""
     experiment = plan.loaded.experiment
     console.print(Text.assemble((experiment.name, "bold"), f"  {experiment.description}\n"))
-    console.print(_values_table(plan.loaded, show_all))
-    for title, sentences in plan.sections:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("key", "value", "from"):
+        table.add_column(title, overflow="fold")
+    for path, value, origin in resolved_values(plan.loaded):
+        if show_all or (origin != "default" and path not in SAID_ABOVE):
+            table.add_row(path, Text(value), origin)
+    console.print(table)
+    for title, sentences in plan.sections.items():
         console.print(f"\n[bold]{title}[/bold]")
         console.print(_list("-", sentences))
     console.print(f"\n[bold]Warnings[/bold]{'' if plan.warnings else ': none'}")
@@ -81,23 +90,13 @@ def _list(mark: str, sentences: Sequence[str], style: str = "") -> Table:
     return table
 
 
-def _values_table(loaded: Loaded, show_all: bool) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("key", "value", "from"):
-        table.add_column(title, overflow="fold")
-    for path, value, origin in resolved_values(loaded):
-        if show_all or origin != "default":
-            table.add_row(path, Text(value), origin)
-    return table
-
-
 def resolved_values(loaded: Loaded) -> Iterator[tuple[str, str, str]]:
     """Yield (dotted key, value as TOML, origin) of every setting; a section that is off is one."""
-    absent = loaded.experiment.sft is None
-    if absent:
+    no_sft = loaded.experiment.sft is None
+    if no_sft:
         yield "sft", "false", loaded.origins.get("sft", "default")
     for key in all_keys():
-        if absent and key.path.startswith("sft."):
+        if no_sft and key.path.startswith("sft."):
             continue
         value: object = loaded.experiment
         for part in key.path.split("."):

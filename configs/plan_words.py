@@ -5,14 +5,7 @@ from collections.abc import Iterator
 
 from ..learner.config import ObjectiveConfig
 from .schema import Experiment
-from .sizes import (
-    ModelSize,
-    bytes_text,
-    checkpoint_bytes,
-    machine_memory,
-    memory_costs,
-    total_bytes,
-)
+from .sizes import ModelSize, bytes_text, machine_memory, memory_costs, total_bytes
 
 
 def algebra(experiment: Experiment) -> Iterator[str]:
@@ -170,7 +163,7 @@ def staleness(experiment: Experiment) -> Iterator[str]:
     then = "trim" if waits else buffer.stale
     rows, steps = rollout.workers * rollout.max_concurrent_samples, in_flight_steps(experiment)
     yield (
-        f"Every trained token is at most {math.ceil(bound)} steps old (S = {bound:g}); over it: "
+        f"Every trained token lags by at most {math.ceil(bound)} steps (S = {bound:g}); over it: "
         f"wait up to {patience_s:g} s, then {then}."
     )
     yield (
@@ -193,16 +186,9 @@ def memory(experiment: Experiment, size: ModelSize | None) -> Iterator[str]:
         yield f'The config of model = "{experiment.model}" does not tell its size.'
         return
     costs = memory_costs(experiment, size)
-    for cost in costs:
-        yield f"{cost.what}: {bytes_text(cost.num_bytes)} ({cost.how})"
-    checkpoint = checkpoint_bytes(experiment, size)
-    keep = experiment.learner.checkpoint.keep_last
+    for what, cost in costs.items():
+        yield f"{what}: {bytes_text(cost.num_bytes)} ({cost.how})"
     yield (
         f"together about {bytes_text(total_bytes(costs))} of this machine's "
-        f"{bytes_text(machine_memory())}; checkpoints: {bytes_text(checkpoint)} each on disk, "
-        f"{keep} kept"
-    )
-    yield (
-        f"each step publishes {bytes_text(costs[0].num_bytes)}, read by "
-        f"{experiment.rollout.workers} workers"
+        f"{bytes_text(machine_memory())}"
     )

@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -140,22 +140,8 @@ def _bucket_means(values: Sequence[float], buckets: int) -> list[float]:
     return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges) if b > a]
 
 
-def sft_text(row: Row) -> str:
-    """Where the warm start stands."""
-    if not row:
-        return ""
-    done, total = row.get("update", row.get("step", 0)), row.get("updates", row.get("total", 0))
-    count = f"{done}/{total}" if total else f"{done}"
-    return joined((f"update {count}", f"loss {row.get('loss', float('nan')):.3f}"))
-
-
 def clock(seconds: float) -> str:
     """`1:05` or `2:03:09`."""
     minutes, rest = divmod(round(max(0.0, seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def joined(parts: Iterable[str]) -> str:
-    """The parts that are not empty, two spaces apart."""
-    return "  ".join(part for part in parts if part)

@@ -1,13 +1,13 @@
 """Carries what a run reports to the display and the trackers."""
 
+import math
 import time
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 
 from .feed import Event, Feed
-from .live import make_display
+from .live import Display
 from .observer import Observer
 from .progress import Progress
 from .specs import Launch
@@ -25,7 +25,7 @@ class Reporter:
         self.progress = Progress(
             name=launch.run_dir.name,
             total_steps=experiment.learner.steps,
-            bound=-int(-experiment.buffer.max_staleness_steps // 1),
+            bound=math.ceil(experiment.buffer.max_staleness_steps),
             capacity_groups=experiment.capacity_groups,
             started_s=launch.run.branches[-1].started_s,
         )
@@ -33,7 +33,7 @@ class Reporter:
         self.console = console
         self._launch = launch
         self._feed = Feed(launch.run_dir)
-        self._display = make_display(self.progress, console)
+        self._display = Display(self.progress, console)
         self._trackers: list[Tracker] | None = None
         self._looked_s = 0.0
 
@@ -43,12 +43,7 @@ class Reporter:
         self._display.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._display.stop()
         for tracker in self._trackers or []:
             tracker.close()
@@ -59,12 +54,12 @@ class Reporter:
         if now_s - self._looked_s < LOOK_S and phase == self.progress.phase:
             return
         self._looked_s = now_s
-        self.progress.phase = self._phase(phase)
         if self.observer is not None:
             self.progress.stats = self.observer.latest or self.progress.stats
         events = self._feed.poll()
         for event in events:
             self.progress.fold(event)
+        self.progress.phase = self._phase(phase)
         if events:
             self._track(events)
         self._display.show(events)
@@ -80,13 +75,12 @@ class Reporter:
 
     def _track(self, events: list[Event]) -> None:
         if self._trackers is None:  # here and not before: importing them takes time from the start
-            launch = self._launch
             self._trackers = make_trackers(
-                launch.experiment.track,
-                launch.run_dir,
-                run_id=launch.run.run_id,
-                settings=launch.experiment.model_dump(mode="json"),
-                step=(launch.resume_from or (0, 0))[1],
+                self._launch.experiment.track,
+                self._launch.run_dir,
+                run_id=self._launch.run.run_id,
+                settings=self._launch.experiment.model_dump(mode="json"),
+                step=(self._launch.resume_from or (0, 0))[1],
             )
         for tracker in self._trackers:
             tracker.write(events)

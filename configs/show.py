@@ -1,7 +1,7 @@
 """`slipstream show`: reads rollouts to people, and to programs as JSON lines."""
 
 import json
-from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from rich.text import Text
 from tokenizers import Tokenizer
 
 from ..buffer.errors import ConfigError
-from ..buffer.records import Version, VersionSpan
+from ..buffer.records import Version
 from .rollouts import Pick, Rollout, read_rollouts
 from .run_dir import read_run
 
@@ -28,6 +28,13 @@ class Piece(NamedTuple):
     """None: the policy did not write them."""
     masked: bool
     """Without gradient: struck through."""
+
+    @property
+    def style(self) -> str:
+        """How `rich` draws it."""
+        if self.version is None:
+            return "dim italic"
+        return _colour(self.version) + (" strike" if self.masked else "")
 
 
 def show(
@@ -83,63 +90,51 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
 
 def as_text(rollout: Rollout, tokenizer: Tokenizer) -> Text:
     """One rollout for people."""
+    entry, trajectory = rollout.entry, rollout.trajectory
     text = Text()
-    for line, style in _head(rollout):
-        text.append(f"{line}\n", style=style)
+    text.append(
+        f"step {entry.step}  prompt {trajectory.uid} ({rollout.prompt.source_id})  attempt "
+        f"{trajectory.attempt}  sample {trajectory.index}  {trajectory.engine_id}\n",
+        style="bold",
+    )
+    text.append(_scored(rollout), style=_mood(rollout)).append(f"  {_fate(rollout)}\n")
     for message in rollout.prompt.messages:
         text.append(f"{message.role}: {message.content}\n", style="dim")
     for piece in pieces(rollout, tokenizer):
-        text.append(piece.text, style=_style(piece))
+        text.append(piece.text, style=piece.style)
     text.append("\n")
-    for version in dict.fromkeys(span.version for span in rollout.trajectory.versions):
+    for version in dict.fromkeys(span.version for span in trajectory.versions):
         text.append(f"  version {version}", style=_colour(version))
     if rollout.num_masked:
         text.append("  struck through: no gradient", style="strike dim")
     return text.append("\n")
 
 
-def _head(rollout: Rollout) -> Iterator[tuple[str, str]]:
-    """Yield the lines above the text, and their style."""
-    entry, trajectory = rollout.entry, rollout.trajectory
-    yield (
-        f"step {entry.step}  prompt {entry.uid} ({rollout.prompt.source_id})  attempt "
-        f"{trajectory.attempt}  sample {entry.index}  {trajectory.engine_id}",
-        "bold",
-    )
-    score = trajectory.score
-    reward = (
-        f"reward {score.value:.4g}"
-        if score.value is not None
-        else f"{score.status}: {score.reason}"
-    )
+def _scored(rollout: Rollout) -> str:
+    score = rollout.trajectory.score
+    if score.value is None:
+        return f"{score.status}: {score.reason}"
     parts = "".join(f"  {name} {value:.4g}" for name, value in score.components.items())
     advantage = "" if rollout.advantage is None else f"  advantage {rollout.advantage:+.3f}"
-    yield f"{reward}{parts}{advantage}  {_fate(rollout)}", _mood(rollout)
+    return f"reward {score.value:.4g}{parts}{advantage}"
 
 
 def _fate(rollout: Rollout) -> str:
     """What became of it."""
     entry, trajectory = rollout.entry, rollout.trajectory
-    length = f"{trajectory.num_policy_tokens} tokens, {trajectory.finish_reason}"
+    length = f"({trajectory.num_policy_tokens} tokens, {trajectory.finish_reason})"
     if entry.decision is None:
-        return f"dropped: {entry.drop_reason} ({length})"
+        return f"dropped: {entry.drop_reason} {length}"
     if not entry.decision.trained:
-        return f"in the baseline only: {entry.drop_reason or 'no weight'} ({length})"
+        return f"in the baseline only: {entry.drop_reason or 'no weight'} {length}"
     trimmed = entry.decision.stale_prefix
-    return f"trained{f', first {trimmed} tokens stale' if trimmed else ''} ({length})"
+    return f"trained{f', first {trimmed} tokens stale' if trimmed else ''} {length}"
 
 
 def _mood(rollout: Rollout) -> str:
-    value = rollout.trajectory.score.value
-    if value is None:
+    if rollout.trajectory.score.value is None:
         return "red"
     return "green" if (rollout.advantage or 0) > 0 else "yellow"
-
-
-def _style(piece: Piece) -> str:
-    if piece.version is None:
-        return "dim italic"
-    return _colour(piece.version) + (" strike" if piece.masked else "")
 
 
 def _colour(version: Version) -> str:
@@ -153,36 +148,24 @@ def pieces(rollout: Rollout, tokenizer: Tokenizer) -> list[Piece]:
     """
     trajectory = rollout.trajectory
     start = int(trajectory.policy_mask.argmax()) if trajectory.num_policy_tokens else 0
-    labels = _labels(rollout)[start:]
     ids = [int(token) for token in trajectory.token_ids[start:]]
-    found, shown, begin = [], "", 0
-    for end in range(1, len(ids) + 1):
-        if end < len(ids) and labels[end] == labels[begin]:
-            continue
+    found, shown, end = [], "", 0
+    for label, stretch in groupby(_labels(rollout)[start:]):
+        end += len(list(stretch))
         whole = tokenizer.decode(ids[:end], skip_special_tokens=False)
         if end < len(ids):
             whole = whole.rstrip("\ufffd")  # half a character; its other half comes next
-        found.append(Piece(whole[len(shown) :], *labels[begin]))
-        shown, begin = whole, end
+        found.append(Piece(whole[len(shown) :], *label))
+        shown = whole
     return found
 
 
 def _labels(rollout: Rollout) -> list[tuple[Version | None, bool]]:
     """(version, masked) of each token of the trajectory."""
-    written = _versions(rollout.trajectory.versions)
-    labels: list[tuple[Version | None, bool]] = []
-    position = 0
-    for is_policy in rollout.trajectory.policy_mask:
-        if not is_policy:
-            labels.append((None, True))
-            continue
-        labels.append((written[position], position < rollout.num_masked))
-        position += 1
-    return labels
-
-
-def _versions(spans: tuple[VersionSpan, ...]) -> list[Version]:
-    return [span.version for span in spans for _ in range(span.length)]
+    trajectory, masked = rollout.trajectory, rollout.num_masked
+    written = [span.version for span in trajectory.versions for _ in range(span.length)]
+    policy = ((version, i < masked) for i, version in enumerate(written))
+    return [next(policy) if is_policy else (None, True) for is_policy in trajectory.policy_mask]
 
 
 def as_row(rollout: Rollout, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -190,9 +173,9 @@ def as_row(rollout: Rollout, tokenizer: Tokenizer) -> dict[str, Any]:
     entry, trajectory = rollout.entry, rollout.trajectory
     return {
         "step": entry.step,
-        "uid": entry.uid,
+        "uid": trajectory.uid,
         "attempt": trajectory.attempt,
-        "index": entry.index,
+        "index": trajectory.index,
         "source_id": rollout.prompt.source_id,
         "prompt": [{"role": m.role, "content": m.content} for m in rollout.prompt.messages],
         "text": trajectory.text,
@@ -208,11 +191,7 @@ def as_row(rollout: Rollout, tokenizer: Tokenizer) -> dict[str, Any]:
         "finish_reason": trajectory.finish_reason,
         "engine": trajectory.engine_id,
         "pieces": [
-            {
-                "text": piece.text,
-                "version": None if piece.version is None else str(piece.version),
-                "masked": piece.masked,
-            }
+            {**piece._asdict(), "version": piece.version and str(piece.version)}
             for piece in pieces(rollout, tokenizer)
         ],
     }

@@ -4,10 +4,10 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..buffer.errors import ConfigError
-from .models import TINY_DIR, read_json, read_safetensors_header, weight_files
+from .models import TINY_DIR, read_json, read_shapes, weight_files
 from .schema import Experiment
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -53,15 +53,11 @@ def model_size(model: str) -> ModelSize | None:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         raise ConfigError(f'model = "{model}": there is no folder {folder.resolve()}')
-    counted = _count_parameters(folder)
+    shapes = (read_shapes(file).values() for file in weight_files(folder))
+    counted = sum(math.prod(shape) for each in shapes for shape in each)
     return _from_config(
         read_json(folder / "config.json"), has_weights=counted > 0, num_parameters=counted
     )
-
-
-def _count_parameters(folder: Path) -> int:
-    headers = (read_safetensors_header(file) for file in weight_files(folder))
-    return sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
 
 
 def _from_config(
@@ -87,66 +83,64 @@ def _from_config(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """One line of the memory table, in bytes."""
+class Cost(NamedTuple):
+    """One line of the memory table."""
 
-    what: str
     num_bytes: int
     how: str
-    is_part: bool = False
-    """Whether another line counts it already."""
+    counts: bool = True
+    """Whether it is memory that no other line counts already."""
 
 
-def memory_costs(experiment: Experiment, size: ModelSize) -> list[Cost]:
-    """What the processes of a run hold in memory, largest terms only (no activations)."""
-    element = DTYPE_BYTES[experiment.dtype]
+def memory_costs(experiment: Experiment, size: ModelSize) -> dict[str, Cost]:
+    """What a run holds: its processes' memory, largest terms only (no activations), and disk."""
+    element, rollout = DTYPE_BYTES[experiment.dtype], experiment.rollout
     weights = size.num_parameters * element
-    workers, rows = experiment.rollout.workers, experiment.rollout.max_concurrent_samples
-    new_tokens = experiment.rollout.sampling.max_new_tokens
+    rows, new_tokens = rollout.max_concurrent_samples, rollout.sampling.max_new_tokens
     cache = rows * new_tokens * size.kv_elements_per_token * element
     copies = 2 if experiment.eval.enabled else 1
     moments = 2 * size.num_parameters * max(4, element)
     reference = weights if experiment.learner.objective.kl_coefficient else 0
     average = experiment.learner.objective.proximal == "ewma"
-    moments += average * size.num_parameters * max(4, element)
-    return [
-        Cost("weights", weights, f"{size.num_parameters:,} parameters in {experiment.dtype}", True),
-        Cost(
-            "mailbox", MAILBOX_VERSIONS * weights,
-            f"at most {MAILBOX_VERSIONS} versions (newest two, one evaluated, one being written, "
-            "one still mapped), on tmpfs when they fit",
+    averaged = average * size.num_parameters * max(4, element)
+    return {
+        "weights": Cost(
+            weights,
+            f"{size.num_parameters:,} parameters in {experiment.dtype}; published every step",
+            counts=False,
         ),
-        Cost(
-            "KV cache of a worker", cache,
-            f"at most, answers only: {rows} rows x {new_tokens} tokens; prompts come on top", True,
+        "KV cache of a worker": Cost(
+            cache,
+            f"at most, answers only: {rows} rows x {new_tokens} tokens; prompts come on top",
+            counts=False,
         ),
-        Cost(
-            f"{workers} workers", workers * (copies * weights + cache + PROCESS_BYTES),
-            f"each {'weights, again for evaluations' if copies == 2 else 'weights'}, KV cache, "
-            "Python and torch",
+        "mailbox": Cost(
+            MAILBOX_VERSIONS * weights,
+            f"at most {MAILBOX_VERSIONS} versions: newest two, one evaluated, one being written, "
+            "one still mapped; on tmpfs when they fit",
         ),
-        Cost(
-            "learner",
-            2 * weights + moments + reference + checkpoint_bytes(experiment, size) + PROCESS_BYTES,
+        "workers": Cost(
+            rollout.workers * (copies * weights + cache + PROCESS_BYTES),
+            f"{rollout.workers} x (weights{', again for evaluations' if copies == 2 else ''}, KV "
+            "cache, Python and torch)",
+        ),
+        "learner": Cost(
+            2 * weights + moments + averaged + reference + weights + moments + PROCESS_BYTES,
             f"weights, gradients, two Adam moments{', averaged weights' if average else ''}"
-            + (", reference policy" if reference else "")
-            + ", the copy a checkpoint is written from, Python and torch; not activations",
+            f"{', reference policy' if reference else ''}, the copy a checkpoint is written from, "
+            "Python and torch; not activations",
         ),
-    ]  # fmt: skip
+        "checkpoint": Cost(
+            weights + moments + averaged,
+            f"on disk, {experiment.learner.checkpoint.keep_last} kept",
+            counts=False,
+        ),
+    }
 
 
-def checkpoint_bytes(experiment: Experiment, size: ModelSize) -> int:
-    """Disk for one checkpoint: weights and two Adam moments."""
-    element = DTYPE_BYTES[experiment.dtype]
-    return size.num_parameters * (element + 2 * max(4, element))
-
-
-def total_bytes(costs: list[Cost]) -> int:
-    """What the machine must have: all that is not contained in another line."""
-    return sum(
-        cost.num_bytes for cost in costs if cost.what not in ("weights", "KV cache of a worker")
-    )
+def total_bytes(costs: dict[str, Cost]) -> int:
+    """What the machine must have."""
+    return sum(cost.num_bytes for cost in costs.values() if cost.counts)
 
 
 def machine_memory() -> int:

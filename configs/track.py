@@ -56,18 +56,16 @@ def make_trackers(
     return trackers
 
 
-def scalars(event: Event) -> Iterator[tuple[str, float]]:
-    """Yield name and value of every finite number of a line; nested tables become `a/b`."""
-    for name, value in _flat(event.row, PREFIX[event.kind]):
-        if math.isfinite(value):
-            yield name, value
+def scalars(event: Event) -> dict[str, float]:
+    """Name -> value of every finite number of a line; nested tables become `a/b`."""
+    return dict(_flat(event.row, PREFIX[event.kind]))
 
 
 def _flat(row: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
     for key, value in row.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and key not in NOT_SCALARS:
+        elif isinstance(value, int | float) and key not in NOT_SCALARS and math.isfinite(value):
             yield f"{prefix}{key}", float(value)
 
 
@@ -95,9 +93,8 @@ class TensorBoard:
 
     def write(self, events: list[Event]) -> None:
         for event in events:
-            values = [
-                self._summary.Value(tag=name, simple_value=value) for name, value in scalars(event)
-            ]
+            numbers = scalars(event).items()
+            values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in numbers]
             record = self._event(step=_step(event), summary=self._summary(value=values))
             record.wall_time = event.row.get("time", 0.0)
             self._writer.add_event(record)
@@ -127,7 +124,7 @@ class WandB:
         for event in events:
             # W&B wants one growing step: the warm start's updates are counted on their own axis.
             axis = "sft/update" if event.kind == "sft" else "step"
-            self._run.log({**dict(scalars(event)), axis: _step(event)})
+            self._run.log({**scalars(event), axis: _step(event)})
 
     def close(self) -> None:
         self._run.finish()

@@ -482,7 +482,7 @@ sys.exit(f"imported {heavy}" if heavy else 0)
 
 def test_numbers_are_flattened_and_what_is_not_finite_is_left_out() -> None:
     row = {"step": 1, "loss": 0.5, "gap": float("nan"), "drops": {"stale": 2}, "status": "x"}
-    found = dict(scalars(Event(kind="evaluation", row=row)))
+    found = scalars(Event(kind="evaluation", row=row))
     assert found == {"eval/loss": 0.5, "eval/drops/stale": 2.0}
 
 

@@ -12,8 +12,7 @@ from rich.console import Console
 from slipstream.buffer.messages import Stats
 from slipstream.buffer.records import Version
 from slipstream.configs.feed import Event, Feed, Tail
-from slipstream.configs.live import PanelDisplay, PlainDisplay, make_display, plain_line
-from slipstream.configs.panel import panel
+from slipstream.configs.live import Display, panel, plain_line
 from slipstream.configs.progress import Progress, clock, sparkline
 
 
@@ -76,8 +75,8 @@ def test_the_panel_shows_step_reward_lag_speed_buffer_and_waits(progress: Progre
     text = rendered(progress)
     for part in (
         "step 42/100", "1:40", "about 1:56 left", "0.720", "from 0.310", "0.310 → 0.680",
-        "±0.040 at step 40", "60%", "40%", "bound 1, 0 violations", "2,310 trained",
-        "INFLIGHT 12", "READY 9", "of 64 groups", "WAITING", "1,800 generated",
+        "±0.040 at step 40", "60%", "40%", "bound 1  0 violations", "2,310 trained",
+        "INFLIGHT 12", "READY 9", "of 64, WAITING 64", "1,800 generated",
         "worker-0 48 rows, 1,800 tok/s, 25% idle, 41 swaps", "learner waits for 7 READY groups",
     ):  # fmt: skip
         assert part in text, part
@@ -108,15 +107,14 @@ def test_violations_are_counted_over_the_whole_run(progress: Progress) -> None:
 
 def test_without_a_terminal_each_step_is_one_plain_line(progress: Progress) -> None:
     out = io.StringIO()
-    display = make_display(progress, Console(file=out, width=80))
-    assert isinstance(display, PlainDisplay)
+    display = Display(progress, Console(file=out, width=80))
     display.show([Event(kind="step", row=progress.steps[42])])
     display.show([Event(kind="evaluation", row=progress.evaluations[40])])
     lines = out.getvalue().splitlines()
     assert lines[0].startswith("step  42/100  reward 0.720 ▁")
     assert lines[0].endswith(
-        "lag 0:60% 1:40%  2,310 tok/s  1.9 s (waited 0.4 s)  INFLIGHT 12 + READY 9 of 64 "
-        "groups  WAITING 64"
+        "lag 0: 60%  1: 40%  bound 1  2,310 tok/s  1.9 s (waited 0.4 s)  "
+        "groups INFLIGHT 12 READY 9 TAKEN 16 of 64, WAITING 64"
     )
     assert lines[2] == (
         "evaluation at step 40: reward 0.680 (95% 0.640 to 0.720) on 512 held-out prompts"
@@ -125,8 +123,7 @@ def test_without_a_terminal_each_step_is_one_plain_line(progress: Progress) -> N
 
 def test_on_a_terminal_the_panel_is_drawn_and_taken_away(progress: Progress) -> None:
     out = io.StringIO()
-    display = make_display(progress, Console(file=out, force_terminal=True, width=100))
-    assert isinstance(display, PanelDisplay)
+    display = Display(progress, Console(file=out, force_terminal=True, width=100))
     display.start()
     display.show([])
     display.stop()
@@ -135,11 +132,11 @@ def test_on_a_terminal_the_panel_is_drawn_and_taken_away(progress: Progress) -> 
 
 def test_each_line_tells_its_own_step_when_several_come_at_once(progress: Progress) -> None:
     out = io.StringIO()
-    display = PlainDisplay(progress, Console(file=out, width=80))
+    display = Display(progress, Console(file=out, width=80))
     display.show([Event(kind="step", row=progress.steps[step]) for step in (1, 2)])
     first, second = out.getvalue().splitlines()[:2]
-    assert "reward 0.310 ▁  lag" in first
-    assert "reward 0.320 ▁█  lag" in second
+    assert "reward 0.310 ▁ from" in first
+    assert "reward 0.320 ▁█ from" in second
 
 
 def test_a_tail_gives_each_complete_line_once_and_waits_for_the_rest(tmp_path: Path) -> None:
@@ -197,8 +194,8 @@ def test_only_what_holds_the_run_up_is_called_a_wait(
 ) -> None:
     progress.stats = msgspec.structs.replace(STATS, waits=[line])
     out = io.StringIO()
-    display = PlainDisplay(progress, Console(file=out, width=80))
-    monkeypatch.setattr(display, "_waits_s", time.monotonic() - 60)
+    display = Display(progress, Console(file=out, width=80))
+    monkeypatch.setattr(display, "_news_s", time.monotonic() - 60)
     display.show([])
     assert (f"waiting: {line}" in out.getvalue()) == shown
     assert (line.split(" for ")[-1][:20] in rendered(progress)) == shown

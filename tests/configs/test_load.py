@@ -50,7 +50,7 @@ def test_line_numbers_survive_strings_and_lists_over_several_lines():
         'a = """\n[x]\nb = 1\n"""\n# c = 0\n[s."t.u"]\nc = [\n  1, # ]\n  2,\n]\nd.e = { f = 1 }\n'
     )
     _, lines = toml.parse(text, "text")
-    expected = {"a": 1, "s.t.u": 6, "s.t.u.c": 7, "s.t.u.d": 11, "s.t.u.d.e": 11}
+    expected = {"a": 1, "s": 6, "s.t.u": 6, "s.t.u.c": 7, "s.t.u.d": 11, "s.t.u.d.e": 11}
     assert lines == {**expected, "s.t.u.d.e.f": 11}
 
 

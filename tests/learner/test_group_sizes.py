@@ -44,7 +44,7 @@ def expected_factors(make, learner: LearnerConfig) -> np.ndarray:
         for outcome in itertools.product((0.0, 1.0), repeat=size):
             groups = [group(other, [0.0, 1.0] * n if other != uid else outcome)
                       for other, n in enumerate(SIZES)]  # fmt: skip
-            samples = samples_of(groups, learner.objective.advantage)
+            samples = samples_of(groups, learner.objective)
             part = _part(samples, len(groups), learner, lambda rows: rows)  # type: ignore
             chance = math.prod(p if r else 1 - p for r in outcome)
             total += chance * sum(
@@ -78,7 +78,10 @@ def test_samples_without_gradient_leave_the_shares_of_the_others_as_they_are(mak
             for i, r in enumerate((1.0, 0.0, 0.0, None))],
         s1={"trained": False, "drop_reason": "stale"},
     )  # fmt: skip
-    assert [(s.trajectory.index, s.share) for s in samples_of([group], "leave_one_out")] == [
+    assert [
+        (s.trajectory.index, s.share)
+        for s in samples_of([group], ObjectiveConfig(advantage="leave_one_out"))
+    ] == [
         (0, 1 / 3),
         (2, 1 / 3),
     ]
