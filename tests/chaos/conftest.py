@@ -78,6 +78,16 @@ class Run:
                 env=os.environ | self.environment,
             )
 
+    def start_also(self, *arguments: str) -> None:
+        """A command beside the run."""
+        command = [*PYTHON, "-m", "slipstream.configs.cli", *arguments]
+        subprocess.run(command, cwd=self.folder, check=True, timeout=60)
+
+    def num_workers(self) -> int:
+        """Rollout workers that are alive."""
+        lines = [" ".join(process.cmdline()) for process in self.processes()]
+        return sum("slipstream.rollout.worker" in line for line in lines)
+
     def add_path(self, folder: Path) -> None:
         """Put a folder before the others that its processes import from."""
         old = os.environ.get("PYTHONPATH", "")

@@ -144,3 +144,17 @@ def test_a_clock_that_jumps_a_day_and_back_changes_nothing(run: Run) -> None:
     ends_well(run)
     assert "stalled" not in run.output.read_text()
     assert "restart" not in run.output.read_text()
+
+
+@pytest.mark.slow
+def test_workers_join_and_leave_a_running_run_and_no_prompt_is_lost(run: Run) -> None:
+    run.start("run", "chaos.toml", "learner.steps=5000", "--output", "run", "--no-export")
+    run.wait_for_step(2)
+    for wanted in (3, 1):
+        run.start_also("scale", "run", "--rollout-workers", str(wanted))
+        wait_until(lambda wanted=wanted: run.num_workers() == wanted, START_DEADLINE_S)
+        run.wait_for_step(run.step() + 10)
+    assert run.matches("rollout workers: 1 -> 3")
+    assert run.matches("rollout workers: 3 -> 1")
+    ends_well(run)
+    assert run.matches(r"the learner waits \d+% of its time")
