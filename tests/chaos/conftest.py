@@ -129,7 +129,15 @@ class Run:
         return 0
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
-        os.kill(self.pid(name), number)
+        """Signal a process; one that is just being restarted is waited for."""
+
+        def sent() -> bool:
+            with suppress(ProcessLookupError, psutil.NoSuchProcess, StopIteration):
+                os.kill(self.pid(name), number)
+                return True
+            return False
+
+        wait_until(sent, START_DEADLINE_S)
 
     def wait(self, deadline_s: float = END_DEADLINE_S) -> int:
         assert self.supervisor is not None

@@ -139,7 +139,8 @@ def test_a_clock_that_jumps_a_day_and_back_changes_nothing(run: Run) -> None:
     for step in (2, 6, 10, 14):
         run.wait_for_step(step)
         now.unlink() if now.exists() else now.touch()
-    times = [json.loads(line)["time"] for line in (run.run_dir / "metrics.jsonl").open()]
+    lines = (run.run_dir / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
+    times = [json.loads(line)["time"] for line in lines]
     assert max(times) - min(times) > 80_000, "the clock did jump"
     ends_well(run)
     assert "stalled" not in run.output.read_text()
