@@ -12,7 +12,7 @@ from ..buffer.errors import ConfigError, SlipstreamError
 from ..learner.checkpoint import complete_folders
 from .audit import audit_run
 from .child import Child
-from .closing import print_closing
+from .closing import print_closing, resume_line
 from .doctor import Doctor, Stall
 from .exporting import export_run
 from .observer import Observer
@@ -77,8 +77,13 @@ def _session(
                 end_branch(launch.run_dir, "failed", f"{outcome.process}: {outcome.reason}", None)
                 launch = reopen()
     except BaseException as error:
-        # Our own mistake or a tracker's: the children are gone, and run.json must say so.
-        end_branch(launch.run_dir, "failed", f"{type(error).__name__}: {error}", None)
+        # Our own mistake, a tracker's or a full disk: the children are gone, and run.json must say
+        # so, where it can be written.
+        with suppress(OSError):
+            end_branch(launch.run_dir, "failed", f"{type(error).__name__}: {error}", None)
+        if isinstance(error, OSError):
+            line = f"{error}; once that is mended, continue with: {resume_line(launch.run_dir)}"
+            raise SlipstreamError(line) from error
         raise
     done = RunResult(
         run_dir=launch.run_dir,
