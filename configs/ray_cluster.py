@@ -84,7 +84,8 @@ def up_local(nodes: int, *, cpus: int | None = None, gpus: int | None = None) ->
     try:
         for number in range(nodes):
             head = ["--head", f"--port={address.partition(':')[2]}", "--include-dashboard=true",
-                    f"--dashboard-port={_free_port()}", f"--ray-client-server-port={_free_port()}"]  # fmt: skip
+                    f"--dashboard-port={_free_port()}",
+                    f"--ray-client-server-port={_free_port()}"]  # fmt: skip
             where = (
                 head
                 if number == 0

@@ -82,29 +82,39 @@ def _keys(keys: dict[str, str]) -> Iterator[dict[str, str]]:
             os.environ.pop(key, None)
 
 
-def connect(address: str, folder: Path) -> None:
-    """Join a cluster, from the run folder: Ray puts the driver's directory on its workers' path.
+def find_cluster(address: str) -> str:
+    """HOST:PORT of a cluster that answers; Ray itself waits for minutes on one that does not.
 
     Raises:
         ConfigError: there is none.
     """
+    found = address
+    if address == "auto":  # the one this machine is part of
+        found = os.environ.get("RAY_ADDRESS") or read_ray_address() or ""
+    host, _, port = found.rpartition(":")
     try:
-        # Ray itself waits for minutes on a head that is not there.
-        host, _, port = (_this_machines() if address == "auto" else address).rpartition(":")
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no Ray cluster at {address!r}: {error}. `slipstream cluster up --local 1` starts one "
+            "on this machine"
+        ) from None
+    return found
+
+
+def connect(address: str, folder: Path) -> None:
+    """Join a cluster, from the run folder: Ray puts the driver's directory on its workers' path.
+
+    Raises:
+        ConfigError: there is none, or it refuses.
+    """
+    found = find_cluster(address)
+    try:
         with contextlib.chdir(folder):
-            ray.init(address=address, namespace="slipstream", log_to_driver=False,
+            ray.init(address=found, namespace="slipstream", log_to_driver=False,
                      logging_level=logging.ERROR)  # fmt: skip
     except (OSError, RayError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"no Ray cluster at {address!r}: {' '.join(str(error).splitlines()[:1])}. `slipstream "
-            "cluster up --local 1` starts one on this machine"
-        ) from None
-
-
-def _this_machines() -> str:
-    """The address of the cluster this machine is part of; empty without one."""
-    return os.environ.get("RAY_ADDRESS") or read_ray_address() or ""
+        raise ConfigError(f"the Ray cluster at {found} refuses: {error}") from None
 
 
 def start_on_ray(

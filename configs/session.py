@@ -20,6 +20,7 @@ from .reporter import Reporter
 from .result import Audited, Result, RunResult, summarise
 from .run_dir import end_branch, read_run
 from .scaling import Balance, Scaling, balance
+from .schema import Experiment
 from .scratch import Scratch, scratch
 from .sizes import DTYPE_BYTES, model_size
 from .specs import Launch, ProcessPlan, process_names, process_plan
@@ -128,16 +129,28 @@ def _follow_warm_start(launch: Launch, reporter: Reporter, stop: StopRequests) -
     return Outcome(status="finished")
 
 
+def check_launcher(experiment: Experiment) -> None:
+    """See that the processes could be started at all.
+
+    Raises:
+        ConfigError: Ray is asked for, and is not installed or not there.
+    """
+    if experiment.launcher != "ray":
+        return
+    try:
+        from .ray_launcher import find_cluster
+    except ImportError:
+        raise ConfigError("launcher = \"ray\" needs Ray: pip install 'slipstream[ray]'") from None
+    find_cluster(experiment.cluster.address)
+
+
 @contextmanager
 def _launcher(launch: Launch) -> Iterator[tuple[Scratch, Start]]:
     """Where the run's processes meet, and who starts them."""
     if launch.experiment.launcher == "ray":
-        try:
-            from .ray_launcher import ray_launcher
-        except ImportError:
-            raise ConfigError(
-                "launcher = \"ray\" needs Ray: pip install 'slipstream[ray]'"
-            ) from None
+        check_launcher(launch.experiment)
+        from .ray_launcher import ray_launcher
+
         with ray_launcher(launch, _version_bytes(launch)) as both:
             yield both
         return
