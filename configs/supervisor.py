@@ -106,6 +106,7 @@ class Surroundings(Protocol):
 
     def start(self, name: str, /) -> Child:
         """Start the process of this name."""
+        ...
 
     def close_run(self, reason: str, /) -> None:
         """Tell the buffer that no more claims are granted; returns quickly."""
@@ -118,12 +119,15 @@ class Surroundings(Protocol):
 
     def stalled(self, children: dict[str, Child], /) -> list[Stall]:
         """Which children hang."""
+        ...
 
     def chain(self) -> str:
         """Who waits on whom."""
+        ...
 
     def wanted_workers(self, now: int, /) -> int:
         """How many rollout workers there should be."""
+        ...
 
 
 class Supervisor:

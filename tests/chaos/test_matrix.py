@@ -122,7 +122,8 @@ def test_a_full_disk_ends_the_run_with_the_reason_and_room_lets_it_go_on(run: Ru
         assert "slipstream resume small/run" in told
         filler.unlink()
         run.start("resume", "small/run", "--no-export")
-        run.wait_for_step(4)
+        before = run.lines()
+        wait_until(lambda: run.lines() > before + 2, START_DEADLINE_S)
         ends_well(run)
     finally:
         run.end()
