@@ -92,7 +92,7 @@ def up_local(nodes: int, *, cpus: int | None = None, gpus: int | None = None) ->
                 else [f"--address={address}", f"--dashboard-agent-listen-port={_free_port()}"]
             )
             started.append(_start_local([*where, *size], folder / f"node-{number}.log"))
-            _wait_for_nodes(address, number + 1, started)
+            _wait_for_node(started[-1])
     except BaseException:
         for node in started:
             _end(node)
@@ -150,6 +150,7 @@ def down() -> list[str]:
 
 def status() -> list[str]:
     """The cluster that `up` started, and what is free on its nodes, in lines."""
+    use_our_token()
     import ray
 
     from .placement import free_resources
@@ -176,6 +177,7 @@ def submit(experiment: str, overrides: Sequence[str], address: str = "auto") -> 
     Raises:
         ConfigError: no job server answers, or the experiment does not load.
     """
+    use_our_token()
     from ray.job_submission import JobSubmissionClient
 
     from .load import load_experiment
@@ -198,6 +200,12 @@ def read() -> Started | None:
     with suppress(OSError, msgspec.DecodeError):
         return msgspec.json.decode(state_file().read_bytes(), type=Started)
     return None
+
+
+def use_our_token() -> None:
+    """To be called before Ray is imported: a cluster of ours answers only to Ray's token."""
+    if read() is not None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _write(started: Started) -> Started:
@@ -234,25 +242,19 @@ def _start_local(arguments: list[str], log_path: Path) -> LocalNode:
     return LocalNode(process.pid, process_start_time(process.pid), str(log_path))
 
 
-def _wait_for_nodes(address: str, number: int, started: Sequence[LocalNode]) -> None:
-    """Until so many nodes are alive.
+def _wait_for_node(node: LocalNode) -> None:
+    """Until a node says that it is up.
 
     Raises:
-        SlipstreamError: one ended, or the time is up; with the end of its log.
+        SlipstreamError: it ended, or the time is up; with the end of its log.
     """
-    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue] (compiled)
-
-    end = time.monotonic() + START_DEADLINE_S
-    while time.monotonic() < end:
-        if any(process_start_time(node.pid) != node.started for node in started):
-            break
-        with suppress(Exception):  # whatever Ray raises while the head is not up yet
-            nodes = GcsClient(address=address).get_all_node_info().values()
-            if sum(node.state == 0 for node in nodes) >= number:
-                return
+    end, log = time.monotonic() + START_DEADLINE_S, Path(node.log)
+    while time.monotonic() < end and process_start_time(node.pid) == node.started:
+        if "Ray runtime started" in log.read_text(errors="replace"):
+            return
         time.sleep(0.2)
-    tail = Path(started[-1].log).read_text(errors="replace")[-1500:]
-    raise SlipstreamError(f"Ray node {number} of {address} did not start:\n{tail}")
+    tail = log.read_text(errors="replace")[-1500:]
+    raise SlipstreamError(f"a Ray node did not start:\n{tail}")
 
 
 def _end(node: LocalNode) -> str:

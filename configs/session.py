@@ -16,6 +16,7 @@ from .closing import print_closing, resume_line
 from .doctor import Doctor, Stall
 from .exporting import export_run
 from .observer import Observer
+from .ray_cluster import use_our_token
 from .reporter import Reporter
 from .result import Audited, Result, RunResult, summarise
 from .run_dir import end_branch, read_run
@@ -137,6 +138,7 @@ def check_launcher(experiment: Experiment) -> None:
     """
     if experiment.launcher != "ray":
         return
+    use_our_token()
     try:
         from .ray_launcher import find_cluster
     except ImportError:
