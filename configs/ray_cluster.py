@@ -232,12 +232,14 @@ def _ray(python: str) -> list[str]:
 
 
 def _start_local(arguments: list[str], log_path: Path) -> LocalNode:
+    # The head makes the token; who joins has to be told that there is one.
+    joins = {} if "--head" in arguments else {"RAY_AUTH_MODE": "token"}
     command = [*_ray(sys.executable), "start", "--block", "--disable-usage-stats",
                "--node-ip-address=127.0.0.1", *arguments]  # fmt: skip
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            env=dict(os.environ) | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"},
+            env=dict(os.environ) | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"} | joins,
         )  # fmt: skip
     return LocalNode(process.pid, process_start_time(process.pid), str(log_path))
 
