@@ -11,7 +11,9 @@ import dataclasses
 import logging
 import os
 import shutil
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,11 +110,13 @@ def connect(address: str, folder: Path) -> None:
     Raises:
         ConfigError: there is none, or it refuses.
     """
-    found = find_cluster(address)
+    found, ours = find_cluster(address), signal.getsignal(signal.SIGTERM)
     try:
         with contextlib.chdir(folder):
             ray.init(address=found, namespace="slipstream", log_to_driver=False,
                      logging_level=logging.ERROR)  # fmt: skip
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)  # Ray's would exit instead of saving first
     except (OSError, RayError, ValueError, RuntimeError) as error:
         raise ConfigError(f"the Ray cluster at {found} refuses: {error}") from None
 
