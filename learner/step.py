@@ -219,8 +219,8 @@ def _accumulate(
         result.loss.backward()
         sums.loss += value
         # The gap to the engine is that of the held version: `ewma` anchors elsewhere.
-        held = anchor_T is not None and config.proximal != "ewma"
-        sums.count(batch, anchor_T if held else result.logprobs_T, result.seen_T)
+        other = anchor_T is None or config.proximal == "ewma"
+        sums.count(batch, result.logprobs_T if other else anchor_T, result.seen_T)
 
 
 @dataclass(frozen=True, slots=True)
