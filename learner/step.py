@@ -219,8 +219,9 @@ def _accumulate(
         result.loss.backward()
         sums.loss += value
         # The gap to the engine is that of the held version: `ewma` anchors elsewhere.
-        other = anchor_T is None or config.proximal == "ewma"
-        sums.count(batch, result.logprobs_T if other else anchor_T, result.seen_T)
+        elsewhere = config.proximal == "ewma"
+        held_T = result.logprobs_T if anchor_T is None or elsewhere else anchor_T
+        sums.count(batch, held_T, result.seen_T)
 
 
 @dataclass(frozen=True, slots=True)
