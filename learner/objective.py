@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -131,7 +131,7 @@ def find_surrogate(name: str) -> Surrogate:
         ) from error
     if not callable(found):
         raise ConfigError(f'learner.objective.surrogate = "{name}" is not a function')
-    return found
+    return cast(Surrogate, found)
 
 
 def sequence_proximal(current_T: Tensor, proximal_T: Tensor, owner_T: Tensor) -> Tensor:

@@ -219,8 +219,9 @@ def _accumulate(
         result.loss.backward()
         sums.loss += value
         # The gap to the engine is that of the held version: `ewma` anchors elsewhere.
-        held = anchor_T is not None and config.proximal != "ewma"
-        sums.count(batch, anchor_T if held else result.logprobs_T, result.seen_T)
+        elsewhere = config.proximal == "ewma"
+        held_T = result.logprobs_T if anchor_T is None or elsewhere else anchor_T
+        sums.count(batch, held_T, result.seen_T)
 
 
 @dataclass(frozen=True, slots=True)

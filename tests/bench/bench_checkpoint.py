@@ -45,7 +45,7 @@ def make_trainer(folder: Path) -> Trainer:
 
 def update(trainer: Trainer) -> None:
     """One forward, backward and AdamW step."""
-    tokens = torch.randint(8192, (2, 128))
+    tokens = torch.randint(8192, (1, 64))
     trainer.policy.model(input_ids=tokens, labels=tokens).loss.backward()
     trainer.policy.update(1e-5, trainer.policy.grad_norm())
 

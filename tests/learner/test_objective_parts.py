@@ -77,7 +77,7 @@ def test_sequence_corrections_weigh_whole_samples():
 
 def test_kl_estimators_by_hand_and_their_mean_gradient_is_that_of_the_kl():
     for kind, want in (("k1", 1.0), ("k2", 0.5), ("k3", math.exp(-1))):
-        got = objective.kl_to_reference(d(-1.0), d(-2.0), kind)
+        got = objective.kl_to_reference(d(-1.0), d(-2.0), kind)  # pyright: ignore
         assert got.item() == pytest.approx(want)
     logits, reference = d(0.3, -0.2, 1.0).requires_grad_(), d(0.1, 0.5, -0.4).log_softmax(0)
     exact = (logits.softmax(0) * (logits.log_softmax(0) - reference)).sum()
