@@ -51,8 +51,8 @@ from slipstream.rollout.config import (
 from slipstream.rollout.rewards.pattern import PatternMatch
 
 MAX_TOKENS = 400_000
-EVALUATE_TOKENS = 20_000
-TARGET = 0.4
+EVALUATE_TOKENS = 10_000
+TARGET = 0.8
 EPOCH = 256
 DIGITS = {"min_digits": 1, "max_digits": 1}
 PROMPTS = {
