@@ -7,11 +7,11 @@ terms; 256 prompts that come again every epoch, so difficulty is mixed and there
 from. `none`: chain_sum of exactly 3 terms, 100,000 prompts: one difficulty, nobody is seen twice;
 sizing is not expected to help.
 
-Policy. The built-in tiny model after one warm start per case (seed 0, `chain_sum_mixed`, 8,000
+Policy. The built-in tiny model after one warm start per case (seed 0, `chain_sum_mixed`, 16,000
 examples), shared by all arms and seeds. A seed decides prompts, their order and all samples.
 
-Training. `sizing_loop.Loop` (synchronous, the system's own parts). 16 prompts a step, leave-one-out
-advantage, `aggregation = "prompt"`, AdamW 1e-3 for every arm (Adam takes away the scale of the
+Training. `sizing_loop.Loop` (synchronous, the system's own parts). 32 prompts a step, leave-one-out
+advantage, `aggregation = "prompt"`, AdamW 6e-4 for every arm (Adam takes away the scale of the
 update). At most MAX_TOKENS training tokens; all that were generated count.
 
 Measure. Held-out reward of 256 prompts x 2 samples, temperature 1, every EVALUATE_TOKENS. Tokens to
@@ -50,9 +50,9 @@ from slipstream.rollout.config import (
 )
 from slipstream.rollout.rewards.pattern import PatternMatch
 
-MAX_TOKENS = 240_000
-EVALUATE_TOKENS = 12_000
-TARGET = 0.5
+MAX_TOKENS = 400_000
+EVALUATE_TOKENS = 10_000
+TARGET = 0.8
 EPOCH = 256
 DIGITS = {"min_digits": 1, "max_digits": 1}
 PROMPTS = {
@@ -72,7 +72,7 @@ PROMPTS = {
         held_out=256,
     ),
 }  # fmt: skip
-SFT = SftConfig(demonstration="chain_sum_mixed", examples=8000, batch_size=32, learning_rate=3e-3)
+SFT = SftConfig(demonstration="chain_sum_mixed", examples=16_000, batch_size=32, learning_rate=3e-3)
 FIXED = ("fixed-4", "fixed-8", "fixed-16")
 ADAPTIVE = ("min_variance-8", "min_variance-skip-8", "equal_treatment-skip-8", "fixed-skip-8")
 REFILL = "filter_refill-8"
@@ -93,9 +93,9 @@ def rollout(arm: str) -> RolloutConfig:
 async def run(case: str, arm: str, seed: int, start: dict[str, torch.Tensor]) -> dict[str, Any]:
     """One run to MAX_TOKENS; its curve and what is left of diversity."""
     learner = LearnerConfig(
-        prompts_per_step=16,
+        prompts_per_step=32,
         objective=ObjectiveConfig(advantage="leave_one_out", aggregation="prompt"),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
+        optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=5),
     )
     with tempfile.TemporaryDirectory() as folder:
         loop = Loop(
