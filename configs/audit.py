@@ -28,8 +28,13 @@ def audit_run(run_dir: Path) -> AuditReport:
     finally:
         journal.close()
     # Uids are put in order, each once: so many prompts must be accounted for.
-    bound = experiment.buffer.max_staleness_steps
-    report = audit(run_dir, range(len(issued)), max_staleness_steps=bound)
+    law = experiment.buffer
+    report = audit(
+        run_dir,
+        range(len(issued)),
+        max_staleness_steps=law.max_staleness_steps,
+        max_uses=law.max_uses,
+    )
     report.faults += [f"prompt {uid} is not the one the stream gives" for uid in foreign]
     return report
 
