@@ -93,11 +93,11 @@ def _values_table(loaded: Loaded, show_all: bool) -> Table:
 
 def resolved_values(loaded: Loaded) -> Iterator[tuple[str, str, str]]:
     """Yield (dotted key, value as TOML, origin) of every setting; a section that is off is one."""
-    absent = loaded.experiment.sft is None
-    if absent:
+    if loaded.experiment.sft is None:
         yield "sft", "false", loaded.origins.get("sft", "default")
     for key in all_keys():
-        if absent and key.path.startswith("sft."):
+        section = key.path.partition(".")[0]
+        if section in ("sft", "environment") and getattr(loaded.experiment, section) is None:
             continue
         value: object = loaded.experiment
         for part in key.path.split("."):
