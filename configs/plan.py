@@ -92,11 +92,11 @@ def _list(mark: str, sentences: Sequence[str], style: str = "") -> Table:
 
 def resolved_values(loaded: Loaded) -> Iterator[tuple[str, str, str]]:
     """Yield (dotted key, value as TOML, origin) of every setting; a section that is off is one."""
-    no_sft = loaded.experiment.sft is None
-    if no_sft:
+    if loaded.experiment.sft is None:
         yield "sft", "false", loaded.origins.get("sft", "default")
     for key in all_keys():
-        if no_sft and key.path.startswith("sft."):
+        section = key.path.partition(".")[0]
+        if section in ("sft", "environment") and getattr(loaded.experiment, section) is None:
             continue
         value: object = loaded.experiment
         for part in key.path.split("."):

@@ -164,7 +164,7 @@ class RewardConfig(Settings):
 class EnvironmentConfig(Settings):
     """`[environment]`: episodes of several turns instead of single answers."""
 
-    name: str
+    name: str = "countdown"
     """An entry point of the group `slipstream.environments`, `module:Class` or `file.py:Class`; or
     a function (prompt, endpoint) that runs any agent against an OpenAI-compatible address."""
     arguments: dict[str, Any] = {}
