@@ -62,6 +62,27 @@ $(TRL_VENV)/.installed:
 	    trl==1.16.0 'torch~=2.13.0' 'transformers>=5.16.1,<5.20'
 	touch $@
 
+.venvs/transferqueue/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet TransferQueue==0.1.11
+	touch $@
+
+# Its 70 pinned dependencies are not needed by its dispatcher: what that imports is named here.
+.venvs/areal/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --no-deps areal==1.0.4
+	$(@D)/bin/python -m pip install --quiet 'torch~=2.13.0' 'transformers>=5.16.1,<5.20' aiofiles \
+	    aiohttp cloudpickle colorlog datasets einops fastapi flask httpx hydra-core lark numba \
+	    omegaconf openai orjson pillow pybase64 pydantic pyzmq ray requests tenacity tensordict \
+	    torchdata uvicorn uvloop
+	touch $@
+
+bench-buffer: .venvs/transferqueue/.installed
+
+bench-staleness: .venvs/areal/.installed
+
 bench-e2e: $(TRL_VENV)/.installed
 
 bench-%: $(INSTALLED)  ## run tests/bench/bench_NAME.py; prints one JSON object a line

@@ -70,7 +70,11 @@ class Lineage:
 
 
 def audit(
-    run_dir: Path, issued_uids: Iterable[int], *, max_staleness_steps: float | None = None
+    run_dir: Path,
+    issued_uids: Iterable[int],
+    *,
+    max_staleness_steps: float | None = None,
+    max_uses: int = 1,
 ) -> AuditReport:
     """Count a run's prompts from independent sources and compare.
 
@@ -79,6 +83,7 @@ def audit(
         issued_uids: the uids that the regenerated prompt stream gives, up to the journal's last.
         max_staleness_steps: S, to hold the trained tokens against; None believes the bound in
             each step's proof line.
+        max_uses: steps that may train a group.
     Raises:
         CorruptData: there is no ledger to audit.
     """
@@ -88,7 +93,7 @@ def audit(
         stored = journal.events()
         _check_sequence(journal, report)
         lineage = _walk(stored)
-        _check_prompts(lineage, set(issued_uids), _fold(stored, report), report)
+        _check_prompts(lineage, set(issued_uids), _fold(stored, report), max_uses, report)
         _check_steps(lineage, journal, max_staleness_steps, report)
     finally:
         journal.close()
@@ -144,14 +149,17 @@ def _fold(stored: list[AnyEvent], report: AuditReport) -> State:
     return state
 
 
-def _check_prompts(lineage: Lineage, issued: set[int], state: State, report: AuditReport) -> None:
+def _check_prompts(
+    lineage: Lineage, issued: set[int], state: State, max_uses: int, report: AuditReport
+) -> None:
     """The equation, per uid: each is issued once and is in exactly one place."""
     places: dict[int, list[str]] = {uid: [] for uid in issued}
     for step, groups in sorted(lineage.taken.items()):
         for group in groups:
             places.setdefault(group.uid, []).append(f"step {step}")
-            report.trained += step <= lineage.checkpoint
-            report.taken += step > lineage.checkpoint
+            if len(places[group.uid]) == 1:
+                report.trained += step <= lineage.checkpoint
+                report.taken += step > lineage.checkpoint
     for uid, reasons in lineage.dropped.items():
         places.setdefault(uid, []).extend(f"dropped({reason})" for reason in reasons)
     for group in state.groups.values():
@@ -166,8 +174,14 @@ def _check_prompts(lineage: Lineage, issued: set[int], state: State, report: Aud
         if lineage.put[uid] != 1 or uid not in issued:
             asked = "is" if uid in issued else "is not"
             report.faults.append(f"uid {uid} {asked} in the stream, put {lineage.put[uid]} times")
-        elif len(found) != 1:
+        elif len(found) != 1 and not _trained_again(found, max_uses):
             report.faults.append(f"uid {uid} is {' and '.join(found) or 'nowhere'}")
+
+
+def _trained_again(found: list[str], max_uses: int) -> bool:
+    """Whether all places of a prompt are different steps, as many as are allowed."""
+    steps = all(place.startswith("step ") for place in found)
+    return steps and 1 < len(set(found)) == len(found) <= max_uses
 
 
 def _check_steps(

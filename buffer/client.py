@@ -34,8 +34,10 @@ from .messages import (
     Done,
     Envelope,
     EvaluationResults,
+    ExtendGroup,
     FinishEvaluation,
     FinishSample,
+    FinishSamples,
     GetStats,
     Heartbeat,
     Hello,
@@ -57,6 +59,7 @@ from .records import (
     Prompt,
     SamplingParams,
     Score,
+    SizingDecision,
     Ticket,
     Trajectory,
     Version,
@@ -78,7 +81,7 @@ class BufferClient:
         """Prepare; nothing happens before `connect`.
 
         Args:
-            endpoint: what the service binds, `ipc://...`.
+            endpoint: what the service binds, `ipc://...` or `tcp://...`.
             run_id: the service refuses clients of another run.
             name: `worker-0`, `feeder`, `learner`, `supervisor`: shown to people, owns leases.
             timeout_s: silence after which the service counts as lost.
@@ -181,10 +184,13 @@ class BufferClient:
         self, frames: list[codec.Frame], future: "asyncio.Future[Reply]", wait: Wait
     ) -> Reply:
         """Send and repeat; see the module's docstring for when it gives up."""
+        patience_s = min(RESEND_S, self.timeout_s / 4)
         while True:
             if self._socket is not None:  # closed meanwhile: the future holds the error
-                await self._socket.send_multipart(frames, copy=False)
-            await asyncio.wait({future}, timeout=min(RESEND_S, self.timeout_s / 4))
+                with contextlib.suppress(TimeoutError):  # a service that lets us in not yet
+                    async with asyncio.timeout(patience_s):
+                        await self._socket.send_multipart(frames, copy=False)
+            await asyncio.wait({future}, timeout=patience_s)
             if future.done():
                 return future.result()
             now = time.monotonic()
@@ -242,6 +248,10 @@ class BufferClient:
         """Put WAITING prompts in uid order without gaps; `count` of them were put (a prefix)."""
         return _expect(await self.call(PutPrompts(tickets=tuple(tickets), wait_s=wait_s)), Accepted)
 
+    async def extend(self, uid: int, sizing: SizingDecision) -> Done:
+        """Size an open group again: more samples (`num_samples` in all), or none and not staged."""
+        return _expect(await self.call(ExtendGroup(uid=uid, sizing=sizing)), Done)
+
     async def claim(
         self, serving: Version, max_samples: int, *, wait_s: float = 0.0, request_id: str = ""
     ) -> Claims:
@@ -265,6 +275,12 @@ class BufferClient:
         return _expect(
             await self.call(FinishSample(trajectory=trajectory, lease_id=lease_id)), Done
         )
+
+    async def finish_many(self, samples: Sequence[tuple[Trajectory, str]]) -> Done:
+        """Hand in (trajectory, lease id) pairs in one message; `refused` names those not taken."""
+        trajectories, lease_ids = zip(*samples, strict=True)
+        request = FinishSamples(trajectories=trajectories, lease_ids=lease_ids)
+        return _expect(await self.call(request), Done)
 
     async def release(
         self,

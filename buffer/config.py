@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-StalePolicy = Literal["trim", "requeue", "drop"]
+StalePolicy = Literal["wait", "trim", "requeue", "drop"]
+TakeOrder = Literal["oldest", "freshest", "uniform", "priority"]
 
 
 class Settings(BaseModel):
@@ -23,18 +24,42 @@ class BufferConfig(Settings):
     stale: StalePolicy = "trim"
     """What becomes of a trajectory over the bound after the wait: `trim` keeps it as context with
     zero weight on the stale prefix, `requeue` issues the prompt again, `drop` removes it (trains on
-    short answers: the length bias in the proof line shows it)."""
+    short answers: the length bias in the proof line shows it). `wait` waits for up to
+    `take_deadline_s` in place of `straggler_wait_s`, so that nothing is lost, and trims then."""
     straggler_wait_s: Annotated[float, Field(ge=0)] = 30.0
     """How long a step waits for samples in flight that it would push over the bound."""
     drop_no_signal: bool = True
     """Whether groups whose samples all got one reward leave the batch and are refilled. Has no
     effect with one sample per prompt."""
+    take_order: TakeOrder = "oldest"
+    """Which READY groups a step trains. `oldest` is the one under which waiting keeps all tokens in
+    the bound; `freshest`, `uniform` (at random) and `priority` (largest spread of rewards) let
+    others grow stale, which `stale` then deals with."""
+    max_uses: Annotated[int, Field(ge=1, le=64)] = 1
+    """How many steps may train a group. Above 1, a step with fewer than P groups READY is filled
+    with groups already trained, while their tokens are in the bound; has no effect with S = 0."""
+    task_max_staleness_steps: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Tighter S by task name. The prompts after one that has to wait for its own bound wait too."""
     lease_s: Annotated[float, Field(gt=0)] = 60.0
     """Without a heartbeat for so long, a worker's samples are issued to another."""
     max_waiting_prompts: Annotated[int, Field(ge=1)] = 1024
     """Back-pressure on the feeder: prompts put but not yet claimed."""
     take_deadline_s: Annotated[float, Field(gt=0)] = 600.0
     """A learner step that waits longer for its batch ends the run and says who waited on whom."""
+
+    @model_validator(mode="after")
+    def _tasks_tighten(self) -> "BufferConfig":
+        for task, bound in self.task_max_staleness_steps.items():
+            if bound > self.max_staleness_steps:
+                raise ValueError(
+                    f"task_max_staleness_steps.{task} = {bound:g} is above max_staleness_steps = "
+                    f"{self.max_staleness_steps:g}: a task can only tighten the bound"
+                )
+        return self
+
+    def bound_of(self, task: str) -> float:
+        """S of a task."""
+        return self.task_max_staleness_steps.get(task, self.max_staleness_steps)
 
 
 class ServiceSpec(Settings):

@@ -20,7 +20,7 @@ from .mailbox import Mailbox, check_present
 from .messages import Claim, Done, NotYet, ProofLine, RefusedReply, Reply, Request
 from .records import Ticket, TrainingSample, Trajectory, TrajectoryGroup, WeightsManifest
 from .replay import MAX_DEATHS, Replay
-from .staleness import capacity, proof_line
+from .staleness import capacity, proof_line, token_bound
 from .state import Group, Lengths
 from .take import TakePlan
 from .waits import Wait
@@ -127,6 +127,7 @@ class Coordinator:
     def tick(self, now: float) -> None:
         """Expire the leases of silent workers."""
         self.replay.expire(now)
+        self.replay.settle_staged(now)
         for worker in self.evaluations.workers():
             seen = self.replay.last_seen.setdefault(worker, now)
             if now - seen > self.spec.config.lease_s:
@@ -165,6 +166,8 @@ class Coordinator:
                 return self._hello(request)
             case messages.GetStats():
                 return self._get_stats(now)
+            case messages.FinishSamples():
+                return self._finish_many(request, now)
             case _:
                 self._carry_out(request, now)
                 return Done(journal_sequence=self.sequence)
@@ -175,6 +178,8 @@ class Coordinator:
             case messages.FinishSample(trajectory=trajectory, lease_id=lease_id):
                 store = self.journal.append
                 self.replay.finish(trajectory, lease_id, lambda: store(trajectory), now)
+            case messages.ExtendGroup():
+                self._extend(request)
             case messages.ReleaseSamples():
                 self.replay.release(
                     request.uid,
@@ -221,7 +226,11 @@ class Coordinator:
         for ticket in request.tickets if not self.closing else ():
             prompt = ticket.prompt
             if not self.replay.put(
-                prompt.uid, ticket.sizing.num_samples, lambda t=ticket: self.journal.append(t)
+                prompt.uid,
+                ticket.sizing.num_samples,
+                lambda t=ticket: self.journal.append(t),
+                prompt.task if prompt.task in self.spec.config.task_max_staleness_steps else "",
+                staged=ticket.sizing.staged,
             ):
                 break
             if self.replay.state.groups[prompt.uid].state == "WAITING":
@@ -230,6 +239,32 @@ class Coordinator:
         if count or not request.tickets or self.closing or final:
             return messages.Accepted(count=count, closing=bool(self.closing))
         return None
+
+    def _finish_many(self, request: messages.FinishSamples, now: float) -> Reply:
+        """Every sample on its own: its refusal is its own, too."""
+        if len(request.trajectories) != len(request.lease_ids):
+            raise Refused("as many trajectories as lease ids must be handed in")
+        refused: dict[int, str] = {}
+        store = self.journal.append
+        pairs = zip(request.trajectories, request.lease_ids, strict=True)
+        for position, (trajectory, lease_id) in enumerate(pairs):
+            try:
+                self.replay.finish(trajectory, lease_id, lambda t=trajectory: store(t), now)
+            except Refused as refusal:
+                refused[position] = str(refusal)
+        self.refused += len(refused)
+        return Done(journal_sequence=self.sequence, refused=refused)
+
+    def _extend(self, request: messages.ExtendGroup) -> None:
+        """Size a group again; the ticket is stored anew, with the decision it now has."""
+        uid, sizing = request.uid, request.sizing
+        group = self.replay.state.groups.get(uid)
+        old = self._ticket(group) if group is not None else None
+        made = Ticket(prompt=old.prompt, sizing=sizing) if old is not None else None
+        store = self.journal.append
+        self.replay.extend(uid, sizing.num_samples, lambda: store(made), staged=sizing.staged)
+        if made is not None and group is not None and group.state in ("WAITING", "INFLIGHT"):
+            self._tickets[uid] = made
 
     def _claim(self, request: messages.ClaimSamples, now: float, final: bool) -> Reply | None:
         self.replay.heartbeat(request.worker, now)
@@ -288,10 +323,7 @@ class Coordinator:
         step, state = request.step, self.replay.state
         taken = state.steps.get(step)
         if taken is not None and taken.request_id == request.request_id:
-            plan = TakePlan(
-                step=step,
-                groups=tuple((uid, state.groups[uid].decisions) for uid in state.taken[step]),
-            )
+            plan = TakePlan(step=step, groups=tuple(sorted(state.taken[step].items())))
             return self._batch(plan, self._load_all(plan), taken.proof)
         self._step_wait, since = None, self._step_wait
         if self.closing:
@@ -333,8 +365,10 @@ class Coordinator:
             group = self.replay.state.groups[uid]
             was_ready = group.state == "READY"
             loaded = self._load(group, decisions)
-            if loaded is None and not was_ready:
+            if loaded is None and uid in self.replay.state.taken.get(plan.step, ()):
                 raise CorruptData(f"uid {uid} was TAKEN by step {plan.step} and is unreadable now")
+            if loaded is None and not was_ready:
+                self.replay.spent.add(uid)
             if loaded is not None:
                 groups.append(loaded)
         return groups
@@ -363,6 +397,7 @@ class Coordinator:
                     trained=decision.trained,
                     stale_prefix=decision.stale_prefix,
                     drop_reason=decision.drop_reason,
+                    bound=token_bound(self.replay.bound_of(group)) if group.task else None,
                 )
             )
         return TrajectoryGroup(

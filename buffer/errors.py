@@ -6,6 +6,7 @@
 | one sample       | a reward raised, a prompt too long | data: recorded on it, the run goes on    |
 | one request      | unknown attempt, off-path version  | `Refused`: the caller gets the reason    |
 | stored bytes     | a torn segment, a digest mismatch  | `CorruptData`: an older copy is used     |
+| the disk         | no space left                      | `DiskFull`: the run ends, `resume`       |
 | a process        | the buffer does not answer         | `PeerLost`: it ends, exit 1, `resume`    |
 | our own mistake  | an impossible state                | `AssertionError`: a crash, never caught  |
 
@@ -35,6 +36,10 @@ class CorruptData(SlipstreamError):
 
 class WireError(CorruptData):
     """A frame does not follow the schema: truncated, oversized, wrong types or another version."""
+
+
+class DiskFull(SlipstreamError):
+    """A file of the run cannot grow; what was acknowledged is kept."""
 
 
 class PeerLost(SlipstreamError):

@@ -14,6 +14,8 @@ from .records import Prompt, WeightsManifest
 
 EVALUATION_SAMPLES_PER_WORKER = 64
 """Outstanding at one worker: keeps its second engine busy, and leaves some for the others."""
+MAX_SAMPLES = 1 << 20
+"""Of one job."""
 KEPT_JOBS = 8
 """Complete jobs whose results can still be asked for."""
 
@@ -65,6 +67,8 @@ class Evaluations:
         prompts = {prompt.uid: prompt for prompt in request.prompts}
         if len(prompts) != len(request.prompts):
             raise Refused(f"evaluation {request.job_id}: two prompts have the same uid")
+        if not 0 <= len(prompts) * request.samples_per_prompt <= MAX_SAMPLES:
+            raise Refused(f"evaluation {request.job_id}: over {MAX_SAMPLES} samples")
         manifest = self._mailbox.pin(request.job_id, request.version)
         job = Job(request=request, manifest=manifest, prompts=prompts)
         for uid in prompts:

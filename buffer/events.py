@@ -56,6 +56,18 @@ class Put(Event, frozen=True, tag="put"):
     uid: int
     num_samples: int
     ticket: Ref
+    task: str = ""
+    staged: bool = False
+    """As `SizingDecision.staged`."""
+
+
+class Extended(Event, frozen=True, tag="extend"):
+    """An open group was sized again: so many samples in all, the new ones WAITING."""
+
+    uid: int
+    num_samples: int
+    ticket: Ref
+    staged: bool = False
 
 
 class Claimed(Event, frozen=True, tag="claim"):
@@ -157,6 +169,7 @@ class BranchOpened(Event, frozen=True, tag="branch"):
 
 AnyEvent = (
     Put
+    | Extended
     | Claimed
     | Finished
     | Returned

@@ -14,6 +14,7 @@ import msgspec
 from . import codec
 from .errors import CorruptData
 from .events import AnyEvent, Ref, columns, decode_event, encode_event
+from .filesystem import naming_a_full_disk, require_local
 from .segments import Segments
 
 T = TypeVar("T")
@@ -42,10 +43,13 @@ class Journal:
             writable: False to look into a run, alive or not.
         Raises:
             CorruptData: there is no ledger to read, or it is not one.
+            ConfigError: a new one would be on a network file system.
         """
         path = run_dir / "ledger.sqlite"
         if not writable and not path.exists():
             raise CorruptData(f"{path} is missing: the folder holds no run")
+        if writable:
+            require_local(run_dir)
         self.segments = Segments(run_dir / "segments", writable=writable)
         self.branch = 0
         """Written beside each event."""
@@ -70,7 +74,8 @@ class Journal:
 
     def append(self, record: Any) -> Ref:
         """Store a record's bytes and say where; durable with the next `commit`."""
-        return self.segments.append(codec.pack(codec.encode(record)))
+        with naming_a_full_disk(self.segments.folder):
+            return self.segments.append(codec.pack(codec.encode(record)))
 
     def read(self, ref: Ref, record_type: type[T]) -> T:
         """Load a stored record.
@@ -94,7 +99,13 @@ class Journal:
         Returns:
             The last sequence.
         """
-        self.segments.sync()  # before the ledger: an event never refers to bytes that are not there
+        with naming_a_full_disk(self.segments.folder.parent):
+            # Before the ledger: an event never refers to bytes that are not there.
+            self.segments.sync()
+            self._insert(new)
+        return self.sequence
+
+    def _insert(self, new: list[AnyEvent]) -> None:
         if new:
             rows = [
                 (self.sequence + i, self.branch, *columns(event), encode_event(event))
@@ -109,7 +120,6 @@ class Journal:
                     self._database.execute("ROLLBACK")
                 raise
             self.sequence += len(new)
-        return self.sequence
 
     def events(self) -> list[AnyEvent]:
         """All events, oldest first.

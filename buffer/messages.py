@@ -13,6 +13,7 @@ from .records import (
     Record,
     SamplingParams,
     Score,
+    SizingDecision,
     Ticket,
     Trajectory,
     TrajectoryGroup,
@@ -40,6 +41,13 @@ class PutPrompts(Record, tag=True):
     wait_s: float = 0.0
 
 
+class ExtendGroup(Record, tag=True):
+    """Size an open group again; `sizing.num_samples` is the new total, never less than before."""
+
+    uid: int
+    sizing: SizingDecision
+
+
 class ClaimSamples(Record, tag=True):
     """Ask for work; granted only while the law admits it."""
 
@@ -56,6 +64,13 @@ class FinishSample(Record, tag=True):
 
     trajectory: Trajectory
     lease_id: str
+
+
+class FinishSamples(Record, tag=True):
+    """Hand in several trajectories at once; what one is refused for does not touch the others."""
+
+    trajectories: tuple[Trajectory, ...]
+    lease_ids: tuple[str, ...]
 
 
 class ReleaseSamples(Record, tag=True):
@@ -145,8 +160,10 @@ class CloseRun(Record, tag=True):
 Request = (
     Hello
     | PutPrompts
+    | ExtendGroup
     | ClaimSamples
     | FinishSample
+    | FinishSamples
     | ReleaseSamples
     | Heartbeat
     | TakeGroups
@@ -286,6 +303,8 @@ class Done(Record, tag=True):
     """The request was carried out (and is durable, where that is promised)."""
 
     journal_sequence: int = 0
+    refused: dict[int, str] = {}
+    """Position in a `FinishSamples` -> why that one was refused."""
 
 
 class RefusedReply(Record, tag=True):

@@ -102,6 +102,9 @@ class SizingDecision(Record):
     num_samples: int
     max_new_tokens: int
     reason: str
+    staged: bool = False
+    """More samples may follow: the finished group is neither trained nor dropped before
+    `BufferClient.extend` has decided, or `buffer.straggler_wait_s` has passed."""
 
 
 class Ticket(Record):
@@ -209,7 +212,7 @@ class Trajectory(Record):
             )
         for name in ("versions", "kv_version_min"):
             covered = sum(span.length for span in getattr(self, name))
-            if covered != num_policy:
+            if covered != num_policy or any(span.length < 0 for span in getattr(self, name)):
                 raise ValueError(f"{name} covers {covered} tokens of {num_policy}")
 
     @property
@@ -227,6 +230,8 @@ class TrainingSample(Record):
     stale_prefix: int = 0
     """The first so many policy-written tokens are over the bound: context, zero weight."""
     drop_reason: DropReason | None = None
+    bound: int | None = None
+    """The largest lag of its tokens when its task's is tighter than the run's."""
 
 
 class TrajectoryGroup(Record):

@@ -19,10 +19,13 @@ from .config import BufferConfig
 from .errors import Refused
 from .events import AnyEvent, Facts, Ref
 from .records import REISSUED, DropReason, Trajectory, Version, WeightsManifest
-from .staleness import admits, capacity, first_late
+from .staleness import admits, capacity, first_late, token_bound
 from .state import Group, Lease, State
 from .take import TakePlan, plan_take
 
+MAX_SAMPLES = 4096
+"""Of one prompt: what one request may make us build."""
+MAX_WORKERS = 10_000
 MAX_DEATHS = 3
 """So many workers may die over one prompt before it is taken for the cause."""
 
@@ -38,7 +41,11 @@ class Replay:
             prompts_per_step: P.
         """
         self.config, self.prompts_per_step = config, prompts_per_step
-        self.state = State()
+        self.state = State(kept_steps=self._kept_steps())
+        self.spent: set[int] = set()
+        """uids whose payload could not be read when a step wanted to train them once more."""
+        self.staged_since: dict[int, float] = {}
+        """uid -> since when a complete group waits to be extended or not."""
         self.outbox: list[AnyEvent] = []
         self.last_seen: dict[str, float] = {}
         """worker -> when it last showed life, in the caller's clock."""
@@ -53,27 +60,95 @@ class Replay:
         self.state.apply(event)
         self.outbox.append(event)
 
-    def put(self, uid: int, num_samples: int, ticket: Callable[[], Ref]) -> bool:
+    def _kept_steps(self) -> int:
+        """How long a group can be trained again: as long as a token of it is in the bound."""
+        return token_bound(self.config.max_staleness_steps) if self.config.max_uses > 1 else 0
+
+    def bound_of(self, group: Group) -> float:
+        """S of the group's task."""
+        return self.config.bound_of(group.task)
+
+    def age_of(self, group: Group) -> int | None:
+        """The step of the oldest version of a group, as if its task had the bound of the run.
+
+        A task with a bound tighter by d is late d steps earlier: the proof holds for oldest - d.
+        """
+        oldest = self.state.oldest_step(group)
+        tighter = token_bound(self.config.max_staleness_steps) - token_bound(self.bound_of(group))
+        return None if oldest is None else oldest - tighter
+
+    def put(
+        self,
+        uid: int,
+        num_samples: int,
+        ticket: Callable[[], Ref],
+        task: str = "",
+        *,
+        staged: bool = False,
+    ) -> bool:
         """Put a prompt WAITING; False when the queue is full. A repeat is put already.
 
         Args:
             uid: the next of the stream; a gap would be a lost prompt.
             num_samples: G of this prompt.
             ticket: stores the ticket and says where; called only for a new prompt.
+            task: whose bound it has.
+            staged: see `SizingDecision`.
         Raises:
             Refused: a gap in the uids, or no samples.
         """
-        if uid < self.state.next_uid:
+        if 0 <= uid < self.state.next_uid:
             return True
-        if uid > self.state.next_uid or num_samples < 1:
+        if uid != self.state.next_uid or not 1 <= num_samples <= MAX_SAMPLES:
             raise Refused(
                 f"uid {uid} with {num_samples} samples cannot be put: the next is "
-                f"{self.state.next_uid}, and a prompt needs at least one sample"
+                f"{self.state.next_uid}, and a prompt has 1 to {MAX_SAMPLES} samples"
             )
         if self.state.counts["WAITING"] >= self.config.max_waiting_prompts:
             return False
-        self._emit(events.Put(uid=uid, num_samples=num_samples, ticket=ticket()))
+        put = events.Put(
+            uid=uid, num_samples=num_samples, ticket=ticket(), task=task, staged=staged
+        )
+        self._emit(put)
         return True
+
+    def extend(
+        self, uid: int, num_samples: int, ticket: Callable[[], Ref], *, staged: bool = False
+    ) -> None:
+        """Give an open group more samples, or declare it whole; a repeat changes nothing.
+
+        Args:
+            uid: WAITING, INFLIGHT or READY.
+            num_samples: in all; never fewer than before.
+            ticket: stores the ticket with the new decision and says where.
+            staged: whether still more may follow.
+        Raises:
+            Refused: there is no such open group, or it has more samples already.
+        """
+        group = self.state.groups.get(uid)
+        if group is None:
+            raise Refused(f"uid {uid} cannot be extended: it was never put")
+        if len(group.samples) == num_samples and group.staged == staged:
+            return
+        is_open = group.state in ("WAITING", "INFLIGHT", "READY")
+        if not is_open or not len(group.samples) <= num_samples <= MAX_SAMPLES:
+            raise Refused(
+                f"uid {uid} cannot be extended to {num_samples} samples: it is {group.state} with "
+                f"{len(group.samples)}"
+            )
+        self._emit(
+            events.Extended(uid=uid, num_samples=num_samples, ticket=ticket(), staged=staged)
+        )
+        self._settle(group)
+
+    def settle_staged(self, now: float) -> None:
+        """Take complete groups as whole whose sizer has been silent for `straggler_wait_s`."""
+        since = self.staged_since
+        self.staged_since = {uid: since.get(uid, now) for uid in self.state.staged}
+        for uid, began_s in list(self.staged_since.items()):
+            if now - began_s > self.config.straggler_wait_s:
+                group = self.state.groups[uid]
+                self.extend(uid, len(group.samples), lambda group=group: group.ticket)
 
     def claim(
         self, worker: str, serving: Version, max_samples: int, request_id: str, now: float
@@ -131,18 +206,26 @@ class Replay:
         state = self.state
         newest = state.newest
         law = (serving.step, self.config.max_staleness_steps, self.prompts_per_step)
-        if newest is None or (self.config.max_staleness_steps == 0 and serving.step < newest.step):
+        if newest is None:
             return None
+        behind = serving.step < newest.step
         # An opened group counts already; under an older version its place must be admitted again.
         # Never under the newest: then a resume that kept more groups than it admits would hang.
-        if serving.step == newest.step or state.num_admitted <= capacity(*law):
+        if not behind or state.num_admitted <= capacity(*law):
             for uid in state.uids("INFLIGHT"):
-                if indices := state.groups[uid].indices("WAITING"):
-                    return _same_attempt(state.groups[uid], indices)
+                group = state.groups[uid]
+                if behind and self.bound_of(group) == 0:
+                    continue
+                if indices := group.indices("WAITING"):
+                    return _same_attempt(group, indices)
         uid = state.first_waiting()
-        if uid is None or not admits(state.num_admitted, *law):
+        if uid is None:
             return None
-        return _same_attempt(state.groups[uid], state.groups[uid].indices("WAITING"))
+        group = state.groups[uid]
+        bound = self.bound_of(group)
+        if not admits(state.num_admitted, serving.step, bound, self.prompts_per_step):
+            return None
+        return None if behind and bound == 0 else _same_attempt(group, group.indices("WAITING"))
 
     def finish(
         self, trajectory: Trajectory, lease_id: str, payload: Callable[[], Ref], now: float
@@ -266,7 +349,13 @@ class Replay:
             self._emit(events.Dropped(uid=group.uid, reason=reason, step=step))
 
     def heartbeat(self, worker: str, now: float) -> None:
-        """Renew all leases of a worker."""
+        """Renew all leases of a worker.
+
+        Raises:
+            Refused: there are too many names.
+        """
+        if worker not in self.last_seen and len(self.last_seen) >= MAX_WORKERS:
+            raise Refused(f"{worker}: {MAX_WORKERS} workers are known, no more are accepted")
         self.last_seen[worker] = now
 
     def expire(self, now: float) -> int:
@@ -371,7 +460,8 @@ class Replay:
                 f"checkpoint {version} is not of this run; the newest version is {newest}"
             )
         groups, taken = self.state.groups, self.state.taken
-        if any(groups[taken[k][0]].state == "TAKEN" for k in taken if k <= version.step):
+        until = [uid for step in taken if step <= version.step for uid in taken[step]]
+        if any(groups[uid].state == "TAKEN" for uid in until):
             self._emit(events.Checkpointed(step=version.step))
 
     def open_branch(
@@ -412,7 +502,7 @@ class Replay:
         ages = {
             uid: age
             for uid in state.uids("READY") + state.uids("INFLIGHT")
-            if (age := state.oldest_step(state.groups[uid])) is not None
+            if (age := self.age_of(state.groups[uid])) is not None
         }
         bound = self.config.max_staleness_steps
         late = first_late(Counter(ages.values()), step, bound, self.prompts_per_step)

@@ -19,6 +19,8 @@ from .events import Ref
 
 SEGMENT_BYTES = 256 << 20
 """A new file is begun after so many bytes."""
+WRITE_BYTES = 1 << 20
+"""So much is gathered before it is written: one call for the usual turn of the service."""
 _HEADER = struct.Struct("<4sIQ")
 _MAGIC = b"SLP1"
 
@@ -41,6 +43,7 @@ class Segments:
         self._write_fd = -1
         self._size = 0
         self._dirty = False
+        self._unwritten = bytearray()
         self._read_fds: dict[int, int] = {}
         self.synced: dict[int, int] = {}
         """segment -> bytes of it that survive a power loss."""
@@ -53,12 +56,20 @@ class Segments:
         if self._write_fd < 0 or self._size >= SEGMENT_BYTES:
             self._begin_file()
         ref = Ref(segment=self._number, offset=self._size, length=len(payload), digest=digest)
-        record = memoryview(_HEADER.pack(_MAGIC, len(payload), digest) + payload)
-        while record:
-            record = record[os.write(self._write_fd, record) :]
+        self._unwritten += _HEADER.pack(_MAGIC, len(payload), digest)
+        self._unwritten += payload
         self._size += _HEADER.size + len(payload)
+        if len(self._unwritten) > WRITE_BYTES:
+            self._write()
         self._dirty = True
         return ref
+
+    def _write(self) -> None:
+        """Hand what was appended to the system; after an error the segment is not used again."""
+        record = memoryview(bytes(self._unwritten))
+        self._unwritten.clear()
+        while record:
+            record = record[os.write(self._write_fd, record) :]
 
     def _begin_file(self) -> None:
         """Start the next segment; its name is durable before anything in it can be."""
@@ -76,6 +87,7 @@ class Segments:
     def sync(self) -> None:
         """Make everything appended so far durable."""
         if self._dirty:
+            self._write()
             os.fdatasync(self._write_fd)
             self._dirty = False
             self.synced[self._number] = self._size
@@ -91,6 +103,8 @@ class Segments:
             if ref.segment not in self._read_fds:
                 self._read_fds[ref.segment] = os.open(self._path(ref.segment), os.O_RDONLY)
             fd = self._read_fds[ref.segment]
+            if ref.segment == self._number and self._unwritten:
+                self._write()
             record = os.pread(fd, _HEADER.size + ref.length, ref.offset)
         except OSError as error:
             raise CorruptData(f"{where} cannot be read: {error}") from error
@@ -102,8 +116,9 @@ class Segments:
         return payload
 
     def close(self) -> None:
-        """Sync and let go of the files."""
-        self.sync()
+        """Let go of the files; what is not synced is not kept."""
+        self._unwritten.clear()
+        self._dirty = False
         for fd in [*self._read_fds.values(), self._write_fd]:
             if fd >= 0:
                 os.close(fd)

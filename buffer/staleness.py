@@ -219,12 +219,13 @@ def proof_line(
     """
     bound = token_bound(max_staleness_steps)
     lags: Counter[int] = Counter()
-    orphaned = trimmed = mixed = trained = 0
+    orphaned = trimmed = mixed = trained = over = 0
     for sample in samples:
         if not sample.trained:
             continue
         trained += 1
         trimmed += sample.stale_prefix
+        allowed = bound if sample.bound is None else min(bound, sample.bound)
         spans = sample.trajectory.versions
         mixed += len({(s.version.branch, s.version.step) for s in spans if s.length}) > 1
         for version, length in weighted_spans(sample):
@@ -233,11 +234,12 @@ def proof_line(
                 orphaned += length
             else:
                 lags[age] += length
+                over += length if not 0 <= age <= allowed else 0
     return ProofLine(
         step=step,
         bound=bound,
         max_lag=max(lags, default=0),
-        violations=orphaned + sum(n for age, n in lags.items() if not 0 <= age <= bound),
+        violations=orphaned + over,
         orphaned_tokens=orphaned,
         lag_counts=dict(sorted(lags.items())),
         trained_tokens=orphaned + sum(lags.values()),

@@ -56,18 +56,24 @@ class Group:
     uid: int
     ticket: Ref
     samples: list[Sample]
+    task: str = ""
+    staged: bool = False
+    """May be extended: complete, it stays INFLIGHT until somebody decides."""
     state: GroupWord = "WAITING"
-    ended: tuple[int, int] | None = None
-    """(branch, step) that TAKEN or DROPPED belong to."""
     drop_reason: DropReason | None = None
-    decisions: tuple[Decision, ...] = ()
-    undone: list[tuple[tuple[int, int], DropReason | None]] = field(default_factory=list)
-    """(`ended`, `drop_reason`) in lineages that were left; one of them may be resumed later."""
+    ends: list[tuple[tuple[int, int], DropReason | None]] = field(default_factory=list)
+    """((branch, step), drop reason) of every take and drop, those of lineages that were left
+    included: one of them may be resumed later."""
 
     @property
     def attempt(self) -> int:
         """The newest attempt among its samples."""
         return max(sample.attempt for sample in self.samples)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample is READY or cannot be made."""
+        return all(sample.state in ("READY", "DROPPED") for sample in self.samples)
 
     def indices(self, state: SampleWord) -> list[int]:
         """The samples in a state."""
@@ -134,8 +140,14 @@ class State:
     """What the live branch published, by step; the last is the newest."""
     steps: dict[int, events.StepTaken] = field(default_factory=dict)
     """TAKEN on the live branch since the last checkpoint, and the last one before."""
-    taken: dict[int, list[int]] = field(default_factory=dict)
-    """step -> uids, for the same steps."""
+    taken: dict[int, dict[int, tuple[Decision, ...]]] = field(default_factory=dict)
+    """step -> uid -> decisions, for the same steps and `kept_steps` before them."""
+    kept_steps: int = 0
+    """Steps before the last checkpoint whose groups may be trained once more."""
+    repeats: int = 0
+    """Takes on the live path of groups that an earlier step had trained already."""
+    staged: dict[int, None] = field(default_factory=dict)
+    """uids of complete groups that may still be extended, in order of completion."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Trajectories dropped, by reason, over the run along the live path."""
     dropped_since: Counter[str] = field(default_factory=Counter)
@@ -168,8 +180,12 @@ class State:
 
     @property
     def num_admitted(self) -> int:
-        """Groups INFLIGHT + READY + TAKEN + TRAINED."""
-        return sum(self.counts[word] for word in ADMITTED)
+        """Groups INFLIGHT + READY + TAKEN + TRAINED, one more for each repeated use."""
+        return sum(self.counts[word] for word in ADMITTED) + self.repeats
+
+    def uses(self, group: Group) -> int:
+        """How many steps of the live path trained a group."""
+        return sum(reason is None and self.on_path(place) for place, reason in group.ends)
 
     def uids(self, state: GroupWord) -> list[int]:
         """uids of the INFLIGHT or READY groups, in order."""
@@ -209,6 +225,8 @@ class State:
         match event:
             case events.Put():
                 self._put(event)
+            case events.Extended():
+                self._extended(event)
             case events.Claimed():
                 self._claimed(event)
             case events.Finished():
@@ -250,12 +268,15 @@ class State:
     def _settle(self, group: Group) -> None:
         """Derive the state of a group that is not final from its samples."""
         words = {sample.state for sample in group.samples}
-        if words <= {"READY", "DROPPED"}:
+        self.staged.pop(group.uid, None)
+        if group.complete and not (group.staged and "READY" in words):
             state: GroupWord = "READY"
         elif words & {"READY", "INFLIGHT"}:
             state = "INFLIGHT"
         else:
             state = "WAITING"
+        if group.complete and group.staged and state == "INFLIGHT":
+            self.staged[group.uid] = None
         if state != group.state:
             self._move(group, state)
 
@@ -279,11 +300,24 @@ class State:
 
     def _put(self, event: events.Put) -> None:
         samples = [Sample() for _ in range(event.num_samples)]
-        group = Group(uid=event.uid, ticket=event.ticket, samples=samples)
+        group = Group(
+            uid=event.uid,
+            ticket=event.ticket,
+            samples=samples,
+            task=event.task,
+            staged=event.staged,
+        )
         self.groups[event.uid] = group
         self.next_uid = event.uid + 1
         self.counts["WAITING"] += 1
         heapq.heappush(self.waiting, event.uid)
+
+    def _extended(self, event: events.Extended) -> None:
+        group = self.groups[event.uid]
+        more = event.num_samples - len(group.samples)
+        group.samples += [Sample(attempt=group.attempt) for _ in range(more)]
+        group.staged, group.ticket = event.staged, event.ticket
+        self._settle(group)
 
     def _claimed(self, event: events.Claimed) -> None:
         group = self.groups[event.uid]
@@ -348,7 +382,9 @@ class State:
         self._close_leases(group, tuple(range(len(group.samples))))
         number = len(group.indices("READY"))
         self._count_drops(event.reason, number, self._tally(event.step).dropped)
-        group.ended, group.drop_reason = (self.path.branch, event.step), event.reason
+        group.drop_reason = event.reason
+        group.ends.append(((self.path.branch, event.step), event.reason))
+        self.staged.pop(event.uid, None)
         self.dropped_uids.setdefault(event.step, []).append(event.uid)
         self._move(group, "DROPPED")
 
@@ -360,7 +396,8 @@ class State:
 
     def _taken(self, event: events.Taken) -> None:
         group = self.groups[event.uid]
-        group.ended, group.decisions = (self.path.branch, event.step), event.decisions
+        self.repeats += self.uses(group) > 0
+        group.ends.append(((self.path.branch, event.step), None))
         tally = self._tally(event.step)
         for decision in event.decisions:
             facts = group.samples[decision.index].facts
@@ -369,23 +406,25 @@ class State:
                 tally.trained.add(facts.num_tokens)
             elif decision.drop_reason:
                 self._count_drops(decision.drop_reason, 1, tally.dropped)
-        self.taken.setdefault(event.step, []).append(event.uid)
+        self.taken.setdefault(event.step, {})[event.uid] = event.decisions
         self._move(group, "TAKEN")
 
     def _checkpointed(self, event: events.Checkpointed) -> None:
+        later = {uid for step in self.taken if step > event.step for uid in self.taken[step]}
         for step in [step for step in self.taken if step <= event.step]:
             for uid in self.taken[step]:
-                if self.groups[uid].state == "TAKEN":
+                if self.groups[uid].state == "TAKEN" and uid not in later:
                     self._move(self.groups[uid], "TRAINED")
-            if step < event.step:  # the last one stays, its take may be repeated
-                self._forget(self.taken.pop(step))
+            if step < event.step - self.kept_steps:  # the last one stays: it may be asked again
+                self._forget(list(self.taken.pop(step)))
                 self.steps.pop(step, None)
         for step in [step for step in self.dropped_uids if step < event.step]:
             self._forget(self.dropped_uids.pop(step))
 
     def _forget(self, uids: list[int]) -> None:
         """Let go of what a resume alone would need, once none can happen in this process."""
-        for uid in uids if self.final_branch else ():
+        held = {uid for groups in self.taken.values() for uid in groups}
+        for uid in [uid for uid in uids if self.final_branch and uid not in held]:
             del self.groups[uid].samples[1:]
 
     def finalize_branch(self) -> None:
@@ -409,11 +448,13 @@ class State:
         self.manifests.clear()
         self.steps.clear()
         self.taken.clear()
+        self.staged.clear()
         self.dropped_uids.clear()
         self.next_take = (event.branch, event.resumed_at + 1)
         self._recount()
         for group in self.groups.values():
             self._onto_path(group)
+        self.repeats = sum(max(0, self.uses(group) - 1) for group in self.groups.values())
 
     def _recount(self) -> None:
         """The totals along the live path; what lost steps counted is counted again when redone."""
@@ -435,14 +476,12 @@ class State:
             lost_void = sample.voided is not None and not self.on_path(sample.voided[1])
             if sample.state == "INFLIGHT" or lost_void:
                 group.samples[index] = Sample(attempt=sample.attempt)
-        if group.ended is not None:
-            group.undone.append((group.ended, group.drop_reason))
-        for ended, reason in group.undone:
+        for ended, reason in group.ends:
             if self.on_path(ended):  # at or below the checkpoint: part of its weights, or dropped
-                group.ended, group.drop_reason = ended, reason
+                group.drop_reason = reason
                 self._move(group, "DROPPED" if reason else "TRAINED")
                 return
-        group.ended, group.drop_reason, group.decisions = None, None, ()
+        group.drop_reason = None
         self._settle(group)
 
     def on_path(self, place: tuple[int, int]) -> bool:

@@ -1,12 +1,18 @@
 """Which groups a step trains, and what each of their samples counts for.
 
-Oldest first (by the oldest token's version, then uid); what is over the bound is trimmed, requeued
-or dropped; and the step waits, up to a deadline, for samples in flight that it would make late.
+In the order of `ORDERS`, by default oldest first; what is over the bound is trimmed, requeued or
+dropped; and the step waits, up to a deadline, for samples in flight that it would make late. With
+`max_uses` above 1, groups that were trained before fill what is missing.
 """
 
+import statistics
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
+import xxhash
+
+from .config import TakeOrder
 from .events import Decision
 from .records import Record
 from .staleness import first_late, judge, would_exceed
@@ -24,43 +30,93 @@ class TakePlan(Record, frozen=True):
     """(uid, decisions) of P groups, in uid order."""
 
 
+class Candidate(NamedTuple):
+    """What an order may know of a READY group."""
+
+    uid: int
+    oldest_step: int
+    """Of the oldest version that wrote a token of it."""
+    rewards: tuple[float, ...]
+
+
+Order = Callable[[Candidate, int], float]
+"""(candidate, step) -> key: the lowest is trained first; ties by age, then uid."""
+
+ORDERS: dict[TakeOrder, Order] = {
+    "oldest": lambda group, _: group.oldest_step,
+    "freshest": lambda group, _: -group.oldest_step,
+    "uniform": lambda group, step: xxhash.xxh3_64_intdigest(f"{step}/{group.uid}".encode()),
+    "priority": lambda group, _: -statistics.pstdev(group.rewards) if group.rewards else 0.0,
+}
+
+
 def plan_take(replay: "Replay", step: int, now: float) -> TakePlan | str:
     """Choose the batch; in words what is missing when there is none yet.
 
     Groups with too little left to train are reopened as soon as P are READY, even when fewer than
     P are left then.
     """
-    ready = _oldest_first(replay)
-    if len(ready) < replay.prompts_per_step:
-        return _missing(replay, len(ready), now)
+    number = replay.prompts_per_step
+    if (num_ready := replay.state.counts["READY"]) < number and replay.config.max_uses == 1:
+        return _missing(replay, num_ready, now)
     chosen: list[tuple[int, tuple[Decision, ...]]] = []
-    for uid in ready:
-        if len(chosen) == replay.prompts_per_step:
+    for uid in _in_order(replay, replay.state.uids("READY"), step):
+        # Out of order of age, one that nobody reaches would stay too old for ever.
+        if len(chosen) >= number and replay.config.take_order == "oldest":
             break
         decisions = _decide(replay, replay.state.groups[uid], step)
         if decisions is None:
             replay.reopen(uid, "stale")
-        else:
+        elif len(chosen) < number:
             chosen.append((uid, decisions))
-    if len(chosen) < replay.prompts_per_step:
-        return _missing(replay, len(chosen), now)
+    num_new = len(chosen)
+    chosen += _again(replay, step, number - num_new)
+    if len(chosen) < number:
+        return _missing(replay, num_new, now)
     late = _made_late(replay, {uid for uid, _ in chosen}, step)
     if replay.blocked[0] != step:
         replay.blocked = (step, now)
-    waited_s = now - replay.blocked[1]
-    if late and waited_s < replay.config.straggler_wait_s:
+    waits = replay.config.stale == "wait"
+    patience_s = replay.config.take_deadline_s if waits else replay.config.straggler_wait_s
+    if late and now - replay.blocked[1] < patience_s:
         return (
             f"{_inflight(replay, late, now)} that step {step} would push over the bound; it goes "
-            f"on after {replay.config.straggler_wait_s:g} s"
+            f"on after {patience_s:g} s"
         )
     return TakePlan(step=step, groups=tuple(sorted(chosen)))
 
 
-def _oldest_first(replay: "Replay") -> list[int]:
-    """READY uids by the step of their oldest token's version, then uid."""
-    groups = replay.state.groups
-    ages = {uid: replay.state.oldest_step(groups[uid]) or 0 for uid in replay.state.uids("READY")}
-    return sorted(ages, key=lambda uid: (ages[uid], uid))
+def _in_order(replay: "Replay", uids: list[int], step: int) -> list[int]:
+    """The uids as the configured order wants them."""
+    order, keys = ORDERS[replay.config.take_order], {}
+    for uid in uids:
+        group = replay.state.groups[uid]
+        rewards = tuple(
+            sample.facts.reward
+            for sample in group.samples
+            if sample.facts is not None and sample.facts.reward is not None
+        )
+        candidate = Candidate(uid, replay.age_of(group) or 0, rewards)
+        keys[uid] = (order(candidate, step), candidate.oldest_step, uid)
+    return sorted(uids, key=keys.__getitem__)
+
+
+def _again(replay: "Replay", step: int, number: int) -> list[tuple[int, tuple[Decision, ...]]]:
+    """Groups that earlier steps trained, of which nothing is over the bound yet."""
+    if number <= 0 or replay.config.max_uses == 1:
+        return []
+    state = replay.state
+    uids = {uid for taken in state.taken.values() for uid in taken} - replay.spent
+    uids -= set(state.taken.get(step, ()))
+    used = [uid for uid in sorted(uids) if state.uses(state.groups[uid]) < replay.config.max_uses]
+    found: list[tuple[int, tuple[Decision, ...]]] = []
+    for uid in _in_order(replay, used, step):
+        decisions = _decide(replay, state.groups[uid], step)
+        if decisions is not None and not any(
+            decision.stale_prefix or decision.drop_reason == "stale" for decision in decisions
+        ):
+            found.append((uid, decisions))
+    return found[:number]
 
 
 def _decide(replay: "Replay", group: Group, step: int) -> tuple[Decision, ...] | None:
@@ -69,9 +125,7 @@ def _decide(replay: "Replay", group: Group, step: int) -> tuple[Decision, ...] |
     for index in group.indices("READY"):
         sample = group.samples[index]
         assert sample.facts is not None
-        verdict = judge(
-            replay.state.spans(sample), step, replay.config.max_staleness_steps, replay.state.path
-        )
+        verdict = judge(replay.state.spans(sample), step, replay.bound_of(group), replay.state.path)
         if sample.facts.reward is None:
             decisions.append(Decision(index=index, trained=False, drop_reason="reward_failed"))
         elif not verdict.stale_prefix:
@@ -94,7 +148,7 @@ def _made_late(replay: "Replay", chosen: set[int], step: int) -> list[int]:
     state, bound = replay.state, replay.config.max_staleness_steps
     ages: dict[int, int] = {}
     for uid in [*state.uids("INFLIGHT"), *state.uids("READY")]:
-        oldest = state.oldest_step(state.groups[uid])
+        oldest = replay.age_of(state.groups[uid])
         if uid not in chosen and oldest is not None and not would_exceed(oldest, step - 1, bound):
             ages[uid] = oldest
     late = first_late(Counter(ages.values()), step, bound, replay.prompts_per_step)
@@ -106,6 +160,8 @@ def _made_late(replay: "Replay", chosen: set[int], step: int) -> list[int]:
 def _missing(replay: "Replay", num_ready: int, now: float) -> str:
     """Too few groups are READY: say how many and who has the others."""
     head = f"{num_ready} of {replay.prompts_per_step} groups READY"
+    if replay.state.staged:
+        head += f", {len(replay.state.staged)} staged until the feeder extends them or not"
     inflight = replay.state.uids("INFLIGHT")
     if inflight:
         others = _inflight(replay, inflight, now)

@@ -46,7 +46,13 @@ def audit_run(run_dir: Path) -> RunAudit:
     source = PromptSource(experiment.prompts, experiment.seed)
     foreign = list(_foreign_prompts(run_dir, source))
     uids = range(_issued(run_dir))
-    report = audit(run_dir, uids, max_staleness_steps=experiment.buffer.max_staleness_steps)
+    law = experiment.buffer
+    report = audit(
+        run_dir,
+        uids,
+        max_staleness_steps=law.max_staleness_steps,
+        max_uses=law.max_uses,
+    )
     report.faults += [f"prompt {uid} is not the one the stream gives" for uid in foreign]
     return RunAudit(report)
 

@@ -34,7 +34,7 @@ from .run_dir import (
     update_run,
 )
 from .schema import Experiment
-from .session import run_branches, run_warm_start
+from .session import check_launcher, run_branches, run_warm_start
 from .specs import Launch, preflight_plan
 from .track import check_tracking
 
@@ -66,6 +66,7 @@ def run(
     """
     console = console or Console()
     check_tracking(loaded.experiment.track)
+    check_launcher(loaded.experiment)
     run_dir = create_run_dir(loaded, output, files)
     with supervising(run_dir):
         launch = _prepare_or_remove(loaded.experiment, run_dir, console)

@@ -113,10 +113,14 @@ def staleness(experiment: Experiment) -> Iterator[str]:
             "while the learner trains, and the learner while they generate."
         )
         return
+    buffer = experiment.buffer
+    waits = buffer.stale == "wait"
+    patience_s = buffer.take_deadline_s if waits else buffer.straggler_wait_s
+    then = "trim" if waits else buffer.stale
     rows, steps = rollout.workers * rollout.max_concurrent_samples, in_flight_steps(experiment)
     yield (
         f"Every trained token is at most {math.ceil(bound)} steps old (S = {bound:g}); over it: "
-        f"wait up to {experiment.buffer.straggler_wait_s:g} s, then {experiment.buffer.stale}."
+        f"wait up to {patience_s:g} s, then {then}."
     )
     yield (
         f"{rollout.workers} workers x {rollout.max_concurrent_samples} rows decode up to {rows:,} "

@@ -84,14 +84,15 @@ def up_local(nodes: int, *, cpus: int | None = None, gpus: int | None = None) ->
     try:
         for number in range(nodes):
             head = ["--head", f"--port={address.partition(':')[2]}", "--include-dashboard=true",
-                    f"--dashboard-port={_free_port()}", "--ray-client-server-port=0"]  # fmt: skip
+                    f"--dashboard-port={_free_port()}",
+                    f"--ray-client-server-port={_free_port()}"]  # fmt: skip
             where = (
                 head
                 if number == 0
                 else [f"--address={address}", f"--dashboard-agent-listen-port={_free_port()}"]
             )
             started.append(_start_local([*where, *size], folder / f"node-{number}.log"))
-            _wait_for_nodes(address, number + 1, started)
+            _wait_for_node(started[-1])
     except BaseException:
         for node in started:
             _end(node)
@@ -149,6 +150,7 @@ def down() -> list[str]:
 
 def status() -> list[str]:
     """The cluster that `up` started, and what is free on its nodes, in lines."""
+    use_our_token()
     import ray
 
     from .placement import free_resources
@@ -175,6 +177,7 @@ def submit(experiment: str, overrides: Sequence[str], address: str = "auto") -> 
     Raises:
         ConfigError: no job server answers, or the experiment does not load.
     """
+    use_our_token()
     from ray.job_submission import JobSubmissionClient
 
     from .load import load_experiment
@@ -197,6 +200,12 @@ def read() -> Started | None:
     with suppress(OSError, msgspec.DecodeError):
         return msgspec.json.decode(state_file().read_bytes(), type=Started)
     return None
+
+
+def use_our_token() -> None:
+    """To be called before Ray is imported: a cluster of ours answers only to Ray's token."""
+    if read() is not None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _write(started: Started) -> Started:
@@ -223,35 +232,31 @@ def _ray(python: str) -> list[str]:
 
 
 def _start_local(arguments: list[str], log_path: Path) -> LocalNode:
+    # The head makes the token; who joins has to be told that there is one.
+    joins = {} if "--head" in arguments else {"RAY_AUTH_MODE": "token"}
     command = [*_ray(sys.executable), "start", "--block", "--disable-usage-stats",
                "--node-ip-address=127.0.0.1", *arguments]  # fmt: skip
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            env=dict(os.environ) | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"},
+            env=dict(os.environ) | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"} | joins,
         )  # fmt: skip
     return LocalNode(process.pid, process_start_time(process.pid), str(log_path))
 
 
-def _wait_for_nodes(address: str, number: int, started: Sequence[LocalNode]) -> None:
-    """Until so many nodes are alive.
+def _wait_for_node(node: LocalNode) -> None:
+    """Until a node says that it is up.
 
     Raises:
-        SlipstreamError: one ended, or the time is up; with the end of its log.
+        SlipstreamError: it ended, or the time is up; with the end of its log.
     """
-    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue] (compiled)
-
-    end = time.monotonic() + START_DEADLINE_S
-    while time.monotonic() < end:
-        if any(process_start_time(node.pid) != node.started for node in started):
-            break
-        with suppress(Exception):  # whatever Ray raises while the head is not up yet
-            nodes = GcsClient(address=address).get_all_node_info().values()
-            if sum(node.state == 0 for node in nodes) >= number:
-                return
+    end, log = time.monotonic() + START_DEADLINE_S, Path(node.log)
+    while time.monotonic() < end and process_start_time(node.pid) == node.started:
+        if "Ray runtime started" in log.read_text(errors="replace"):
+            return
         time.sleep(0.2)
-    tail = Path(started[-1].log).read_text(errors="replace")[-1500:]
-    raise SlipstreamError(f"Ray node {number} of {address} did not start:\n{tail}")
+    tail = log.read_text(errors="replace")[-1500:]
+    raise SlipstreamError(f"a Ray node did not start:\n{tail}")
 
 
 def _end(node: LocalNode) -> str:

@@ -11,7 +11,9 @@ import dataclasses
 import logging
 import os
 import shutil
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,29 +84,41 @@ def _keys(keys: dict[str, str]) -> Iterator[dict[str, str]]:
             os.environ.pop(key, None)
 
 
-def connect(address: str, folder: Path) -> None:
-    """Join a cluster, from the run folder: Ray puts the driver's directory on its workers' path.
+def find_cluster(address: str) -> str:
+    """HOST:PORT of a cluster that answers; Ray itself waits for minutes on one that does not.
 
     Raises:
         ConfigError: there is none.
     """
+    found = address
+    if address == "auto":  # the one this machine is part of
+        found = os.environ.get("RAY_ADDRESS") or read_ray_address() or ""
+    host, _, port = found.rpartition(":")
     try:
-        # Ray itself waits for minutes on a head that is not there.
-        host, _, port = (_this_machines() if address == "auto" else address).rpartition(":")
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
-        with contextlib.chdir(folder):
-            ray.init(address=address, namespace="slipstream", log_to_driver=False,
-                     logging_level=logging.ERROR)  # fmt: skip
-    except (OSError, RayError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"no Ray cluster at {address!r}: {' '.join(str(error).splitlines()[:1])}. `slipstream "
-            "cluster up --local 1` starts one on this machine"
+            f"no Ray cluster at {address!r}: {error}. `slipstream cluster up --local 1` starts one "
+            "on this machine"
         ) from None
+    return found
 
 
-def _this_machines() -> str:
-    """The address of the cluster this machine is part of; empty without one."""
-    return os.environ.get("RAY_ADDRESS") or read_ray_address() or ""
+def connect(address: str, folder: Path) -> None:
+    """Join a cluster, from the run folder: Ray puts the driver's directory on its workers' path.
+
+    Raises:
+        ConfigError: there is none, or it refuses.
+    """
+    found, ours = find_cluster(address), signal.getsignal(signal.SIGTERM)
+    try:
+        with contextlib.chdir(folder):
+            ray.init(address=found, namespace="slipstream", log_to_driver=False,
+                     logging_level=logging.ERROR)  # fmt: skip
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)  # Ray's would exit instead of saving first
+    except (OSError, RayError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"the Ray cluster at {found} refuses: {error}") from None
 
 
 def start_on_ray(

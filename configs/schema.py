@@ -132,7 +132,7 @@ def check_staleness(experiment: Experiment) -> Iterator[str]:
             f"max_staleness_steps = {bound:g} issues samples ahead of it; remove "
             'max_staleness_steps (or set it to 0), or set mode = "async"'
         )
-    if bound == 0 and "stale" in given and buffer.stale != "trim":
+    if bound == 0 and "stale" in given and buffer.stale in ("requeue", "drop"):
         yield (
             f'buffer.stale = "{buffer.stale}" cuts stragglers off, but with S = 0 (buffer.'
             "max_staleness_steps = 0) every sample is waited for and none is ever stale; remove "

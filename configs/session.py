@@ -12,14 +12,16 @@ from ..buffer.errors import ConfigError, SlipstreamError
 from ..learner.checkpoint import complete_folders
 from .audit import audit_run
 from .child import Child
-from .closing import print_closing
+from .closing import print_closing, resume_line
 from .doctor import Doctor, Stall
 from .exporting import export_run
 from .observer import Observer
+from .ray_cluster import use_our_token
 from .reporter import Reporter
 from .result import Audited, Result, RunResult, summarise
 from .run_dir import end_branch, read_run
 from .scaling import Balance, Scaling, balance
+from .schema import Experiment
 from .scratch import Scratch, scratch
 from .sizes import DTYPE_BYTES, model_size
 from .specs import Launch, ProcessPlan, process_names, process_plan
@@ -77,8 +79,13 @@ def _session(
                 end_branch(launch.run_dir, "failed", f"{outcome.process}: {outcome.reason}", None)
                 launch = reopen()
     except BaseException as error:
-        # Our own mistake or a tracker's: the children are gone, and run.json must say so.
-        end_branch(launch.run_dir, "failed", f"{type(error).__name__}: {error}", None)
+        # Our own mistake, a tracker's or a full disk: the children are gone, and run.json must say
+        # so, where it can be written.
+        with suppress(OSError):
+            end_branch(launch.run_dir, "failed", f"{type(error).__name__}: {error}", None)
+        if isinstance(error, OSError):
+            line = f"{error}; once that is mended, continue with: {resume_line(launch.run_dir)}"
+            raise SlipstreamError(line) from error
         raise
     done = RunResult(
         run_dir=launch.run_dir,
@@ -123,16 +130,29 @@ def _follow_warm_start(launch: Launch, reporter: Reporter, stop: StopRequests) -
     return Outcome(status="finished")
 
 
+def check_launcher(experiment: Experiment) -> None:
+    """See that the processes could be started at all.
+
+    Raises:
+        ConfigError: Ray is asked for, and is not installed or not there.
+    """
+    if experiment.launcher != "ray":
+        return
+    use_our_token()
+    try:
+        from .ray_launcher import find_cluster
+    except ImportError:
+        raise ConfigError("launcher = \"ray\" needs Ray: pip install 'slipstream[ray]'") from None
+    find_cluster(experiment.cluster.address)
+
+
 @contextmanager
 def _launcher(launch: Launch) -> Iterator[tuple[Scratch, Start]]:
     """Where the run's processes meet, and who starts them."""
     if launch.experiment.launcher == "ray":
-        try:
-            from .ray_launcher import ray_launcher
-        except ImportError:
-            raise ConfigError(
-                "launcher = \"ray\" needs Ray: pip install 'slipstream[ray]'"
-            ) from None
+        check_launcher(launch.experiment)
+        from .ray_launcher import ray_launcher
+
         with ray_launcher(launch, _version_bytes(launch)) as both:
             yield both
         return

@@ -110,15 +110,12 @@ class Surroundings(Protocol):
 
     def close_run(self, reason: str, /) -> None:
         """Tell the buffer that no more claims are granted; returns quickly."""
-        ...
 
     def tick(self, phase: str, /) -> None:
         """Called every `POLL_S` with the phase in words; draws displays."""
-        ...
 
     def say(self, line: str, /) -> None:
         """Tell the user, and the run's log."""
-        ...
 
     def stalled(self, children: dict[str, Child], /) -> list[Stall]:
         """Which children hang."""

@@ -41,7 +41,7 @@ from slipstream.buffer.records import (
 )
 from slipstream.buffer.service import BufferService
 
-ROWS, LATENCY_S, TOKENS = 8, 0.25, 256
+ROWS, LATENCY_S, TOKENS = 32, 1.0, 256
 GROUP = 8
 SECONDS = 8.0
 ENGINES, TOKENS_PER_S, LONG = 1024, 2000, 8192

@@ -265,7 +265,7 @@ def test_half_a_step_is_never_durable(
     with pytest.raises(RuntimeError, match="a fault of ours"):
         asyncio.run(service.serve())
     again = Coordinator(make_spec(), 0.0)
-    assert again.replay.state.taken == {1: [0, 1]}
+    assert list(again.replay.state.taken[1]) == [0, 1]
     again.close()
 
 
@@ -365,6 +365,7 @@ async def test_acknowledged_work_survives_kill_9_and_retries_change_nothing(
                     uid = claim.ticket.prompt.uid
                     await client.finish(trajectory(uid, index, (step - 1,)), claim.lease_id)
                     acknowledged.add((uid, index))
+                    await asyncio.sleep(0.005)  # or all is done before it can be killed
             batch = await client.take(step, wait_s=20)
             assert isinstance(batch, Batch)
             trained += [group.prompt.uid for group in batch.groups]

@@ -60,17 +60,34 @@ class ReplayMachine(RuleBasedStateMachine):
 
     @initialize(
         bound=st.sampled_from([0, 0.5, 1, 2]),
-        stale=st.sampled_from(["trim", "requeue", "drop"]),
+        stale=st.sampled_from(["wait", "trim", "requeue", "drop"]),
         wait_s=st.sampled_from([0, 3, FOREVER]),
         seed=st.integers(0, 2**32),
+        order=st.sampled_from(["oldest", "oldest", *take_module.ORDERS]),
+        max_uses=st.sampled_from([1, 1, 3]),
     )
-    def start(self, bound: float, stale: str, wait_s: float, seed: int) -> None:
-        self.bound, self.patient = bound, wait_s == FOREVER
+    def start(
+        self,
+        bound: float,
+        stale: str,
+        wait_s: float,
+        seed: int,
+        order: str = "oldest",
+        max_uses: int = 1,
+    ) -> None:
+        self.bound, self.max_uses = bound, max_uses
+        self.patient = order == "oldest" and (wait_s == FOREVER or stale == "wait")
+        self.tight, self.plain = min(bound, 1), False
+        """`plain`: no group is staged."""
         self.random = random.Random(seed)  # details; hypothesis chooses what happens when
         self.config = BufferConfig(
             max_staleness_steps=bound,
             stale=stale,  # type: ignore[arg-type]
             straggler_wait_s=wait_s,
+            take_deadline_s=FOREVER,
+            take_order=order,  # type: ignore[arg-type]
+            max_uses=max_uses,
+            task_max_staleness_steps={"tight": self.tight},
             lease_s=10,
             max_waiting_prompts=6,
         )
@@ -122,7 +139,10 @@ class ReplayMachine(RuleBasedStateMachine):
         self.saved[self.branch, step] = {k: v for k, v in self.lineage.items() if k <= step}
 
     def num_counted(self) -> int:
-        return sum(group.state in COUNTED for group in self.replay.state.groups.values())
+        again = sum(map(len, self.lineage.values())) - len(
+            {uid for batch in self.lineage.values() for uid in batch}
+        )
+        return again + sum(g.state in COUNTED for g in self.replay.state.groups.values())
 
     # Rules -------------------------------------------------------------------------------------
 
@@ -144,7 +164,10 @@ class ReplayMachine(RuleBasedStateMachine):
         for _ in range(number):
             uid = self.replay.state.next_uid
             waiting = sum(g.state == "WAITING" for g in self.replay.state.groups.values())
-            assert self.replay.put(uid, G, lambda: ticket) == (waiting < 6)
+            task = "tight" if uid % 5 == 0 else ""
+            staged = uid % 4 == 0 and not self.plain
+            put = self.replay.put(uid, G, lambda: ticket, task, staged=staged)
+            assert put == (waiting < 6)
         if self.replay.state.next_uid:
             assert self.replay.put(self.replay.state.next_uid - 1, G, lambda: ticket)  # a repeat
         self.commit()
@@ -192,6 +215,20 @@ class ReplayMachine(RuleBasedStateMachine):
         self.replay.finish(sample, lease_id, lambda: self.store(sample), self.now)
         assert not self.replay.outbox, "an exact repeat changes nothing"
 
+    @rule(more=st.integers(0, 2))
+    def extend(self, more: int) -> None:
+        """The sizer decides on the oldest staged group; a repeat of its decision says nothing."""
+        staged = [uid for uid in self.replay.state.staged if self.random.random() < 0.8]
+        ticket = Ref(segment=0, offset=-1, length=0, digest=0)
+        for uid in staged:
+            number = len(self.replay.state.groups[uid].samples) + more
+            self.replay.extend(uid, number, lambda: ticket)
+            self.commit()
+            self.replay.extend(uid, number, lambda: ticket)
+            assert not self.replay.outbox
+            with pytest.raises(Refused, match="cannot be extended"):
+                self.replay.extend(uid, 1, lambda: ticket)
+
     @precondition(lambda self: len(self.held) > 3)
     @rule(reason=st.sampled_from(["expired", "quarantined"]))
     def release(self, reason: str) -> None:
@@ -218,6 +255,7 @@ class ReplayMachine(RuleBasedStateMachine):
             if self.random.random() < 0.8:
                 self.replay.heartbeat(worker, self.now)
         self.replay.expire(self.now)
+        self.replay.settle_staged(self.now)
         self.forget_leases()
         self.commit()
 
@@ -245,6 +283,7 @@ class ReplayMachine(RuleBasedStateMachine):
         for uid, decisions in plan.groups:
             group = self.replay.state.groups[uid]
             assert sum(d.trained for d in decisions) >= min(2, G)
+            assert (group.state == "READY") == (uid not in self.trained_before())
             weighted: list[Version] = []
             for decision in decisions:
                 ref = group.samples[decision.index].payload
@@ -261,6 +300,9 @@ class ReplayMachine(RuleBasedStateMachine):
             batch[uid] = weighted
         self.replay.commit_take(plan, "request", NO_PROOF)
         self.lineage[plan.step] = batch
+
+    def trained_before(self) -> set[int]:
+        return {uid for batch in self.lineage.values() for uid in batch}
 
     @rule()
     def checkpoint(self) -> None:
@@ -322,16 +364,17 @@ class ReplayMachine(RuleBasedStateMachine):
         last = self.ancestors()
         for step, batch in self.lineage.items():
             for uid, versions in batch.items():
+                bound = self.tight if uid % 5 == 0 else self.bound
                 for written in versions:
                     assert written.step <= last.get(written.branch, -1), f"orphan in {uid}"
-                    assert 0 <= step - 1 - written.step <= math.ceil(self.bound), (
+                    assert 0 <= step - 1 - written.step <= math.ceil(bound), (
                         f"step {step} trained {written}"
                     )
 
     @invariant()
     def no_prompt_is_lost_or_trained_twice(self) -> None:
         trained = [uid for batch in self.lineage.values() for uid in batch]
-        assert len(trained) == len(set(trained))
+        assert max(map(trained.count, trained), default=0) <= self.max_uses
         groups = self.replay.state.groups
         assert sorted(groups) == list(range(self.replay.state.next_uid))
         ended = {uid for uid, group in groups.items() if group.state in ("TAKEN", "TRAINED")}
@@ -339,6 +382,10 @@ class ReplayMachine(RuleBasedStateMachine):
         for group in groups.values():
             assert (group.drop_reason is not None) == (group.state == "DROPPED")
             assert group.drop_reason not in ("stale", "expired", "orphaned")
+            whole = group.complete and group.indices("READY")
+            held = group.staged and whole and group.state == "INFLIGHT"
+            assert held == (group.uid in self.replay.state.staged)
+            assert group.state != "READY" or not (group.staged and whole)
 
     @invariant()
     def counts_are_what_can_be_counted(self) -> None:
@@ -379,9 +426,11 @@ def test_the_law_and_the_books_hold_over_long_runs(seed: int) -> None:
     choice = random.Random(seed)
     machine.start(
         bound=choice.choice([0, 0.5, 1, 2]),
-        stale=choice.choice(["trim", "requeue", "drop"]),
+        stale=choice.choice(["wait", "trim", "requeue", "drop"]),
         wait_s=choice.choice([0, 3, FOREVER]),
         seed=seed,
+        order=choice.choice(["oldest", *take_module.ORDERS]),
+        max_uses=choice.choice([1, 1, 3]),
     )
     for _ in range(250):
         act_at_random(machine, choice)
@@ -392,6 +441,7 @@ def test_the_law_and_the_books_hold_over_long_runs(seed: int) -> None:
     for _ in range(40):
         machine.slow.clear()
         machine.work(8, 16)
+        machine.extend(0)
         machine.now += 1
         machine.learn(publish=True)
     assert machine.newest.step >= before + 10, "whatever happened, the run goes on"
@@ -400,7 +450,7 @@ def test_the_law_and_the_books_hold_over_long_runs(seed: int) -> None:
 def act_at_random(machine: ReplayMachine, choice: random.Random) -> None:
     """One rule of the machine, mostly work and learning."""
     action = choice.choices(
-        ["work", "learn", "time", "save", "late", "crash"], [8, 8, 4, 2, 1, 0.3]
+        ["work", "learn", "time", "save", "late", "crash", "extend"], [8, 8, 4, 2, 1, 0.3, 2]
     )
     match action[0]:
         case "work":
@@ -411,6 +461,8 @@ def act_at_random(machine: ReplayMachine, choice: random.Random) -> None:
             machine.time_passes(choice.randint(1, 6))
         case "save":
             machine.checkpoint()
+        case "extend":
+            machine.extend(choice.randint(0, 2))
         case "late" if machine.ended:
             machine.finish_too_late()
         case "late" if machine.held:
@@ -439,6 +491,7 @@ def stale_run() -> None:
     """One group is finished long after the others; the machine's invariant looks at the outcome."""
     machine = ReplayMachine()
     machine.start(bound=1, stale="trim", wait_s=3, seed=0)
+    machine.plain = True
     machine.put(4)
     machine.claim("worker-0", G)
     slow = sorted(machine.held)

@@ -13,6 +13,7 @@ import zmq
 import zmq.asyncio
 from slipstream.buffer import client as client_module
 from slipstream.buffer import codec
+from slipstream.buffer.audit import audit
 from slipstream.buffer.client import BufferClient
 from slipstream.buffer.coordinator import Coordinator
 from slipstream.buffer.errors import CorruptData, PeerLost, Refused
@@ -32,7 +33,8 @@ from slipstream.buffer.messages import (
     RefusedReply,
     Reply,
 )
-from slipstream.buffer.records import SamplingParams, Score
+from slipstream.buffer.records import SamplingParams, Score, SizingDecision, Ticket
+from slipstream.buffer.staleness import LivePath, proof_line
 
 from .conftest import SpecMaker, running, service_process
 from .make import manifest, prompt, ticket, trajectory, version
@@ -73,6 +75,81 @@ async def test_a_prompt_travels_from_feeder_to_batch(make_spec: SpecMaker) -> No
         assert stats.capacity_groups == 4
     lines = (spec.run_dir / "proof.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1]
+
+
+async def test_a_probed_group_waits_for_its_sizer_and_is_then_topped_up(
+    make_spec: SpecMaker,
+) -> None:
+    spec = make_spec(prompts_per_step=1)
+    probe = SizingDecision(
+        sizer="probe", num_samples=2, max_new_tokens=8, reason="probe", staged=True
+    )
+    whole = msgspec.structs.replace(probe, num_samples=4, reason="hard", staged=False)
+    async with running(spec) as client:
+        await client.put_prompts([Ticket(prompt=prompt(0), sizing=probe)])
+        await client.publish(manifest(0))
+        await finish_all(client, await client.claim(version(0), 4))
+        reply = await client.take(1, wait_s=0)
+        assert isinstance(reply, NotYet)
+        assert "1 staged until the feeder extends them" in reply.waiting_on
+        await client.extend(0, whole)
+        await client.extend(0, whole)  # a repeat
+        claims = await client.claim(version(0), 8)
+        assert [(claim.indices, claim.ticket.sizing) for claim in claims.claims] == [
+            ((2, 3), whole)
+        ]
+        await finish_all(client, claims)
+        batch = await client.take(1, wait_s=5)
+        assert isinstance(batch, Batch)
+        assert batch.groups[0].sizing == whole
+        assert [sample.trajectory.index for sample in batch.groups[0].samples] == [0, 1, 2, 3]
+        with pytest.raises(Refused, match="cannot be extended to 6 samples: it is TAKEN with 4"):
+            await client.extend(0, msgspec.structs.replace(whole, num_samples=6))
+    assert audit(spec.run_dir, [0]).ok
+
+
+async def test_a_group_is_trained_again_when_rollouts_lag_and_at_most_so_often(
+    make_spec: SpecMaker,
+) -> None:
+    spec = make_spec({"max_uses": 2, "max_staleness_steps": 4}, prompts_per_step=1)
+    async with running(spec) as client:
+        await client.put_prompts([ticket(0)])
+        await client.publish(manifest(0))
+        await finish_all(client, await client.claim(version(0), 2))
+        for step in (1, 2):
+            batch = await client.take(step, wait_s=5)
+            assert isinstance(batch, Batch)
+            assert [group.prompt.uid for group in batch.groups] == [0]
+            assert batch.proof.lag_counts == {step - 1: 6}
+            await client.publish(manifest(step))
+        assert isinstance(await client.take(3, wait_s=0), NotYet)
+        assert (await client.stats()).counts == {"TAKEN": 1}
+    assert audit(spec.run_dir, [0], max_uses=2).ok
+    assert audit(spec.run_dir, [0]).faults == ["uid 0 is step 1 and step 2"]
+
+
+async def test_a_task_with_a_tighter_bound_is_claimed_under_it_and_proved_under_it(
+    make_spec: SpecMaker,
+) -> None:
+    config = {"max_staleness_steps": 2, "task_max_staleness_steps": {"sum": 0}}
+    async with running(make_spec(config, prompts_per_step=1)) as client:
+        await client.put_prompts([ticket(0), ticket(1)])
+        await client.publish(manifest(0))
+        claims = await client.claim(version(0), 8)
+        assert [claim.ticket.prompt.uid for claim in claims.claims] == [0]
+        await finish_all(client, claims)
+        batch = await client.take(1, wait_s=5)
+        assert isinstance(batch, Batch)
+        assert {sample.bound for sample in batch.groups[0].samples} == {0}
+        assert (
+            proof_line(
+                batch.groups[0].samples, step=2, max_staleness_steps=2, path=LivePath(0)
+            ).violations
+            == 6
+        )
+        await client.publish(manifest(1))
+        assert (await client.claim(version(0), 8)).claims == ()
+        assert len((await client.claim(version(1), 8)).claims) == 1
 
 
 async def test_a_waiting_claim_is_answered_when_something_changes(make_spec: SpecMaker) -> None:

@@ -78,6 +78,16 @@ class Run:
                 env=os.environ | self.environment,
             )
 
+    def start_also(self, *arguments: str) -> None:
+        """A command beside the run."""
+        command = [*PYTHON, "-m", "slipstream.configs.cli", *arguments]
+        subprocess.run(command, cwd=self.folder, check=True, timeout=60)
+
+    def num_workers(self) -> int:
+        """Rollout workers that are alive."""
+        lines = [" ".join(process.cmdline()) for process in self.processes()]
+        return sum("slipstream.rollout.worker" in line for line in lines)
+
     def add_path(self, folder: Path) -> None:
         """Put a folder before the others that its processes import from."""
         old = os.environ.get("PYTHONPATH", "")
@@ -119,7 +129,15 @@ class Run:
         return 0
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
-        os.kill(self.pid(name), number)
+        """Signal a process; one that is just being restarted is waited for."""
+
+        def sent() -> bool:
+            with suppress(ProcessLookupError, psutil.NoSuchProcess, StopIteration):
+                os.kill(self.pid(name), number)
+                return True
+            return False
+
+        wait_until(sent, START_DEADLINE_S)
 
     def wait(self, deadline_s: float = END_DEADLINE_S) -> int:
         assert self.supervisor is not None

@@ -122,7 +122,8 @@ def test_a_full_disk_ends_the_run_with_the_reason_and_room_lets_it_go_on(run: Ru
         assert "slipstream resume small/run" in told
         filler.unlink()
         run.start("resume", "small/run", "--no-export")
-        run.wait_for_step(4)
+        before = run.lines()
+        wait_until(lambda: run.lines() > before + 2, START_DEADLINE_S)
         ends_well(run)
     finally:
         run.end()
@@ -139,8 +140,23 @@ def test_a_clock_that_jumps_a_day_and_back_changes_nothing(run: Run) -> None:
     for step in (2, 6, 10, 14):
         run.wait_for_step(step)
         now.unlink() if now.exists() else now.touch()
-    times = [json.loads(line)["time"] for line in (run.run_dir / "metrics.jsonl").open()]
+    lines = (run.run_dir / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
+    times = [json.loads(line)["time"] for line in lines]
     assert max(times) - min(times) > 80_000, "the clock did jump"
     ends_well(run)
     assert "stalled" not in run.output.read_text()
     assert "restart" not in run.output.read_text()
+
+
+@pytest.mark.slow
+def test_workers_join_and_leave_a_running_run_and_no_prompt_is_lost(run: Run) -> None:
+    run.start("run", "chaos.toml", "learner.steps=5000", "--output", "run", "--no-export")
+    run.wait_for_step(2)
+    for wanted in (3, 1):
+        run.start_also("scale", "run", "--rollout-workers", str(wanted))
+        wait_until(lambda wanted=wanted: run.num_workers() == wanted, START_DEADLINE_S)
+        run.wait_for_step(run.step() + 10)
+    assert run.matches("rollout workers: 1 -> 3")
+    assert run.matches("rollout workers: 3 -> 1")
+    ends_well(run)
+    assert run.matches(r"the learner waits \d+% of its time")
