@@ -183,18 +183,23 @@ class _Layer(torch.autograd.Function):
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         result_BLD = torch.empty_like(grad_BLD)
         for rows in places.chunks(hidden_BLD.shape[1]):
-            tensors = hidden_BLD[:, rows], keys[:, :, : rows.stop], values[:, :, : rows.stop]
-            leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+            leaf = hidden_BLD[:, rows].detach().requires_grad_()
+            seen_keys = keys[:, :, : rows.stop].detach().requires_grad_()
+            seen_values = values[:, :, : rows.stop].detach().requires_grad_()
             with torch.enable_grad():
-                output_BCD = _chunk_output(layer, *leaves, rows, places)
+                output_BCD = _chunk_output(layer, leaf, seen_keys, seen_values, rows, places)
             torch.autograd.backward(output_BCD, grad_BLD[:, rows])
-            result_BLD[:, rows] = leaves[0].grad
-            grad_keys[:, :, : rows.stop] += leaves[1].grad
-            grad_values[:, :, : rows.stop] += leaves[2].grad
+            assert leaf.grad is not None
+            assert seen_keys.grad is not None
+            assert seen_values.grad is not None
+            result_BLD[:, rows] = leaf.grad
+            grad_keys[:, :, : rows.stop] += seen_keys.grad
+            grad_values[:, :, : rows.stop] += seen_values.grad
         for rows in places.chunks(hidden_BLD.shape[1]):
             leaf = hidden_BLD[:, rows].detach().requires_grad_()
             with torch.enable_grad():
                 outputs = _keys_values(layer, leaf, rows, places)
             torch.autograd.backward(outputs, (grad_keys[:, :, rows], grad_values[:, :, rows]))
+            assert leaf.grad is not None
             result_BLD[:, rows] += leaf.grad
         return result_BLD, None, None

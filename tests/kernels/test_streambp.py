@@ -6,6 +6,7 @@ import pytest
 import torch
 from slipstream.kernels import dispatch, streambp
 from slipstream.kernels.definition import Head
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoModelForCausalLM,
@@ -151,7 +152,7 @@ def test_fsdp2_is_refused_with_the_remedy(tmp_path):
     try:
         model = build()
         for layer in model.get_decoder().layers:
-            fully_shard(layer, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+            fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(ValueError, match="Use activation checkpointing with FSDP2"):
             streambp.enable(model)
     finally:
