@@ -50,7 +50,7 @@ class ObjectiveConfig(Settings):
     surrogate: Annotated[str, Field(min_length=1)] = "ppo"
     """`ppo`: clipped on both sides; `cispo`: capped weight without gradient, no token is silenced;
     `raft`: plain likelihood; an entry point of `slipstream.surrogates`; or `module:function` with
-    the signature of `learner.objective.clipped_surrogate`."""
+    the signature of `clipped_surrogate` in learner/objective.py."""
     ratio: Literal["token", "sequence"] = "token"
     """`sequence`: all tokens of a sample share the geometric mean of their ratios (GSPO)."""
     proximal: Proximal = "auto"

@@ -15,9 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import pytest
 from slipstream.configs.cli import app
 from slipstream.configs.load import load_experiment
+from slipstream.configs.ray_cluster import Hosts
 from slipstream.configs.schema import all_keys, all_sections
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +161,9 @@ def test_toml_is_an_experiment_or_a_package(block: Block, tmp_path: Path) -> Non
     table = tomllib.loads(block.text)
     if "project" in table:
         return
+    if block.title == "hosts.toml":
+        msgspec.convert(table, Hosts)
+        return
     for each in blocks(block.page):  # those that it extends
         if each.title:
             (tmp_path / each.title).write_text(each.text)
@@ -186,6 +191,7 @@ def anchors(path: Path) -> set[str]:
 @pytest.mark.parametrize("page", ORDER)
 def test_commands_named_in_sentences_exist(page: str) -> None:
     known = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    known |= {group.name for group in app.registered_groups if group.name}
     assert set(INLINE.findall((ROOT / page).read_text())) <= known
 
 

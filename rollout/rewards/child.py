@@ -36,6 +36,8 @@ from .process import (
 START_TIMEOUT_S = 120.0
 """Importing a reward's libraries on a busy machine is slow; longer than this is a hang."""
 STOP_TIMEOUT_S = 2.0
+START_ATTEMPTS = 3
+"""Of a process that is killed while it loads."""
 DRAIN_S = 0.5
 """How long a dead child's pipe may stay open in the hands of a process it left behind."""
 MAX_LOG_BYTES = 1 << 20
@@ -112,6 +114,9 @@ class RewardChild(asyncio.SubprocessProtocol):
     ) -> Self:
         """Start a process and wait until its reward is loaded.
 
+        One that is killed from outside meanwhile (an operator, the system short of memory) says
+        nothing about the reward: it is started again, `START_ATTEMPTS` times in all.
+
         Args:
             config: the reward.
             on_answer: called after each answer: there is room for another job.
@@ -119,6 +124,28 @@ class RewardChild(asyncio.SubprocessProtocol):
         Raises:
             ConfigError: the reward cannot be loaded, with the child's message.
         """
+        for attempt in range(1, START_ATTEMPTS + 1):
+            child = await cls._spawn(config, on_answer, on_lost)
+            try:
+                await child._ready
+                break
+            except ConfigError:
+                again = attempt < START_ATTEMPTS and child._killed
+                await child.stop()
+                if not again:
+                    raise
+            except BaseException:
+                await child.stop()
+                raise
+        return child
+
+    @classmethod
+    async def _spawn(
+        cls,
+        config: RewardConfig,
+        on_answer: Callable[[], None],
+        on_lost: Callable[["RewardChild", list[Job]], None],
+    ) -> Self:
         mark = uuid.uuid4().hex
         _, child = await asyncio.get_running_loop().subprocess_exec(
             lambda: cls(config, on_answer, on_lost, mark),
@@ -127,17 +154,17 @@ class RewardChild(asyncio.SubprocessProtocol):
             # One sample at a time: more threads would only take cores from the engines.
             env={"OMP_NUM_THREADS": "1", **os.environ, MARK: mark},
         )
-        try:
-            await child._ready
-        except BaseException:
-            await child.stop()
-            raise
         return child
 
     @property
     def pid(self) -> int:
         """Of the process."""
         return self._pid
+
+    @property
+    def _killed(self) -> bool:
+        """Whether it ended by a SIGKILL that was not ours."""
+        return self._verdict is None and self._transport.get_returncode() == -signal.SIGKILL
 
     @property
     def load(self) -> int:

@@ -137,6 +137,7 @@ def bombard(service: BufferService, number: int, seed: int) -> tuple[int, int]:
             service.coordinator.tick(0.0)
             service.coordinator.commit()
             service._ask_parked(1e9)
+    service._ask_parked(1e9)  # all waits are over: who still parks would park for ever
     return refused, answered
 
 
@@ -157,7 +158,7 @@ def test_mutated_frames_are_refused_counted_and_forgotten(
     assert service.malformed + service.coordinator.refused > number / 4
     assert refused > number / 8
     assert answered, "some mutations leave a valid message"
-    assert len(service._parked) <= 1
+    assert not service._parked
     service.coordinator.close()
 
 

@@ -155,8 +155,11 @@ def test_a_new_experiment_is_its_base_with_and_without_the_comment_signs(name: s
     uncommented = [line[2:] if line.startswith("# ") and " = " in line else line for line in lines]
     uncommented = [line.replace("# [", "[") for line in uncommented]
     everything = load_table(tomllib.loads("\n".join(uncommented))).experiment
-    sft = base.sft or everything.sft  # the section of a base without one shows the defaults
-    assert everything == base.model_copy(update={"sft": sft})
+    shown = {  # a section that the base does without shows its defaults
+        section: getattr(base, section) or getattr(everything, section)
+        for section in ("sft", "environment")
+    }
+    assert everything == base.model_copy(update=shown)
 
 
 def test_a_new_experiment_explains_every_key(tmp_path: Path):

@@ -163,6 +163,38 @@ async def test_a_reward_that_cannot_be_loaded_is_a_config_error_with_its_message
     await pool.close()
 
 
+KILLED_WHILE_LOADING = """
+import os, signal
+from pathlib import Path
+
+starts = Path(__file__).with_suffix(".starts")
+starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
+if len(starts.read_text()) < LOADS:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def reward(completion, prompt):
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize(("loads", "starts"), [(3, 3), (99, 3)])
+async def test_a_reward_process_killed_while_it_loads_is_started_again_and_not_for_ever(
+    tmp_path, loads, starts
+):
+    file = tmp_path / "mine.py"
+    file.write_text(KILLED_WHILE_LOADING.replace("LOADS", str(loads)))
+    pool = RewardPool(RewardConfig(name=f"{file}:reward"))
+    try:
+        if loads == starts:
+            await pool.start()
+        else:
+            with pytest.raises(ConfigError, match="while it was loading"):
+                await pool.start()
+    finally:
+        await pool.close()
+    assert len(file.with_suffix(".starts").read_text()) == starts
+
+
 async def test_a_reward_that_never_loads_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr("slipstream.rollout.rewards.child.START_TIMEOUT_S", 1.5)
     slow = tmp_path / "slow.py"

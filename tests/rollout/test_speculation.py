@@ -119,10 +119,10 @@ async def test_a_second_epoch_takes_fewer_forwards_than_tokens(tiny):
     folder = tiny.folder("llama")
     engine = tiny.engine(folder, dtype="float64", max_concurrent=4)
     speculation = speculate(engine, SiblingsDrafter(10_000))
-    await engine.load(tiny.publish(tiny.policy(folder, 1, torch.float64), 0))
+    await engine.load(tiny.publish(tiny.policy(folder, 3, torch.float64), 0))
     requests = [
         tiny.request(p, i, temperature=0.0, max_new_tokens=50)
-        for i, p in enumerate(prompts(4, seed=8))
+        for i, p in enumerate(prompts(16, seed=8))
     ]
     first = await tiny.outputs(engine, requests)
     before = speculation.forwards
