@@ -119,10 +119,10 @@ async def test_a_second_epoch_takes_fewer_forwards_than_tokens(tiny):
     folder = tiny.folder("llama")
     engine = tiny.engine(folder, dtype="float64", max_concurrent=4)
     speculation = speculate(engine, SiblingsDrafter(10_000))
-    await engine.load(tiny.publish(tiny.policy(folder, 3, torch.float64), 0))
+    await engine.load(tiny.publish(tiny.policy(folder, 5, torch.float64), 0))
     requests = [
         tiny.request(p, i, temperature=0.0, max_new_tokens=50)
-        for i, p in enumerate(prompts(16, seed=8))
+        for i, p in enumerate(prompts(4, seed=8))
     ]
     first = await tiny.outputs(engine, requests)
     before = speculation.forwards
@@ -289,7 +289,8 @@ def plant_wrong_rule(monkeypatch):
 
     def wrong_sample(logits, laws, uniforms, ratio_law):
         draws = real(logits, laws, uniforms, ratio_law)
-        shares = (logits / 1.5).softmax(-1).numpy()
+        top, ids = (logits / 1.5).topk(4)
+        shares = torch.zeros_like(logits).scatter_(-1, ids, top.softmax(-1)).numpy()
         for row, token in enumerate(fed[-1].draft_M):
             if token >= 0 and shares[row, token] > 0.3:
                 draws.token_ids_B[row] = token
