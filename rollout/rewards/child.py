@@ -124,20 +124,18 @@ class RewardChild(asyncio.SubprocessProtocol):
         Raises:
             ConfigError: the reward cannot be loaded, with the child's message.
         """
-        for attempt in range(1, START_ATTEMPTS + 1):
+        attempts_left = START_ATTEMPTS
+        while True:
             child = await cls._spawn(config, on_answer, on_lost)
+            attempts_left -= 1
             try:
                 await child._ready
-                break
-            except ConfigError:
-                again = attempt < START_ATTEMPTS and child._killed
+                return child
+            except BaseException as error:
+                again = isinstance(error, ConfigError) and child._killed and attempts_left > 0
                 await child.stop()
                 if not again:
                     raise
-            except BaseException:
-                await child.stop()
-                raise
-        return child
 
     @classmethod
     async def _spawn(
