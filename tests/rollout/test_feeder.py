@@ -146,14 +146,14 @@ async def test_prompts_are_put_in_uid_order_without_gaps_as_room_allows(buffer, 
     assert buffer.uids == list(range(17, 17 + len(buffer.uids)))
     assert {(t.sizing.sizer, t.sizing.num_samples) for t in buffer.tickets} == {("fixed", 4)}
     await buffer.change(closing=True)
-    await asyncio.wait_for(feeding, 5)
+    await asyncio.wait_for(feeding, 30)
     assert not buffer.connected
 
 
 async def test_first_scheduled_and_final_versions_are_evaluated_and_then_it_ends(buffer, tmp_path):
     feeding = asyncio.create_task(feeder.feed(spec(tmp_path, samples_per_prompt=2, temperature=0)))
     await publish_up_to(buffer, tmp_path, last=5)
-    await asyncio.wait_for(feeding, 5)
+    await asyncio.wait_for(feeding, 30)
     assert steps_of(tmp_path) == [0, 2, 4, 5]
     line = read_lines(tmp_path / "eval.jsonl")[1]
     expected = {"version": "0.2", "branch": 0, "prompts": 10, "samples": 20, "failed": 0}
@@ -173,7 +173,7 @@ async def test_a_retired_version_gives_way_to_the_newer_one(buffer, tmp_path):
     await publish_up_to(buffer, tmp_path, last=2)
     await asyncio.sleep(0.1)
     await publish_up_to(buffer, tmp_path, first=4, last=4)
-    await asyncio.wait_for(feeding, 5)
+    await asyncio.wait_for(feeding, 30)
     assert steps_of(tmp_path) == [0, 3, 4]
 
 
@@ -184,7 +184,7 @@ async def test_a_refusal_that_no_newer_version_explains_is_an_error(buffer, tmp_
     monkeypatch.setattr(buffer, "put_evaluation", refuse)
     buffer.newest = Version(branch=0, step=0)
     with pytest.raises(Refused, match="one uid"):
-        await asyncio.wait_for(feeder.feed(spec(tmp_path)), 5)
+        await asyncio.wait_for(feeder.feed(spec(tmp_path)), 30)
     assert not buffer.connected
 
 
@@ -196,7 +196,7 @@ async def test_a_resume_evaluates_nothing_twice_and_redoes_what_the_lost_branch_
     buffer.newest = Version(branch=1, step=2)
     feeding = asyncio.create_task(feeder.feed(spec(tmp_path)))
     await publish_up_to(buffer, tmp_path, first=2, last=5, branch=1)
-    await asyncio.wait_for(feeding, 5)
+    await asyncio.wait_for(feeding, 30)
     lines = read_lines(tmp_path / "eval.jsonl")
     assert [line["version"] for line in lines[3:]] == ["1.4", "1.5"]
 
@@ -204,7 +204,7 @@ async def test_a_resume_evaluates_nothing_twice_and_redoes_what_the_lost_branch_
 async def test_without_evaluations_it_ends_with_the_final_version(buffer, tmp_path):
     feeding = asyncio.create_task(feeder.feed(spec(tmp_path, enabled=False)))
     await publish_up_to(buffer, tmp_path, last=5)
-    await asyncio.wait_for(feeding, 5)
+    await asyncio.wait_for(feeding, 30)
     assert not (tmp_path / "eval.jsonl").exists()
 
 
@@ -218,7 +218,7 @@ async def test_closing_during_an_evaluation_ends_it_without_a_line(buffer, tmp_p
     feeding = asyncio.create_task(feeder.feed(spec(tmp_path)))
     await asyncio.sleep(0.2)
     await buffer.change(closing=True)
-    await asyncio.wait_for(feeding, 5)
+    await asyncio.wait_for(feeding, 30)
     assert steps_of(tmp_path) == []
 
 
@@ -233,7 +233,7 @@ async def test_an_evaluation_without_progress_ends_the_run_and_names_who_was_wai
     monkeypatch.setattr(feeder, "EVALUATION_STALL_S", 0.1)
     buffer.newest = Version(branch=0, step=0)
     with pytest.raises(PeerLost, match=r"eval-0\.0 made no progress .* worker-0: 3 of 10"):
-        await asyncio.wait_for(feeder.feed(spec(tmp_path)), 5)
+        await asyncio.wait_for(feeder.feed(spec(tmp_path)), 30)
 
 
 @given(
