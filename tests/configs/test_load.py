@@ -156,7 +156,8 @@ def test_a_new_experiment_is_its_base_with_and_without_the_comment_signs(name: s
     uncommented = [line.replace("# [", "[") for line in uncommented]
     everything = load_table(tomllib.loads("\n".join(uncommented))).experiment
     sft = base.sft or everything.sft  # the section of a base without one shows the defaults
-    assert everything == base.model_copy(update={"sft": sft})
+    environment = base.environment or everything.environment
+    assert everything == base.model_copy(update={"sft": sft, "environment": environment})
 
 
 def test_a_new_experiment_explains_every_key(tmp_path: Path):
