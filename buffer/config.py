@@ -45,8 +45,8 @@ class BufferConfig(Settings):
     max_waiting_prompts: Annotated[int, Field(ge=1)] = 1024
     """Back-pressure on the feeder: prompts put but not yet claimed."""
     take_deadline_s: Annotated[float, Field(gt=0)] = 600.0
-    """A learner step that waits longer for its batch fails and says who waited on whom: the run goes
-    back to its checkpoint, and ends after `cluster.restarts` of these."""
+    """A learner step that waits longer for its batch fails and says who waited on whom: the run
+    goes back to its checkpoint, and ends after `cluster.restarts` of these."""
 
     @model_validator(mode="after")
     def _tasks_tighten(self) -> "BufferConfig":
