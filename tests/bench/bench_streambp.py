@@ -4,8 +4,8 @@
 
 SmolLM2-135M's shape with random weights, float32, one sequence, forward and backward of the
 three-policy loss with entropy gradient. Counted are the bytes allocated at once beyond weights and
-their gradients, as torch's allocator counts them. The longest sequence is found on the line through
-two measured lengths, then checked: it fits, and one a twentieth longer does not.
+their gradients, as torch's allocator counts them. The longest sequence lies between
+a length that was seen to fit and one, at most a fortieth longer, that was seen not to.
 """
 
 import argparse
@@ -71,15 +71,24 @@ def peak_mib(model: Any, loss_of: Any, length: int) -> float:
 
 
 def longest(model: Any, loss_of: Any, limit: float) -> dict[str, Any]:
-    """Most tokens within the limit, and the measurements it rests on."""
-    points = [(length, peak_mib(model, loss_of, length)) for length in (384, 768)]
-    (short, low), (long, high) = points
-    tokens = int(short + (limit - low) * (long - short) / (high - low))
-    for length in (tokens, tokens + tokens // 20):
-        points.append((length, peak_mib(model, loss_of, length)))
-    if not points[2][1] <= 1.01 * limit < points[3][1]:
-        raise SystemExit(f"{limit} MiB is not met where the line says: {points}")
-    return {"tokens": tokens, "MiB by tokens": points}
+    """Most tokens seen to fit within the limit, and every measurement.
+
+    Each next length is where the line through the two nearest ones meets the limit, but beyond
+    what fits already, and short of what does not.
+    """
+    points = {length: peak_mib(model, loss_of, length) for length in (128, 256)}
+    while True:
+        fitting = [length for length, mib in points.items() if mib <= limit]
+        low, high = max(fitting), min(points.keys() - fitting, default=None)
+        if high is not None and high - low <= max(1, low // 40):
+            return {"tokens": low, "MiB by tokens": sorted(points.items())}
+        left, right = (low, high) if high else sorted(points)[-2:]
+        slope = max(1e-6, points[right] - points[left]) / (right - left)
+        guess = left + (limit - points[left]) / slope
+        margin = max(1, low // 50)
+        most = 2 * low if high is None else max(low + 1, high - margin // 2)
+        target = int(min(max(guess + margin / 4, low + margin), most))
+        points[target] = peak_mib(model, loss_of, target)
 
 
 def check_gradients() -> float:
