@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -136,6 +137,21 @@ def _read_policy(
                 f"{', '.join(names[:3])} ({len(names)} in all); use the config they were saved with"
             )
     return model
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Let backward compute each decoder layer again from its input.
+
+    transformers does so in training mode only, which would also switch dropout on: the mode is set
+    on the layers themselves, not on what is in them.
+
+    Raises:
+        ValueError: the model does not support it.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def policy_weights(model: PreTrainedModel) -> dict[str, Tensor]:

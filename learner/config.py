@@ -156,6 +156,11 @@ class LearnerConfig(Settings):
     share_prompts: bool = True
     """Compute the prompt of a group's samples once instead of once per sample. Changes gradients by
     rounding alone; no effect on samples too long to be put side by side."""
+    activations: Literal["keep", "checkpoint", "stream"] = "keep"
+    """What backward needs of the forward pass. `keep`: all of it; `checkpoint`: each layer's input,
+    the layer is computed again; `stream`: the same, `stream_tokens` of a row at a time, the longest
+    sequences in a given memory (StreamBP; Llama and Qwen layers). Gradients differ by rounding."""
+    stream_tokens: Annotated[int, Field(ge=1)] = 512
     threads: Annotated[int, Field(ge=1)] = 1
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -18,7 +18,15 @@ from ..buffer.mailbox import publish_file
 from ..buffer.messages import Batch
 from ..buffer.records import Version, WeightsManifest
 from ..buffer.staleness import LivePath
-from ..kernels.models import ModelError, assign_weights, load_policy, load_tokenizer, read_weights
+from ..kernels import streambp
+from ..kernels.models import (
+    ModelError,
+    assign_weights,
+    checkpoint_layers,
+    load_policy,
+    load_tokenizer,
+    read_weights,
+)
 from .checkpoint import (
     Checkpoint,
     complete_folders,
@@ -80,7 +88,7 @@ class Trainer:
     def _begin(self, stop: threading.Event) -> None:
         """Load, warm-start, and save as step 0; without a checkpoint when stopped half-way."""
         spec = self.spec
-        model = load_policy(spec.model_dir, spec.dtype, spec.seed)
+        model = self._load_model()
         if spec.sft is not None and spec.sft_file is not None:
             examples = read_examples(spec.sft_file, load_tokenizer(spec.model_dir))
             torch.set_num_threads(spec.sft.threads)
@@ -107,8 +115,7 @@ class Trainer:
             raise ConfigError(
                 f"dtype = {spec.dtype}, but the run was started with {checkpoint.info['dtype']}"
             )
-        model = load_policy(spec.model_dir, spec.dtype, spec.seed)
-        policy = self._policy(model)
+        policy = self._policy(self._load_model())
         policy.restore(
             read_weights([checkpoint.folder / "weights.safetensors"]),
             read_weights([checkpoint.folder / "optimizer.safetensors"]),
@@ -122,6 +129,24 @@ class Trainer:
         objective = self.spec.config.objective
         decay = objective.proximal_decay if objective.proximal == "ewma" else None
         return Policy(model, self.spec.config.optimizer, decay)
+
+    def _load_model(self) -> PreTrainedModel:
+        """The model to be trained, keeping for backward what `learner.activations` says.
+
+        Raises:
+            ConfigError: its layers cannot be streamed, or not be checkpointed.
+        """
+        spec = self.spec
+        model = load_policy(spec.model_dir, spec.dtype, spec.seed)
+        kind = spec.config.activations
+        try:
+            if kind == "stream":
+                streambp.enable(model, spec.config.stream_tokens)
+            elif kind == "checkpoint":
+                checkpoint_layers(model)
+        except ValueError as error:
+            raise ConfigError(f'learner.activations = "{kind}": {error}') from error
+        return model
 
     def _hold(self, policy: Policy, step: int) -> None:
         self.policy, self.saved = policy, False

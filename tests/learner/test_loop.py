@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from slipstream.buffer.errors import ConfigError, CorruptData, TrainingFailed
 from slipstream.buffer.mailbox import verify
+from slipstream.kernels import streambp
 from slipstream.kernels.models import read_weights
 from slipstream.learner.checkpoint import find_checkpoint
 from slipstream.learner.config import SftConfig
 from slipstream.learner.policy import weights_digest
 from slipstream.learner.trainer import Trainer
+from transformers import GPT2Config
 
 
 def test_every_step_publishes_one_version_whose_digest_is_its_tensors(
@@ -166,3 +169,48 @@ def test_a_warm_start_comes_before_step_zero_and_stops_when_told(make_spec, tmp_
     assert not stopped.saved
     assert stopped.held.digest == cold.held.digest
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "stream"])
+def test_saving_activation_memory_changes_no_step_beyond_rounding(
+    kind, make_spec, run_loop, fake_buffer, rows_of, monkeypatch
+):
+    used = count_calls(monkeypatch, kind)
+    spec = make_spec()
+    run_loop(spec, fake_buffer())
+    want = rows_of(spec.run_dir)
+    assert not used
+    config = spec.config.model_copy(update={"activations": kind, "stream_tokens": 3})
+    run_loop(spec.model_copy(update={"config": config}), fake_buffer())
+    got = rows_of(spec.run_dir)
+    assert used
+    for step in (1, 2, 3, 4):
+        for name in ("loss", "grad_norm", "entropy"):
+            assert got[step][name] == pytest.approx(want[step][name], rel=1e-5, abs=1e-9)
+
+
+def count_calls(monkeypatch, kind) -> list[None]:
+    """One item for each time a layer is run the way of `kind`."""
+    used: list[None] = []
+    owner, name = {
+        "checkpoint": (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator"),
+        "stream": (streambp, "_chunk_output"),
+    }[kind]
+    original = getattr(owner, name)
+
+    def counted(*arguments, **options):
+        used.append(None)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, counted)
+    return used
+
+
+def test_a_model_that_cannot_be_streamed_is_refused_with_key_and_reason(make_spec, tmp_path):
+    folder = tmp_path / "gpt2"
+    GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=64).save_pretrained(str(folder))
+    spec = make_spec(model_dir=folder)
+    config = spec.config.model_copy(update={"activations": "stream"})
+    trainer = Trainer(spec.model_copy(update={"config": config}))
+    with pytest.raises(ConfigError, match=r'learner\.activations = "stream": GPT2Model cannot be'):
+        trainer.prepare(threading.Event())
