@@ -22,19 +22,27 @@ class Choice(NamedTuple):
 
 def choose(hidden_TD: Tensor, head: Head) -> Choice:
     """The implementation for these tensors; imports nothing."""
-    if not hidden_TD.is_cuda:
-        return Choice("chunked", f"the tensors are on {hidden_TD.device.type}, not on CUDA")
+    if reason := why_not_triton(hidden_TD):
+        return Choice("chunked", reason)
     if head.kept is not None:
         return Choice("chunked", "the ratio law is kept_set, which the Triton kernels do not know")
     if hidden_TD.dtype != head.weight_VD.dtype or hidden_TD.element_size() > 4:
         dtypes = f"{hidden_TD.dtype} and {head.weight_VD.dtype}"
         return Choice("chunked", f"the Triton kernels take one dtype of 2 or 4 bytes, not {dtypes}")
-    if importlib.util.find_spec("triton") is None:
-        return Choice("chunked", "triton is not installed (the extra `triton`)")
     capability = torch.cuda.get_device_capability(hidden_TD.device)
-    if capability < OLDEST_CAPABILITY:
-        return Choice("chunked", f"compute capability {capability} is below {OLDEST_CAPABILITY}")
     return Choice("triton", f"CUDA tensors, compute capability {capability}")
+
+
+def why_not_triton(values: Tensor) -> str:
+    """Why no Triton kernel can run where the values are; empty: one can."""
+    if not values.is_cuda:
+        return f"the tensors are on {values.device.type}, not on CUDA"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (the extra `triton`)"
+    capability = torch.cuda.get_device_capability(values.device)
+    if capability < OLDEST_CAPABILITY:
+        return f"compute capability {capability} is below {OLDEST_CAPABILITY}"
+    return ""
 
 
 def scores(hidden_TD: Tensor, targets_T: Tensor, head: Head) -> tuple[Tensor, Tensor]:

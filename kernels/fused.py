@@ -199,63 +199,87 @@ def _run_gradient(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyLoss:
-    """The closed list of objectives as one kernel; a `TokenLoss` over [T] float32 tensors.
+class PolicyLaw:
+    """The closed list of objectives that `policy_loss` knows, as `learner/objective.py` means them
+    (tested equal): token ratios, token corrections, k3."""
 
-    Means what the functions of the same names in `learner/objective.py` mean (tested equal).
+    surrogate: Literal["ppo", "cispo"]
+    clip_low: float
+    clip_high: float
+    correction: Literal["truncate", "mask", "none"]
+    correction_low: float
+    correction_high: float
+    kl_coefficient: float
+    entropy_coefficient: float
+
+
+def policy_loss(
+    current_C: Tensor,
+    entropy_C: Tensor,
+    law: PolicyLaw,
+    *,
+    proximal_C: Tensor,
+    behaviour_C: Tensor,
+    advantages_C: Tensor,
+    weights_C: Tensor,
+    reference_C: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of each token, differentiable by log-probability and entropy, and what is reported.
+
+    Args:
+        current_C: [C] float32 log-probabilities under the policy being trained.
+        entropy_C: [C] float32, nats.
+        law: the objective.
+        proximal_C: [C] float32 log-probabilities, without gradient, as the other two policies'.
+        behaviour_C: .
+        advantages_C: [C] float32.
+        weights_C: [C] float32, of each token in the loss, its denominator included.
+        reference_C: None: there is no KL term.
+    Returns:
+        [C] float32 loss, and [C] tensors by name: `ratio`, `correction`, `kl_behaviour` and, with a
+        reference, `kl_reference`, float32; `clipped` and `limited`, bool.
     """
+    terms = (proximal_C, behaviour_C, advantages_C, weights_C, reference_C)
+    loss_C, *seen = _Policy.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        current_C, entropy_C, law, *terms
+    )
+    return loss_C, dict(zip(SEEN if reference_C is not None else SEEN[:-1], seen, strict=False))
 
-    proximal_T: Tensor
-    behaviour_T: Tensor
-    advantages_T: Tensor
-    weights_T: Tensor
-    """Of each token in the loss, the denominator included; 0: masked."""
-    reference_T: Tensor | None = None
-    surrogate: Literal["clip", "cispo"] = "clip"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    correction: Literal["truncate", "mask", "none"] = "truncate"
-    correction_low: float = 0.0
-    correction_high: float = 2.0
-    kl_coefficient: float = 0.0
-    entropy_coefficient: float = 0.0
 
-    def __call__(
-        self, logprobs_C: Tensor, entropy_C: Tensor, rows: slice
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As a `TokenLoss`; reports `clipped` and `limited`."""
-        loss_C, clipped_C, limited_C = _Policy.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            logprobs_C, entropy_C, rows, self
-        )
-        return loss_C, {"clipped": clipped_C, "limited": limited_C}
+SEEN = ("ratio", "correction", "kl_behaviour", "clipped", "limited", "kl_reference")
 
 
 class _Policy(torch.autograd.Function):
-    """`PolicyLoss`: the kernel writes the loss and both slopes."""
+    """`policy_loss`: the kernel writes the loss and both slopes."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, logprobs_C: Tensor, entropy_C: Tensor, rows: slice, of: PolicyLoss
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        reference_T = of.behaviour_T if of.reference_T is None else of.reference_T
-        terms = (of.proximal_T, of.behaviour_T, reference_T, of.advantages_T, of.weights_T)
-        loss_C, by_logprob_C, by_entropy_C = (torch.empty_like(logprobs_C) for _ in range(3))
-        flags = [torch.empty_like(logprobs_C, dtype=torch.bool) for _ in range(2)]
-        if num_tokens := len(logprobs_C):
+        ctx: Any, current_C: Tensor, entropy_C: Tensor, law: PolicyLaw, proximal_C: Tensor,
+        behaviour_C: Tensor, advantages_C: Tensor, weights_C: Tensor, reference_C: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        reads = (current_C, entropy_C, proximal_C, behaviour_C)
+        reads += (behaviour_C if reference_C is None else reference_C, advantages_C, weights_C)
+        loss_C, by_logprob_C, by_entropy_C = (torch.empty_like(current_C) for _ in range(3))
+        ratio_C, correction_C, behaviour_kl_C, reference_kl_C = (
+            torch.empty_like(current_C) for _ in range(4)
+        )
+        clipped_C, limited_C = (torch.empty_like(current_C, dtype=torch.bool) for _ in range(2))
+        if num_tokens := len(current_C):
             _launch(
                 triton_loss.policy_loss, (_cdiv(num_tokens, POLICY_BLOCK),),
-                logprobs_C, entropy_C, *(values[rows] for values in terms),
-                loss_C, by_logprob_C, by_entropy_C, *flags, num_tokens,
-                of.clip_low, of.clip_high, of.correction_low, of.correction_high,
-                of.kl_coefficient, of.entropy_coefficient,
-                CISPO=of.surrogate == "cispo", CORRECTION=of.correction,
-                HAS_REFERENCE=of.reference_T is not None, BLOCK=POLICY_BLOCK,
+                *(values.contiguous() for values in reads), loss_C, by_logprob_C, by_entropy_C,
+                ratio_C, correction_C, behaviour_kl_C, reference_kl_C, clipped_C, limited_C,
+                num_tokens, law.clip_low, law.clip_high, law.correction_low, law.correction_high,
+                law.kl_coefficient, law.entropy_coefficient,
+                CISPO=law.surrogate == "cispo", CORRECTION=law.correction,
+                HAS_REFERENCE=reference_C is not None, BLOCK=POLICY_BLOCK,
             )  # fmt: skip
         ctx.save_for_backward(by_logprob_C, by_entropy_C)
-        ctx.mark_non_differentiable(*flags)
-        return loss_C, flags[0], flags[1]
+        seen = (ratio_C, correction_C, behaviour_kl_C, clipped_C, limited_C, reference_kl_C)
+        ctx.mark_non_differentiable(*seen)
+        return loss_C, *seen
 
     @staticmethod
     def backward(ctx: Any, *grads_C: Any) -> tuple[Tensor | None, ...]:
         by_logprob_C, by_entropy_C = ctx.saved_tensors
-        return grads_C[0] * by_logprob_C, grads_C[0] * by_entropy_C, None, None
+        return grads_C[0] * by_logprob_C, grads_C[0] * by_entropy_C, *(None,) * 6

@@ -130,12 +130,14 @@ def _clamped(log_ratio):
 @triton.jit
 def policy_loss(
     current, entropy, proximal, behaviour, reference, advantages, weights,
-    loss, by_logprob, by_entropy, clipped, limited, num_tokens,
+    loss, by_logprob, by_entropy, ratio, correction, kl_behaviour, kl_reference, clipped, limited,
+    num_tokens,
     clip_low, clip_high, correction_low, correction_high, kl_coefficient, entropy_coefficient,
     CISPO: tl.constexpr, CORRECTION: tl.constexpr, HAS_REFERENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Every term of a token's three-policy loss, and its slopes, in one pass over [T] tensors."""
+    """Every term of a token's three-policy loss, its slopes and what is reported of it, in one
+    pass over [T] tensors."""
     rows_B = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = rows_B < num_tokens
     current_B = tl.load(current + rows_B, mask=ok, other=0.0)
@@ -146,17 +148,17 @@ def policy_loss(
     ratio_B = tl.exp(_clamped(raw_B))
     moves_B = tl.abs(raw_B) <= MAX_LOG_RATIO
     if CISPO:
-        bounded_B = tl.minimum(tl.maximum(ratio_B, 1 - clip_low), 1 + clip_high)
-        surrogate_B = -bounded_B * advantage_B * current_B
-        slope_B = -bounded_B * advantage_B
-        clipped_B = bounded_B != ratio_B
+        slope_B = -tl.minimum(ratio_B, 1 + clip_high) * advantage_B
+        surrogate_B = slope_B * current_B
+        clipped_B = ratio_B > 1 + clip_high
     else:
         plain_B = ratio_B * advantage_B
         bounded_B = tl.minimum(tl.maximum(ratio_B, 1 - clip_low), 1 + clip_high) * advantage_B
         clipped_B = bounded_B < plain_B
         surrogate_B = -tl.minimum(plain_B, bounded_B)
         slope_B = tl.where(clipped_B | (moves_B == 0), 0.0, -plain_B)
-    correction_B = tl.exp(_clamped(proximal_B - tl.load(behaviour + rows_B, mask=ok, other=0.0)))
+    behaviour_B = tl.load(behaviour + rows_B, mask=ok, other=0.0)
+    correction_B = tl.exp(_clamped(proximal_B - behaviour_B))
     limited_B = correction_B > correction_high
     if CORRECTION == "truncate":
         correction_B = tl.minimum(correction_B, correction_high)
@@ -171,12 +173,18 @@ def policy_loss(
     if HAS_REFERENCE:
         raw_kl_B = tl.load(reference + rows_B, mask=ok, other=0.0) - current_B
         log_B = _clamped(raw_kl_B)
-        loss_B += kl_coefficient * (tl.exp(log_B) - log_B - 1)
+        kl_B = tl.exp(log_B) - log_B - 1
+        tl.store(kl_reference + rows_B, kl_B, mask=ok)
+        loss_B += kl_coefficient * kl_B
         inside = tl.abs(raw_kl_B) <= MAX_LOG_RATIO
         slope_B += tl.where(inside, kl_coefficient * (1 - tl.exp(log_B)), 0.0)
     loss_B -= entropy_coefficient * tl.load(entropy + rows_B, mask=ok, other=0.0)
     tl.store(loss + rows_B, loss_B * weight_B, mask=ok)
     tl.store(by_logprob + rows_B, slope_B * weight_B, mask=ok)
     tl.store(by_entropy + rows_B, -entropy_coefficient * weight_B, mask=ok)
+    moved_B = _clamped(current_B - behaviour_B)
+    tl.store(kl_behaviour + rows_B, tl.exp(moved_B) - 1 - moved_B, mask=ok)
+    tl.store(ratio + rows_B, ratio_B, mask=ok)
+    tl.store(correction + rows_B, correction_B, mask=ok)
     tl.store(clipped + rows_B, clipped_B, mask=ok)
     tl.store(limited + rows_B, limited_B, mask=ok)

@@ -113,6 +113,13 @@ class ObjectiveConfig(Settings):
         """Whether the loss of a token depends on the other tokens of its sample."""
         return "sequence" in (self.ratio, self.correction_level)
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether `kernels/fused.py` knows this objective: its terms, all by token."""
+        kl_known = self.kl_coefficient == 0 or self.kl_estimator == "k3"
+        by_token = not self.needs_whole_samples
+        return self.surrogate in ("ppo", "cispo") and by_token and kl_known
+
     def anchor(self, updates_per_step: int) -> Proximal:
         """`proximal`, with `auto` decided."""
         if self.proximal != "auto":

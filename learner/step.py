@@ -6,7 +6,7 @@ Shape suffix: T trained tokens of a micro-batch.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..buffer.errors import TrainingFailed
 from ..buffer.messages import ProofLine
 from ..buffer.records import TrainingSample, TrajectoryGroup, Version
 from ..buffer.staleness import LivePath, proof_line
+from ..kernels import dispatch
 from . import objective
 from .batch import (
     MicroBatch,
@@ -240,6 +241,8 @@ class _TokenLoss:
         self, current_C: Tensor, entropy_C: Tensor, rows: slice
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted [C] loss, and what is reported of every token."""
+        if self.config.has_kernel and not dispatch.why_not_triton(current_C):
+            return self.by_kernel(current_C, entropy_C, rows)
         config, now_C = self.config, current_C.detach()
         behaviour_C, owner_C = self.batch.behaviour_T[rows], self.batch.owner_T[rows]
         proximal_C = anchor_C = self._proximal(now_C, rows)
@@ -265,7 +268,7 @@ class _TokenLoss:
         loss_C = correction_C * surrogate_C
         behaviour_to_now_C = objective.log_ratio(now_C, behaviour_C)
         seen_C = {
-            "ratio": (now_C - anchor_C).exp(),
+            "ratio": objective.log_ratio(now_C, anchor_C).exp(),
             "clipped": clipped_C,
             "correction": correction_C,
             "limited": limited_C,
@@ -280,6 +283,25 @@ class _TokenLoss:
             loss_C = loss_C + config.kl_coefficient * kl_C
             seen_C["kl_reference"] = kl_C.detach()
         return loss_C * self.batch.weights_T[rows] / self.denominator, seen_C
+
+    def by_kernel(
+        self, current_C: Tensor, entropy_C: Tensor, rows: slice
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same in one Triton kernel, for the objectives it knows."""
+        from ..kernels import fused  # imports triton
+
+        names = {field.name for field in fields(fused.PolicyLaw)}
+        loss_C, seen_C = fused.policy_loss(
+            current_C,
+            entropy_C,
+            fused.PolicyLaw(**self.config.model_dump(include=names)),
+            proximal_C=self._proximal(current_C.detach(), rows),
+            behaviour_C=self.batch.behaviour_T[rows],
+            advantages_C=self.batch.advantages_T[rows],
+            weights_C=self.batch.weights_T[rows] / self.denominator,
+            reference_C=None if self.reference_T is None else self.reference_T[rows],
+        )
+        return loss_C, {"entropy": entropy_C.detach(), **seen_C}
 
     def _proximal(self, now_C: Tensor, rows: slice) -> Tensor:
         if self.anchor_T is not None:

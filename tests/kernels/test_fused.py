@@ -4,14 +4,16 @@ What a GPU would run is compiled in test_ahead.py; the numbers of a GPU itself a
 """
 
 import importlib.util
-import itertools
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from slipstream.kernels import definition, fused, triton_loss
-from slipstream.learner import objective
+from slipstream.learner.config import ObjectiveConfig
+from slipstream.learner.step import _TokenLoss
 
 CASES = {
     "plain": {},
@@ -85,73 +87,77 @@ def planted(fault, folder):
     return module
 
 
-def policy_cases():
-    return list(itertools.product(("clip", "cispo"), ("truncate", "mask", "none"), (False, True)))
-
-
-def policy_terms(tokens=613) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    g = torch.Generator().manual_seed(1)
+def token_loss(seed=1, tokens=613, **changes) -> tuple[_TokenLoss, torch.Tensor, torch.Tensor]:
+    """An objective over random policies, and the current log-probabilities and entropies."""
+    g = torch.Generator().manual_seed(seed)
 
     def draw(scale=1.0):
         return scale * torch.randn(tokens, generator=g)
 
     current = draw() - 3
-    terms = {n: current + draw(0.5) for n in ("proximal_T", "behaviour_T", "reference_T")}
-    terms["proximal_T"][:3] += torch.tensor([30.0, -30.0, 0.0])  # beyond the clamp
-    terms["reference_T"][3:5] += torch.tensor([30.0, -30.0])
-    weights = (torch.rand(tokens, generator=g) > 0.3) / tokens
-    return current, draw().abs(), terms | {"advantages_T": draw(), "weights_T": weights}
-
-
-def by_objective(current, entropy, terms, surrogate, correction, with_kl):
-    """The same loss by the functions of learner/objective.py."""
-    proximal, advantages = terms["proximal_T"], terms["advantages_T"]
-    if surrogate == "clip":
-        loss, clipped = objective.clipped_surrogate(
-            current, proximal, advantages, clip_low=0.2, clip_high=0.28
-        )
-    else:  # CISPO, eq. 4 and 5 of arXiv:2506.13585: a clipped weight without gradient
-        ratio = objective.log_ratio(current, proximal).exp().detach()
-        bounded = ratio.clamp(1 - 0.2, 1 + 0.28)
-        loss, clipped = -bounded * advantages * current, bounded != ratio
-    weight, limited = objective.importance_correction(
-        proximal, terms["behaviour_T"], kind=correction, low=0.5, high=2.0
+    proximal, behaviour, reference = (current + draw(0.5) for _ in range(3))
+    proximal[:3] += torch.tensor([30.0, -30.0, 0.0])  # beyond the clamp
+    reference[3:5] += torch.tensor([30.0, -30.0])
+    behaviour[5:7] += torch.tensor([30.0, -30.0])
+    weights = (torch.rand(tokens, generator=g) > 0.3).float()
+    config = ObjectiveConfig(
+        correction_low=0.5, kl_coefficient=0.2, entropy_coefficient=0.3, **changes
     )
-    loss = weight * loss - 0.3 * entropy
-    if with_kl:
-        loss = loss + 0.2 * objective.kl_to_reference(current, terms["reference_T"])
-    return loss * terms["weights_T"], {"clipped": clipped, "limited": limited}
-
-
-@pytest.mark.parametrize(("surrogate", "correction", "with_kl"), policy_cases())
-def test_the_elementwise_kernel_equals_the_objective(surrogate, correction, with_kl):
-    values, entropy, terms = policy_terms()
-    given: dict[str, Any] = terms if with_kl else {**terms, "reference_T": None}
-    kernel = fused.PolicyLoss(
-        **given, surrogate=surrogate, clip_low=0.2, clip_high=0.28, correction=correction,
-        correction_low=0.5, correction_high=2.0, kl_coefficient=0.2, entropy_coefficient=0.3,
+    assert config.has_kernel
+    batch: Any = SimpleNamespace(
+        behaviour_T=behaviour, advantages_T=draw(), weights_T=weights, owner_T=torch.zeros(tokens),
+        lag_T=torch.randint(0, 3, (tokens,), generator=g),
     )  # fmt: skip
+    anchor = None if config.proximal == "interpolated" else proximal
+    return _TokenLoss(batch, config, anchor, reference, 7.0), current, draw().abs()
+
+
+def both_routes(terms: _TokenLoss, current, entropy) -> list[dict[str, torch.Tensor]]:
+    """Loss, slopes and what is reported: by the kernel, and by learner/objective.py."""
     found = []
-    for route in ("kernel", "objective"):
-        leaves = values.clone().requires_grad_(), entropy.clone().requires_grad_()
-        if route == "kernel":
-            loss, seen = kernel(*leaves, slice(0, len(values)))
-        else:
-            loss, seen = by_objective(*leaves, terms, surrogate, correction, with_kl)
+    for route in (terms.by_kernel, terms):
+        leaves = current.clone().requires_grad_(), entropy.clone().requires_grad_()
+        loss, seen = route(*leaves, slice(0, len(current)))
         loss.sum().backward()
-        found.append((loss.detach(), leaves[0].grad, leaves[1].grad, *seen.values()))
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        slopes = {"by_logprob": leaves[0].grad, "by_entropy": leaves[1].grad}
+        found.append({"loss": loss.detach(), **slopes, **seen})
+    return found
 
 
-def test_a_kl_term_of_the_wrong_sign_is_found(monkeypatch, tmp_path):
-    values, entropy, terms = policy_terms()
-    fault = ("loss_B += kl_coefficient", "loss_B -= kl_coefficient")
-    monkeypatch.setattr(fused, "triton_loss", planted(fault, tmp_path))
-    wrong = fused.PolicyLoss(**terms, correction_low=0.5, kl_coefficient=0.2)
-    loss = wrong(values, entropy, slice(0, len(values)))[0]
-    want = by_objective(values, entropy, terms, "clip", "truncate", True)[0]
-    assert not torch.allclose(loss, want)
+@pytest.mark.parametrize("surrogate", ["ppo", "cispo"])
+@pytest.mark.parametrize("correction", ["truncate", "mask", "none"])
+@pytest.mark.parametrize("changes", [{}, {"proximal": "interpolated"}])
+@pytest.mark.parametrize("with_kl", [False, True])
+def test_the_elementwise_kernel_equals_the_objective(surrogate, correction, changes, with_kl):
+    terms, current, entropy = token_loss(surrogate=surrogate, correction=correction, **changes)
+    if not with_kl:
+        terms = replace(terms, reference_T=None)
+    ours, theirs = both_routes(terms, current, entropy)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+POLICY_FAULTS = {
+    "KL of the wrong sign": ("loss_B += kl_coefficient", "loss_B -= kl_coefficient"),
+    "entropy of the wrong sign": ("loss_B -= entropy_coefficient", "loss_B += entropy_coefficient"),
+    "gradient of a clipped token": ("clipped_B | (moves_B == 0)", "(moves_B == 0)"),
+    "correction not capped": ("tl.minimum(correction_B, correction_high)", "correction_B"),
+}
+
+
+@pytest.mark.parametrize("fault", POLICY_FAULTS)
+def test_a_planted_fault_of_the_elementwise_kernel_is_found(fault, monkeypatch, tmp_path):
+    monkeypatch.setattr(fused, "triton_loss", planted(POLICY_FAULTS[fault], tmp_path))
+    ours, theirs = both_routes(*token_loss())
+    assert not all(torch.allclose(ours[name], theirs[name]) for name in ours)
+
+
+def test_objectives_the_kernel_does_not_know_are_left_to_the_objective():
+    changes: dict[str, Any]
+    for changes in ({"surrogate": "raft"}, {"ratio": "sequence"}, {"correction_level": "sequence"}):
+        assert not ObjectiveConfig(**changes).has_kernel
+    assert not ObjectiveConfig(kl_coefficient=0.1, kl_estimator="k1").has_kernel
 
 
 def test_kept_sets_are_refused(lab):
