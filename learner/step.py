@@ -241,7 +241,8 @@ class _TokenLoss:
         self, current_C: Tensor, entropy_C: Tensor, rows: slice
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted [C] loss, and what is reported of every token."""
-        if self.config.has_kernel and not dispatch.why_not_triton(current_C):
+        in_float32 = current_C.dtype == torch.float32
+        if self.config.has_kernel and in_float32 and not dispatch.why_not_triton(current_C):
             return self.by_kernel(current_C, entropy_C, rows)
         config, now_C = self.config, current_C.detach()
         behaviour_C, owner_C = self.batch.behaviour_T[rows], self.batch.owner_T[rows]
