@@ -39,8 +39,8 @@ run: $(INSTALLED)  ## train the quickstart: asynchronous RL on this machine in m
 test: $(INSTALLED)  ## the whole suite but what is marked slow
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
-test-long: $(INSTALLED)  ## the whole suite
-	$(BIN)/pytest -m "not gpu"
+test-long: $(INSTALLED)  ## the slow tests, recorded in docs/results/test-long.jsonl
+	$(BIN)/pytest -m "slow and not gpu" --record
 
 check: $(INSTALLED) $(LINKS)  ## formatting, lint, types, and who may import whom
 	$(BIN)/ruff format --check $(CODE)

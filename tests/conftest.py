@@ -1,6 +1,8 @@
 """What all tests share: no network, no colours, one thread, no deadlines under load."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -11,8 +13,39 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "PY_COLORS"):
     os.environ.pop(name, None)
 
-from hypothesis import settings  # noqa: E402, the variables above must be set first
+# The variables above must be set first.
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+sys.path.append(str(Path(__file__).parent / "bench"))
+from common import emit  # noqa: E402
 
 # A slow machine is no failure; what hypothesis finds is printed so that it can be repeated.
 settings.register_profile("slipstream", deadline=None, print_blob=True)
 settings.load_profile("slipstream")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", action="store_true", help="slow tests to docs/results/")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """With `--record`, a line per slow test in docs/results/test-long.jsonl.
+
+    A seed is among the parameters in the test's name; what the test measured, such as each fault
+    and how long recovery took, is what it gave to `record_property`.
+    """
+    report = yield
+    ended = report.when == "call" or report.outcome != "passed"
+    if ended and item.config.getoption("record") and item.get_closest_marker("slow"):
+        emit(
+            {
+                "bench": "test-long",
+                "case": item.nodeid,
+                "outcome": report.outcome,
+                "seconds": round(report.duration, 1),
+                "measured": [dict([pair]) for pair in report.user_properties],
+            }
+        )
+    return report

@@ -59,7 +59,8 @@ def slow(completion, prompt):
 class Run:
     """A run driven by the command line, as a user would."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, record_property: Callable[[str, object], None]) -> None:
+        self.record_property = record_property
         self.folder, self.run_dir = folder, folder / "run"
         self.output = folder / "output.txt"
         self.supervisor: subprocess.Popen[bytes] | None = None
@@ -172,11 +173,11 @@ def wait_until(condition: Callable[[], bool], deadline_s: float) -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
+def run(tmp_path: Path, record_property: Callable[[str, object], None]) -> Iterator[Run]:
     (tmp_path / "chaos.toml").write_text(EXPERIMENT.format(steps=STEPS))
     (tmp_path / "reward.py").write_text(REWARD)
     rows = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(500)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = Run(tmp_path)
+    run = Run(tmp_path, record_property)
     yield run
     run.end()

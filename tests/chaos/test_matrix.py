@@ -1,8 +1,7 @@
 """The chaos matrix: every kind of process killed, stopped or starved at seeded moments.
 
 After each fault the run goes on by itself, or by `slipstream resume` when its supervisor was the
-victim; at the end the audit holds. Recovery is the time to the next trained step. With
-SLIPSTREAM_RECORD set to a file, each fault becomes a JSON line there.
+victim; at the end the audit holds. Recovery is the time to the next trained step.
 """
 
 import json
@@ -11,7 +10,6 @@ import random
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
@@ -52,7 +50,7 @@ int gettimeofday(struct timeval *v, void *zone) {
 """
 
 
-def harm(run: Run, kind: str, fault: str, choice: random.Random, seed: int) -> None:
+def harm(run: Run, kind: str, fault: str, choice: random.Random) -> None:
     """One fault at a random moment; return once another step is trained."""
     time.sleep(choice.uniform(0.0, 3.0))
     before, began = run.lines(), time.monotonic()
@@ -70,14 +68,7 @@ def harm(run: Run, kind: str, fault: str, choice: random.Random, seed: int) -> N
         return run.lines() > before + 1  # one step may have been on its way
 
     wait_until(recovered, START_DEADLINE_S)
-    record(fault=fault, kind=kind, seed=seed, recovery_s=round(time.monotonic() - began, 2))
-
-
-def record(**line: object) -> None:
-    print(json.dumps(line))
-    if path := os.environ.get("SLIPSTREAM_RECORD"):
-        with Path(path).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    run.record_property(f"{fault} {kind}, seconds to recover", round(time.monotonic() - began, 2))
 
 
 def ends_well(run: Run) -> None:
@@ -99,7 +90,7 @@ def test_a_run_survives_every_fault_at_seeded_moments(run: Run, seed: int) -> No
               "--output", "run", "--no-export")  # fmt: skip
     run.wait_for_step(1)
     for kind, fault in faults:
-        harm(run, kind, fault, choice, seed)
+        harm(run, kind, fault, choice)
     ends_well(run)
 
 
