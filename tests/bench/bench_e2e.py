@@ -173,6 +173,8 @@ def run_ours(
         f"learner.optimizer.learning_rate={rate!r}",
         "--output", str(run_dir),
     ]  # fmt: skip
+    if mode == "sequential":
+        arguments.append("buffer.max_staleness_steps=0")
     log = run_dir.with_suffix(".log")
     with log.open("w") as file:
         process = subprocess.Popen(command(*arguments), stdout=file, stderr=subprocess.STDOUT)
