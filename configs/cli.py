@@ -230,6 +230,24 @@ def export(
     print(f"export {done.path} ok: logits differ by at most {done.max_logit_difference}")
 
 
+@app.command("eval")
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="A model folder, or a run: its checkpoint.")],
+    overrides: OverridesArgument = None,
+    experiment: Annotated[str, typer.Option(help="Else that of the run FOLDER lies in.")] = "",
+    every: Annotated[bool, typer.Option("--every", help="All checkpoints of the run.")] = False,
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="One JSON object a line.")] = False,
+) -> None:
+    """Score a model on held-out prompts: mean reward and pass@k, with 95% intervals."""
+    import json
+
+    from .evaluating import evaluate as lines
+    from .evaluating import table
+
+    for line in lines(folder, experiment, overrides or [], every=every):
+        print(json.dumps(line) if jsonl else table(line), flush=True)
+
+
 @app.command()
 def audit(run: RunArgument) -> None:
     """Check that every prompt issued is trained, dropped for a reason, or open."""

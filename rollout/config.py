@@ -214,6 +214,12 @@ class EvalConfig(Settings):
     """None: as in training. 0: greedy."""
     enabled: bool = True
 
+    def sampling(self, training: SamplingConfig) -> SamplingParams:
+        """The law of held-out samples."""
+        if self.temperature is not None:
+            training = training.model_copy(update={"temperature": self.temperature})
+        return training.params()
+
 
 class FeederSpec(Settings):
     """What the launcher tells the feeder process."""
@@ -231,17 +237,39 @@ class FeederSpec(Settings):
     """The learner step after which the run ends; its version is evaluated last."""
 
 
-class WorkerSpec(Settings):
+class EngineSpec(Settings):
+    """What a process that generates and scores is told."""
+
+    name: str
+    seed: int
+    model_dir: Path
+    """A Hugging Face folder: config and tokenizer; weights come from elsewhere."""
+    dtype: Literal["float32", "float64", "bfloat16"]
+    rollout: RolloutConfig
+    reward: RewardConfig
+    environment: EnvironmentConfig | None = None
+
+
+class WorkerSpec(EngineSpec):
     """What the launcher tells one rollout worker process."""
 
     run_id: str
     run_dir: Path
     endpoint: str
+
+
+class WeightsFiles(Settings):
+    """One policy."""
+
     name: str
-    seed: int
-    model_dir: Path
-    """A Hugging Face folder: config and tokenizer; weights come from the mailbox."""
-    dtype: Literal["float32", "float64", "bfloat16"]
-    rollout: RolloutConfig
-    reward: RewardConfig
-    environment: EnvironmentConfig | None = None
+    files: tuple[Path, ...]
+    """Safetensors."""
+
+
+class EvaluateSpec(EngineSpec):
+    """What `slipstream eval` tells the process that evaluates."""
+
+    prompts: PromptsConfig
+    eval: EvalConfig
+    weights: tuple[WeightsFiles, ...]
+    """Of one architecture, that of `model_dir`."""

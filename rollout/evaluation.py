@@ -152,5 +152,33 @@ def _wilson(mean: float, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def pass_at(
+    samples: Sequence[FinishEvaluation], passing: float = 1.0
+) -> dict[int, tuple[float, float | None, float | None]]:
+    """pass@k with its 95% interval over prompts, k = 1, 2, 4 ... up to the samples of a prompt.
+
+    Per prompt 1 - C(n - c, k) / C(n, k), of n scored samples with c whose reward is at least
+    `passing`: unbiased for the probability that one of k samples passes. Prompts with fewer than k
+    scored samples are left out of that k.
+    Source: Chen et al. (2021), "Evaluating large language models trained on code", equation 1.
+    """
+    passed: dict[int, list[bool]] = {}
+    for sample in samples:
+        if sample.score.value is not None:
+            passed.setdefault(sample.uid, []).append(sample.score.value >= passing)
+    most, found, k = max(map(len, passed.values()), default=0), {}, 1
+    while k <= most:
+        chances = [
+            [1.0 - math.comb(len(each) - sum(each), k) / math.comb(len(each), k)]
+            for each in passed.values()
+            if len(each) >= k
+        ]
+        mean, low, high = mean_interval(chances)
+        assert mean is not None
+        found[k] = (mean, low, high)
+        k *= 2
+    return found
+
+
 def _mean_tokens(samples: Sequence[FinishEvaluation]) -> float:
     return sum(sample.num_tokens for sample in samples) / max(1, len(samples))

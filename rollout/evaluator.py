@@ -5,8 +5,8 @@ Apart from the training engine, because that one changes its weights whenever ne
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from ..buffer.client import BufferClient
 from ..buffer.errors import Refused
 from ..buffer.messages import EvaluationClaim
 from ..buffer.records import Message, Score
@@ -16,6 +16,14 @@ from .environments.episode import EpisodeFailed, Player
 from .rewards.base import failed
 from .rewards.pool import RewardPool
 from .samples import completion_of, evaluation_requests
+
+
+class Results(Protocol):
+    """Where results go: the buffer's client, in a run."""
+
+    async def finish_evaluation(
+        self, *, job_id: str, uid: int, index: int, text: str, score: Score, num_tokens: int
+    ) -> object: ...
 
 
 class Evaluator:
@@ -35,7 +43,7 @@ class Evaluator:
         make_engine: Callable[[], Engine],
         render: Callable[[Sequence[Message]], list[int]],
         rewards: RewardPool,
-        client: BufferClient,
+        client: Results,
         seed: int,
         player: Player | None = None,
     ) -> None:
@@ -67,12 +75,16 @@ class Evaluator:
                         claims.append(claim)
                     else:
                         held = claim  # another version's turn comes when these are done
-                await self._evaluate(claims)
+                await self.evaluate(claims)
         finally:
-            if self._engine is not None:
-                await self._engine.close()
+            await self.close()
 
-    async def _evaluate(self, claims: Sequence[EvaluationClaim]) -> None:
+    async def close(self) -> None:
+        """End the engine."""
+        if self._engine is not None:
+            await self._engine.close()
+
+    async def evaluate(self, claims: Sequence[EvaluationClaim]) -> None:
         """Generate, score and hand in the samples of claims that share a version."""
         if self._engine is None:
             self._engine = await asyncio.to_thread(self._make_engine)

@@ -115,9 +115,6 @@ async def evaluate(
         this one before its weights could be pinned.
     """
     job_id = f"eval-{version}"
-    sampling = spec.rollout.sampling
-    if spec.eval.temperature is not None:
-        sampling = sampling.model_copy(update={"temperature": spec.eval.temperature})
     started_s = time.monotonic()
     try:
         await client.put_evaluation(
@@ -125,7 +122,7 @@ async def evaluate(
             version=version,
             prompts=source.held_out(),
             samples_per_prompt=spec.eval.samples_per_prompt,
-            sampling=sampling.params(),
+            sampling=spec.eval.sampling(spec.rollout.sampling),
         )
     except Refused:
         newest = await client.await_version(after=version)

@@ -21,7 +21,7 @@ from ..buffer.process import run_process
 from ..buffer.records import Message
 from ..buffer.waits import progressed, waiting
 from ..kernels.models import load_tokenizer, render_prompt
-from .config import WorkerSpec
+from .config import EngineSpec, WorkerSpec
 from .engine import Engine, GenerationRequest
 from .engines.native import NativeEngine
 from .environments.episode import EpisodeFailed, Player
@@ -252,7 +252,7 @@ class Worker:
             written, beat_s, self._idle_s = stats.generated_tokens, now_s, 0.0
 
 
-def make_engine(spec: WorkerSpec, purpose: str = "") -> NativeEngine:
+def make_engine(spec: EngineSpec, purpose: str = "") -> NativeEngine:
     """An engine as the spec asks for; the one for evaluations has rows of its own."""
     return NativeEngine(
         spec.model_dir,

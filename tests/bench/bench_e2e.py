@@ -6,7 +6,8 @@ Task. The quickstart: its prompts, reward, model and settings as shipped, read f
 Start. Per seed one policy after the warm start (`slipstream sft quickstart seed=N`); every arm
     starts from this folder, in float32, on all cores of the machine, alone on it.
 Arms, in turn within each seed:
-    async       the quickstart as shipped, without its warm start, evaluated every 4 steps
+    async       the quickstart as shipped, without its warm start and its own evaluations, with a
+                checkpoint every 4 steps
     sequential  the same with mode = "sequential": generate a batch, train on it, and so on
     trl         TRL's GRPOTrainer in an environment of its own: the same prompts in the same order,
                 the same P x G, max_new_tokens, advantage scaling, loss aggregation, optimizer,
@@ -21,10 +22,11 @@ Metric. Training seconds to the first evaluated policy whose reward on the 512 h
     at 0.12, levels off at 0.6: the target must lie where every start can get to.) The clock starts
     when weights are loaded and training begins: for ours when the learner sets out to take its
     first batch (workers may still be starting: inside our clock), for TRL at `on_train_begin`.
-    Evaluations run inside our clock, on the same engines, and outside TRL's. A policy counts
-    from when it exists.
-Censoring. A run that does not reach the target within the cap counts as the cap, and is reported as
-    censored: a ratio over censored TRL runs is a lower bound.
+    Evaluations are outside of all clocks: ours after the run, of its checkpoints (`slipstream
+    eval`), TRL's between two steps with the clock stopped. A policy counts from when it exists.
+Censoring. A run of ours ends after the shipped number of steps, one of TRL at the cap. What has not
+    reached the target by then counts as the cap, and is reported as censored: a ratio over
+    censored TRL runs is a lower bound, one over censored runs of ours an upper bound.
 Report. Medians over seeds; ratio = peer's median / ours, its 95% interval by bootstrap over seeds.
 """
 
@@ -49,7 +51,6 @@ from common import (
     new_work_folder,
     numbers,
     ratio_of_medians,
-    read_lines,
     seconds_at_step,
     slipstream,
     tail,
@@ -64,13 +65,8 @@ EVAL_EVERY = 4
 RATE_FACTORS = (0.5, 1.0, 2.0)
 ARMS = ("async", "sequential", "trl")
 TRL_VERSION = "1.16.0"
-MANY_STEPS = 10_000
-"""The target or the cap ends a run, not its number of steps."""
 NUM_PROMPTS = 20_000
 """Written for TRL, which goes around again: 625 batches of 32."""
-POLL_S = 0.5
-END_S = 180.0
-"""For a run that was told to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,49 +144,37 @@ def warm_start(bench: Bench, seed: int) -> Path:
 
 
 def our_points(run_dir: Path) -> list[Point]:
-    """The evaluated policies of one of our runs, in step order."""
+    """The policies of one of our runs, in step order, evaluated after its end."""
     seconds = seconds_at_step(run_dir)
-    rows = read_lines(run_dir / "eval.jsonl")
-    points = [
-        Point(row["step"], seconds[row["step"]], row["reward_mean"])
-        for row in rows
-        if row["step"] in seconds
-    ]
-    return sorted(points, key=lambda point: point.step)
+    told = subprocess.run(
+        command("eval", str(run_dir), "--every", "--jsonl"),
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in told.stdout.splitlines()]
+    steps = [int(row["weights"].removeprefix("step-").partition(".")[0]) for row in rows]
+    pairs = zip(steps, rows, strict=True)
+    return [Point(step, seconds[step], row["reward_mean"]) for step, row in pairs]
 
 
 def run_ours(
     bench: Bench, mode: str, rate: float, seed: int, start: Path, run_dir: Path
 ) -> Outcome:
-    """Run ours until an evaluation decides, then stop it.
+    """Run ours to its end, then evaluate its checkpoints.
 
     Raises:
-        SystemExit: it ended before that, or decided nothing by the deadline.
+        SystemExit: the run failed.
     """
-    arguments = [
+    slipstream(
         "run", "quickstart", *bench.overrides, f"seed={seed}", f"mode={mode}", f"model={start}",
-        "sft=false", f"learner.steps={MANY_STEPS}", f"eval.every_steps={EVAL_EVERY}",
-        f"learner.optimizer.learning_rate={rate!r}",
-        "--output", str(run_dir),
-    ]  # fmt: skip
-    if mode == "sequential":
-        arguments.append("buffer.max_staleness_steps=0")
-    log = run_dir.with_suffix(".log")
-    with log.open("w") as file:
-        process = subprocess.Popen(command(*arguments), stdout=file, stderr=subprocess.STDOUT)
-        try:
-            end = time.monotonic() + bench.deadline_s
-            while (found := outcome(our_points(run_dir), bench.cap_s)) is None:
-                if process.poll() is not None or time.monotonic() > end:
-                    raise SystemExit(f"{run_dir.name} reached neither target nor cap:\n{tail(log)}")
-                time.sleep(POLL_S)
-            return found
-        finally:
-            process.terminate()
-            try:
-                process.wait(END_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        "sft=false", "eval.enabled=false", f"learner.optimizer.learning_rate={rate!r}",
+        f"learner.checkpoint.every_steps={EVAL_EVERY}",
+        f"learner.checkpoint.keep_every_steps={EVAL_EVERY}",
+        *(["buffer.max_staleness_steps=0"] if mode == "sequential" else []),
+        "--no-export", "--output", str(run_dir),
+        log=run_dir.with_suffix(".log"),
+    )  # fmt: skip
+    points = our_points(run_dir)
+    return outcome(points, bench.cap_s) or Outcome(bench.cap_s, True, tuple(points))
 
 
 def answer_pattern(experiment: Experiment) -> str:
