@@ -13,7 +13,7 @@ import os
 import time
 import uuid
 from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import zmq
 import zmq.asyncio
@@ -36,7 +36,6 @@ from .messages import (
     EvaluationResults,
     ExtendGroup,
     FinishEvaluation,
-    FinishSample,
     FinishSamples,
     GetStats,
     Heartbeat,
@@ -72,6 +71,17 @@ T = TypeVar("T")
 RESEND_S = 6.0
 """Seconds between repeats of an unanswered request; well above the usual `wait_s` of 2 s, so that
 repeats do not cross the answers to requests that were only parked."""
+MAX_HAND_IN = 256
+"""Trajectories of one message, which bounds its size and how long its commit takes."""
+
+
+class _Finished(NamedTuple):
+    """A trajectory to be handed in."""
+
+    trajectory: Trajectory
+    lease_id: str
+    told: "asyncio.Future[str]"
+    """Why it was refused; empty when it is durable."""
 
 
 class BufferClient:
@@ -96,6 +106,9 @@ class BufferClient:
         self._cut: set[int] = set()
         """Numbers of claims whose call was cancelled."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._finished: list[_Finished] = []
+        """Handed in next."""
+        self._handing_in = False
 
     async def connect(self) -> Welcome:
         """Open the connection and say hello; may be called before the service has started.
@@ -270,11 +283,39 @@ class BufferClient:
         )
         return _expect(await self.call(request), Claims)
 
-    async def finish(self, trajectory: Trajectory, lease_id: str) -> Done:
-        """Hand in one trajectory; on return it is durable."""
-        return _expect(
-            await self.call(FinishSample(trajectory=trajectory, lease_id=lease_id)), Done
-        )
+    async def finish(self, trajectory: Trajectory, lease_id: str) -> None:
+        """Hand in one trajectory; on return it is durable.
+
+        Raises:
+            Refused: its lease has ended, or its version is off the live path.
+        """
+        told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._finished.append(_Finished(trajectory, lease_id, told))
+        if not self._handing_in:
+            self._handing_in = True
+            self._background(self._hand_in())
+        if why := await told:
+            raise Refused(why)
+
+    async def _hand_in(self) -> None:
+        """Send what is finished; what comes meanwhile shares the next message and its commit."""
+        batch: list[_Finished] = []
+        error: Exception = PeerLost(f"{self.name} closed its connection")
+        try:
+            while self._finished:
+                batch, self._finished = self._finished[:MAX_HAND_IN], self._finished[MAX_HAND_IN:]
+                done = await self.finish_many([each[:2] for each in batch])
+                for position, each in enumerate(batch):
+                    if not each.told.done():  # else nobody waits any more
+                        each.told.set_result(done.refused.get(position, ""))
+        except (Refused, PeerLost, WireError) as failure:
+            error = failure
+        finally:
+            self._handing_in = False
+            for each in (*batch, *self._finished):
+                if not each.told.done():
+                    each.told.set_exception(error)
+            self._finished = []
 
     async def finish_many(self, samples: Sequence[tuple[Trajectory, str]]) -> Done:
         """Hand in (trajectory, lease id) pairs in one message; `refused` names those not taken."""

@@ -175,9 +175,6 @@ class Coordinator:
     def _carry_out(self, request: Request, now: float) -> None:
         """The requests that are answered at once with `Done`."""
         match request:
-            case messages.FinishSample(trajectory=trajectory, lease_id=lease_id):
-                store = self.journal.append
-                self.replay.finish(trajectory, lease_id, lambda: store(trajectory), now)
             case messages.ExtendGroup():
                 self._extend(request)
             case messages.ReleaseSamples():

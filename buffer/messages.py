@@ -21,7 +21,7 @@ from .records import (
     WeightsManifest,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """First element of every message; another number is refused with both numbers in the reason."""
 
 
@@ -59,15 +59,9 @@ class ClaimSamples(Record, tag=True):
     wait_s: float = 0.0
 
 
-class FinishSample(Record, tag=True):
-    """Hand in one trajectory; acknowledged when durable."""
-
-    trajectory: Trajectory
-    lease_id: str
-
-
 class FinishSamples(Record, tag=True):
-    """Hand in several trajectories at once; what one is refused for does not touch the others."""
+    """Hand in trajectories, acknowledged when durable; what one is refused for does not touch the
+    others."""
 
     trajectories: tuple[Trajectory, ...]
     lease_ids: tuple[str, ...]
@@ -162,7 +156,6 @@ Request = (
     | PutPrompts
     | ExtendGroup
     | ClaimSamples
-    | FinishSample
     | FinishSamples
     | ReleaseSamples
     | Heartbeat

@@ -92,7 +92,7 @@ def _manifest(number: int, files: Sequence[Path]) -> WeightsManifest:
 
 def _line(name: str, results: Sequence[FinishEvaluation], began_s: float) -> dict[str, Any]:
     """As a line of `eval.jsonl`, with pass@k instead of the version."""
-    done = EvaluationResults(job_id=name, version=Version(0, 0), results=tuple(results))
+    done = EvaluationResults(job_id=name, version=Version(branch=0, step=0), results=tuple(results))
     line = summary(done, time.monotonic() - began_s)
     for key in ("version", "branch", "step"):
         del line[key]

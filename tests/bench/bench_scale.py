@@ -282,7 +282,7 @@ def _drive(coordinator: Coordinator, engines: int) -> dict[str, Any]:
             continue
         now, engine, (claim, tokens) = heapq.heappop(events)
         sample = trajectory(claim, claim.indices[0], step - 1, tokens)
-        ask(messages.FinishSample(trajectory=sample, lease_id=claim.lease_id), now)
+        ask(messages.FinishSamples(trajectories=(sample,), lease_ids=(claim.lease_id,)), now)
         idle.append(engine)
     return {
         "overhead": busy_s / now,

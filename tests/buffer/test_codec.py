@@ -14,7 +14,7 @@ from slipstream.buffer.messages import (
     Batch,
     Claims,
     Envelope,
-    FinishSample,
+    FinishSamples,
     Heartbeat,
     ProofLine,
     Reply,
@@ -97,7 +97,7 @@ def a_batch() -> Batch:
 @pytest.mark.parametrize(
     ("body", "kind"),
     [
-        (FinishSample(trajectory=rich_trajectory(), lease_id="0.1"), Request),
+        (FinishSamples(trajectories=(rich_trajectory(),), lease_ids=("0.1",)), Request),
         (TakeGroups(step=4, request_id="a", wait_s=1.5), Request),
         (Heartbeat(worker="worker-0", serving=version(3), stats={"tokens": 1.0}), Request),
         (a_batch(), Reply),
@@ -174,7 +174,9 @@ def test_another_schema_is_refused_with_both_numbers() -> None:
         codec.open_envelope([frame])
 
 
-MESSAGE = plain_bytes(codec.encode(FinishSample(trajectory=rich_trajectory(), lease_id="0.1"), 3))
+MESSAGE = plain_bytes(
+    codec.encode(FinishSamples(trajectories=(rich_trajectory(),), lease_ids=("0.1",)), 3)
+)
 STORED = b"".join(codec.pack(MESSAGE))
 
 

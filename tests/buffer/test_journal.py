@@ -19,7 +19,7 @@ from slipstream.buffer.messages import (
     Batch,
     Claims,
     ClaimSamples,
-    FinishSample,
+    FinishSamples,
     PublishVersion,
     PutPrompts,
     Reply,
@@ -56,7 +56,7 @@ def run_step(coordinator: Coordinator, step: int, branch: int = 0) -> list[int]:
         for index in claim.indices:
             uid = claim.ticket.prompt.uid
             sample = trajectory(uid, index, (step - 1,) * 3, attempt=claim.attempt, branch=branch)
-            ask(coordinator, FinishSample(trajectory=sample, lease_id=claim.lease_id))
+            ask(coordinator, FinishSamples(trajectories=(sample,), lease_ids=(claim.lease_id,)))
     batch = ask(coordinator, TakeGroups(step=step, request_id="a", wait_s=0))
     assert isinstance(batch, Batch)
     ask(coordinator, PublishVersion(manifest=manifest(step, branch)))
@@ -150,7 +150,7 @@ def test_the_torn_tail_of_a_segment_loses_only_its_own_samples(make_spec: SpecMa
     for claim in claims.claims:
         for index in claim.indices:
             sample = trajectory(claim.ticket.prompt.uid, index)
-            ask(coordinator, FinishSample(trajectory=sample, lease_id=claim.lease_id))
+            ask(coordinator, FinishSamples(trajectories=(sample,), lease_ids=(claim.lease_id,)))
     coordinator.close()
     path = coordinator.journal.segments.folder / "000001.seg"
     os.truncate(path, path.stat().st_size - 1)
@@ -171,7 +171,7 @@ def test_a_payload_lost_while_serving_is_issued_again(make_spec: SpecMaker) -> N
     for claim in claims.claims:
         for index in claim.indices:
             sample = trajectory(claim.ticket.prompt.uid, index)
-            ask(coordinator, FinishSample(trajectory=sample, lease_id=claim.lease_id))
+            ask(coordinator, FinishSamples(trajectories=(sample,), lease_ids=(claim.lease_id,)))
     path = coordinator.journal.segments.folder / "000001.seg"
     os.truncate(path, path.stat().st_size - 1)
     ask(coordinator, TakeGroups(step=1, request_id="a", wait_s=0))
@@ -217,7 +217,7 @@ def test_a_drop_is_undone_with_its_step_and_made_again(make_spec: SpecMaker) -> 
             uid = claim.ticket.prompt.uid
             for index in claim.indices:  # the first prompt has no signal
                 sample = trajectory(uid, index, value=1.0 if uid == 0 else None)
-                ask(coordinator, FinishSample(trajectory=sample, lease_id=claim.lease_id))
+                ask(coordinator, FinishSamples(trajectories=(sample,), lease_ids=(claim.lease_id,)))
     batch = ask(coordinator, TakeGroups(step=1, request_id="a", wait_s=0))
     assert isinstance(batch, Batch)
     assert [group.prompt.uid for group in batch.groups] == [1, 2]

@@ -18,6 +18,7 @@ from slipstream.buffer.client import BufferClient
 from slipstream.buffer.coordinator import Coordinator
 from slipstream.buffer.errors import CorruptData, PeerLost, Refused
 from slipstream.buffer.messages import (
+    SCHEMA_VERSION,
     AwaitVersion,
     Batch,
     Claims,
@@ -435,7 +436,8 @@ async def test_malformed_messages_are_refused_or_dropped_and_nothing_breaks(
         socket = context.socket(zmq.DEALER)
         socket.connect(spec.endpoint)
         good = [bytes(frame) for frame in codec.encode(AwaitVersion(), 5)]
-        for message in ([b""], [b"rubbish"], [b"\x93\x01\x07\xc0", b"extra"], [*good, b"more"]):
+        closed = b"\x93" + bytes([SCHEMA_VERSION]) + b"\x07\xc0"
+        for message in ([b""], [b"rubbish"], [closed, b"extra"], [*good, b"more"]):
             await socket.send_multipart(message)
         raw = codec.encode({"type": "Unheard"}, 8)
         await socket.send_multipart([bytes(frame) for frame in raw])
@@ -470,3 +472,44 @@ async def test_a_repeat_of_an_answered_request_gets_the_same_answer(make_spec: S
         assert msgspec.msgpack.decode(answers[0])[1] == 3
         socket.close(linger=0)
         context.term()
+
+
+async def test_samples_finished_together_share_messages_and_each_hears_its_own_answer(
+    make_spec: SpecMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec()
+    async with running(spec) as client:
+        await client.put_prompts([ticket(uid) for uid in range(2)])
+        await client.publish(manifest(0))
+        claims = (await client.claim(version(0), 4)).claims
+        sent: list[int] = []
+        send = client.finish_many
+        monkeypatch.setattr(
+            client, "finish_many", lambda batch: (sent.append(len(batch)), send(batch))[1]
+        )
+        places = [
+            (each.ticket.prompt.uid, i, each.lease_id) for each in claims for i in each.indices
+        ]
+        places[1] = (*places[1][:2], "9.9")  # a lease that never was
+        answers = await asyncio.gather(
+            *(client.finish(trajectory(uid, index), lease) for uid, index, lease in places),
+            return_exceptions=True,
+        )
+        assert [isinstance(answer, Refused) for answer in answers] == [False, True, False, False]
+        assert len(sent) < len(places) == sum(sent)
+        assert (await client.stats()).counts["READY"] == 1
+
+
+async def test_who_hands_in_while_the_connection_closes_is_told(make_spec: SpecMaker) -> None:
+    spec = make_spec()
+    async with running(spec) as client:
+        stranger = BufferClient("ipc:///nowhere/buffer", spec.run_id, "worker-9")
+        stranger._open_socket()
+        waiting = [
+            asyncio.create_task(stranger.finish(trajectory(0, index), "0.0")) for index in range(3)
+        ]
+        await asyncio.sleep(0.05)
+        await stranger.close()
+        for answer in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(answer, PeerLost)
+        assert (await client.stats()).counts == {}
