@@ -24,7 +24,7 @@ LAG_COLOURS = ("green", "yellow", "dark_orange", "red")
 LAG_STEPS = 10
 """The panel's lag histogram is taken over so many of the newest steps."""
 BAR_WIDTH = 30
-STATE_COLOURS = {"INFLIGHT": "yellow", "READY": "green", "TAKEN": "blue"}
+STATE_COLOURS = {"INFLIGHT": "yellow", "READY": "green"}
 
 
 class Display:
@@ -206,7 +206,10 @@ def _speed(progress: Progress) -> Text:
 
 
 def _buffer(progress: Progress, width: int = BAR_WIDTH) -> Text:
-    """INFLIGHT, READY and TAKEN as parts of the (S + 1) P groups there may be, and the queue."""
+    """INFLIGHT and READY as parts of the (S + 1) P groups there may be, and those before and after.
+
+    TAKEN ones count until a checkpoint holds them, which may be many batches.
+    """
     assert progress.stats is not None
     counts, capacity = progress.stats.counts, progress.capacity_groups
     bar, legend = Text(), Text()
@@ -216,6 +219,7 @@ def _buffer(progress: Progress, width: int = BAR_WIDTH) -> Text:
         legend.append(f"{word} {count} ", style=colour)
     bar.append("░" * (width - len(bar)) + ("  " if width else ""), style="dim")
     legend.append(f"of {capacity}, ", style="dim")
+    legend.append(f"TAKEN {counts.get('TAKEN', 0)} since the last checkpoint, ")
     return bar.append_text(legend).append(f"WAITING {counts.get('WAITING', 0)}")
 
 

@@ -114,7 +114,7 @@ def test_without_a_terminal_each_step_is_one_plain_line(progress: Progress) -> N
     assert lines[0].startswith("step  42/100  reward 0.720 ▁")
     assert lines[0].endswith(
         "lag 0: 60%  1: 40%  bound 1  2,310 tok/s  1.9 s (waited 0.4 s)  "
-        "groups INFLIGHT 12 READY 9 TAKEN 16 of 64, WAITING 64"
+        "groups INFLIGHT 12 READY 9 of 64, TAKEN 16 since the last checkpoint, WAITING 64"
     )
     assert lines[2] == (
         "evaluation at step 40: reward 0.680 (95% 0.640 to 0.720) on 512 held-out prompts"
