@@ -219,7 +219,7 @@ def _buffer(progress: Progress, width: int = BAR_WIDTH) -> Text:
         legend.append(f"{word} {count} ", style=colour)
     bar.append("░" * (width - len(bar)) + ("  " if width else ""), style="dim")
     legend.append(f"of {capacity}, ", style="dim")
-    legend.append(f"TAKEN {counts.get('TAKEN', 0)} since the last checkpoint, ")
+    legend.append(f"TAKEN {counts.get('TAKEN', 0)} unsaved, ")
     return bar.append_text(legend).append(f"WAITING {counts.get('WAITING', 0)}")
 
 

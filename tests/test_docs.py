@@ -190,7 +190,7 @@ def anchors(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", ORDER)
 def test_commands_named_in_sentences_exist(page: str) -> None:
-    known = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
     known |= {group.name for group in app.registered_groups if group.name}
     assert set(INLINE.findall((ROOT / page).read_text())) <= known
 

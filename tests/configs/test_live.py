@@ -76,7 +76,7 @@ def test_the_panel_shows_step_reward_lag_speed_buffer_and_waits(progress: Progre
     for part in (
         "step 42/100", "1:40", "about 1:56 left", "0.720", "from 0.310", "0.310 → 0.680",
         "±0.040 at step 40", "60%", "40%", "bound 1  0 violations", "2,310 trained",
-        "INFLIGHT 12", "READY 9", "of 64, WAITING 64", "1,800 generated",
+        "INFLIGHT 12", "READY 9", "of 64, TAKEN 16 unsaved, WAITING 64", "1,800 generated",
         "worker-0 48 rows, 1,800 tok/s, 25% idle, 41 swaps", "learner waits for 7 READY groups",
     ):  # fmt: skip
         assert part in text, part
@@ -114,7 +114,7 @@ def test_without_a_terminal_each_step_is_one_plain_line(progress: Progress) -> N
     assert lines[0].startswith("step  42/100  reward 0.720 ▁")
     assert lines[0].endswith(
         "lag 0: 60%  1: 40%  bound 1  2,310 tok/s  1.9 s (waited 0.4 s)  "
-        "groups INFLIGHT 12 READY 9 of 64, TAKEN 16 since the last checkpoint, WAITING 64"
+        "groups INFLIGHT 12 READY 9 of 64, TAKEN 16 unsaved, WAITING 64"
     )
     assert lines[2] == (
         "evaluation at step 40: reward 0.680 (95% 0.640 to 0.720) on 512 held-out prompts"
