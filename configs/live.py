@@ -24,6 +24,7 @@ LAG_COLOURS = ("green", "yellow", "dark_orange", "red")
 LAG_STEPS = 10
 """The panel's lag histogram is taken over so many of the newest steps."""
 BAR_WIDTH = 30
+BUFFER_WIDTH = 16
 STATE_COLOURS = {"INFLIGHT": "yellow", "READY": "green"}
 
 
@@ -205,7 +206,7 @@ def _speed(progress: Progress) -> Text:
     return text
 
 
-def _buffer(progress: Progress, width: int = BAR_WIDTH) -> Text:
+def _buffer(progress: Progress, width: int = BUFFER_WIDTH) -> Text:
     """INFLIGHT and READY as parts of the (S + 1) P groups there may be, and those before and after.
 
     TAKEN ones count until a checkpoint holds them, which may be many batches.
