@@ -258,6 +258,44 @@ def audit(run: RunArgument) -> None:
     raise typer.Exit(0 if report.ok else 1)
 
 
+reward = typer.Typer(help="Write, test and list rewards.", no_args_is_help=True)
+app.add_typer(reward, name="reward")
+
+
+@reward.command("new")
+def reward_new(
+    folder: Annotated[Path, typer.Argument(metavar="NAME", help="The package's folder.")],
+) -> None:
+    """Write a package with a reward, golden cases, an entry point and a test."""
+    from . import reward_kit
+
+    for path in reward_kit.new(folder):
+        print(f"wrote {path}")
+    print(f"next: slipstream reward test {folder}; pip install -e {folder}")
+
+
+@reward.command("test")
+def reward_test(
+    target: Annotated[str, typer.Argument(metavar="NAME_OR_PATH")],
+    overrides: OverridesArgument = None,
+) -> None:
+    """Check a reward's contract: golden cases, determinism, time-out, odd text."""
+    from . import reward_kit
+
+    ok, lines = reward_kit.test(target, overrides or [])
+    print("\n".join(lines))
+    raise typer.Exit(0 if ok else 1)
+
+
+@reward.command("list")
+def reward_list() -> None:
+    """The rewards that are installed."""
+    from . import reward_kit
+
+    for line in reward_kit.registered():
+        print(line)
+
+
 class Pick(StrEnum):
     """Which rollouts `show` shows."""
 

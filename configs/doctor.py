@@ -126,10 +126,10 @@ def dump_stacks(child: Child) -> str:
             if done.returncode == 0:
                 path.write_bytes(done.stdout)
                 return f"stacks in {path}"
+    before = child.log_path.stat().st_size  # first: it may have answered before we look
     if not child.send(signal.SIGUSR1):
         return "no stacks: it is gone"
     end = time.monotonic() + DUMP_S
-    before = child.log_path.stat().st_size
     while child.log_path.stat().st_size == before and time.monotonic() < end:
         time.sleep(0.02)
     if child.log_path.stat().st_size == before:

@@ -151,7 +151,7 @@ def load_reward(config: RewardConfig) -> Scorer:
     Raises:
         ConfigError: it cannot be found, imported or constructed, or has none of the known forms.
     """
-    target = _find(config.name)
+    target = find_reward(config.name)
     where = f"reward.name = {config.name!r}"
     if isinstance(target, type):
         target = _construct(target, config)
@@ -163,8 +163,12 @@ def load_reward(config: RewardConfig) -> Scorer:
     return Scorer(target, where, config.timeout_s)
 
 
-def _find(name: str) -> object:
-    """The object behind an entry point, `module:attribute` or `file.py:attribute`."""
+def find_reward(name: str) -> object:
+    """The object behind an entry point, `module:attribute` or `file.py:attribute`.
+
+    Raises:
+        ConfigError: there is none, or importing it raised.
+    """
     if ":" in name:
         return import_object(name, "reward.name")
     return importing(f"reward.name = {name!r}", _entry_point(name).load)

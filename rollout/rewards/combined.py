@@ -12,7 +12,7 @@ from .base import Scorer, failed, load_reward
 
 
 class Sum:
-    """`reward.name = "slipstream.rollout.rewards.combined:Sum"`.
+    """The weighted sum of several rewards, each logged as a component.
 
     A sample that one of the rewards fails on fails as a whole: part of a sum is another reward.
     """
