@@ -60,7 +60,7 @@ $(TRL_VENV)/.installed:
 	$(PYTHON) -m venv $(TRL_VENV)
 	$(TRL_VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(TRL_VENV)/bin/python -m pip install --quiet \
-	    trl==1.16.0 'torch~=2.13.0' 'transformers>=5.16.1,<5.20'
+	    trl==1.16.0 math-verify==0.9.0 'torch~=2.13.0' 'transformers>=5.16.1,<5.20'
 	touch $@
 
 .venvs/transferqueue/.installed:
@@ -90,10 +90,12 @@ $(LOSS_VENV)/.installed:
 	$(PYTHON) -m venv $(LOSS_VENV)
 	$(LOSS_VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(LOSS_VENV)/bin/python -m pip install --quiet \
-	    liger-kernel==0.8.5 verl==0.9.1 'torch~=2.13.0' triton==3.7.1
+	    liger-kernel==0.8.5 verl==0.9.1 math-verify==0.9.0 'torch~=2.13.0' triton==3.7.1
 	touch $@
 
 bench-loss: $(LOSS_VENV)/.installed
+
+bench-rewards: $(TRL_VENV)/.installed $(LOSS_VENV)/.installed
 
 bench-%: $(INSTALLED)  ## run tests/bench/bench_NAME.py; prints one JSON object a line
 	$(BIN)/python tests/bench/bench_$(subst -,_,$*).py
