@@ -47,5 +47,6 @@ def _foreign_prompts(journal: Journal, issued: list[Put], source: PromptSource) 
         except CorruptData:
             yield event.uid
             continue
-        if stored.messages != source.prompt(event.uid).messages:
+        level = source.level_of(event.uid, stored.source_id)
+        if stored.messages != source.prompt(event.uid, level).messages:
             yield event.uid

@@ -6,6 +6,7 @@ Each is a layer; the later wins, key by key.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,7 @@ def _merge(into: Table, table: Table, prefix: str, layer: Layer, origins: dict[s
 
 def _resolved(path: str, value: Any, folder: Path) -> Any:
     """Make a path absolute that is relative to the file it is written in, when it exists there."""
+    path = re.sub(r"^prompts\.mix\.[^.]+\.", "prompts.", path)
     if path not in MAY_BE_PATHS or not isinstance(value, str):
         return value
     file, colon, function = value.partition(":")

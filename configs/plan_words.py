@@ -60,7 +60,7 @@ def _sizing(experiment: Experiment) -> Iterator[str]:
 
 
 def _epochs(experiment: Experiment, prompts: int) -> str:
-    if experiment.prompts.source != "reasoning_gym":
+    if experiment.prompts.mix or experiment.prompts.source != "reasoning_gym":
         return ""
     return f" ({prompts / experiment.prompts.size:.2g} epochs)"
 

@@ -1,5 +1,6 @@
 """What pydantic refused, said so that a person can mend it: key, place, reason, remedy."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,7 +66,7 @@ def _place(path: str, origins: Mapping[str, str]) -> str:
 def _hint(path: str) -> str:
     """What was probably meant by an unknown key."""
     sections = all_sections()
-    section, _, name = path.rpartition(".")
+    section, _, name = re.sub(r"^(prompts\.mix)\.[^.]+\.", r"\1.NAME.", path).rpartition(".")
     siblings = list(sections[section].model_fields)
     if name in EXPLAINED:
         return f"; {EXPLAINED[name]}"

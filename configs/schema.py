@@ -12,9 +12,11 @@ from ..learner.config import LearnerConfig, SftConfig
 from ..rollout.config import (
     EnvironmentConfig,
     EvalConfig,
+    PartConfig,
     PromptsConfig,
     RewardConfig,
     RolloutConfig,
+    SourceConfig,
 )
 from .cluster import ClusterConfig
 
@@ -187,20 +189,29 @@ def check_prompts(experiment: Experiment) -> Iterator[str]:
             "prompts.held_out = 0 leaves no prompt to evaluate on, but eval.enabled is true; set "
             "held_out to 128 or more, or eval.enabled = false"
         )
-    if prompts.source == "dataset" and not prompts.path:
+    parts = {f"prompts.mix.{name}": part for name, part in prompts.mix.items()}
+    for key, source in (parts or {"prompts": prompts}).items():
+        yield from _check_source(key, source, experiment.reward.name)
+    for key, part in parts.items():
+        if part.levels and part.source == "dataset":
+            yield f'{key}.levels are of a task\'s task_config; {key}.source = "dataset" has none'
+
+
+def _check_source(key: str, source: SourceConfig, reward: str) -> Iterator[str]:
+    if source.source == "dataset" and not source.path:
         yield (
-            'prompts.source = "dataset" needs prompts.path: a JSONL, JSON or Parquet file, a '
+            f'{key}.source = "dataset" needs {key}.path: a JSONL, JSON or Parquet file, a '
             "folder made by save_to_disk, or a dataset name"
         )
-    if prompts.source == "dataset" and experiment.reward.name == "reasoning_gym":
+    if source.source == "dataset" and reward == "reasoning_gym":
         yield (
-            'reward.name = "reasoning_gym" can only score items of prompts.source = '
+            f'reward.name = "reasoning_gym" can only score items of {key}.source = '
             '"reasoning_gym"; for a dataset set reward.name to exact_match, math_answer, pattern '
             "or your own module:function"
         )
-    if "{prompt}" not in prompts.template:
+    if "{prompt}" not in source.template:
         yield (
-            "prompts.template does not contain {prompt}, so the policy would never see the "
+            f"{key}.template does not contain {{prompt}}, so the policy would never see the "
             'question; put {prompt} into it, for instance template = "Question: {prompt}"'
         )
 
@@ -275,6 +286,8 @@ def all_sections(
 ) -> dict[str, type[Settings]]:
     """The dotted path of each section and its class; the experiment itself is ""."""
     found = {prefix.rstrip("."): section}
+    if section is PromptsConfig:
+        found["prompts.mix.NAME"] = PartConfig
     for name, field in section.model_fields.items():
         nested = section_of(field)
         if nested is not None:

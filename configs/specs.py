@@ -210,7 +210,8 @@ def user_module_path(spec: Settings, working_dir: Path) -> dict[str, str]:
     reward, sft = getattr(spec, "reward", None), getattr(spec, "sft", None)
     environment, prompts = getattr(spec, "environment", None), getattr(spec, "prompts", None)
     names = [reward.name if reward else "", sft.demonstration if sft else ""]
-    names += [environment.name if environment else "", prompts.task if prompts else ""]
+    names += [environment.name if environment else ""]
+    names += [each.task for each in (prompts, *prompts.mix.values())] if prompts else []
     if isinstance(spec, LearnerSpec):
         names.append(spec.config.objective.surrogate)
     modules = [name.partition(":")[0] for name in names if ":" in name]

@@ -15,8 +15,8 @@ SizerName = Literal[
 ]
 
 
-class PromptsConfig(Settings):
-    """`[prompts]`: where prompts come from; a seeded stream over epochs that a resume continues."""
+class SourceConfig(Settings):
+    """Where items come from, and how they are worded."""
 
     source: Literal["reasoning_gym", "dataset", "function"] = "reasoning_gym"
     task: str = "chain_sum"
@@ -38,9 +38,34 @@ class PromptsConfig(Settings):
     """A system message put before every prompt; empty for none."""
     template: str = "{prompt}"
     """The user's message; `{prompt}` is the item's question."""
+
+
+class PartConfig(SourceConfig):
+    """`[prompts.mix.NAME]`: one of several sources, with its share of the stream."""
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Its share of the stream, relative to the others'."""
+    levels: tuple[dict[str, Any], ...] = ()
+    """Additions to `task_config`, from the easiest level to the hardest."""
+
+
+class PromptsConfig(SourceConfig):
+    """`[prompts]`: where prompts come from; a seeded stream over epochs that a resume continues."""
+
     shuffle: bool = True
     held_out: Annotated[int, Field(ge=0)] = 512
     """Items kept apart for evaluation, disjoint from the stream by their text."""
+    mix: dict[str, PartConfig] = {}
+    """Several sources instead of the one above, each a section `[prompts.mix.NAME]`."""
+    raise_at: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    """`levels`: the pass rate of a level at which the next one opens; below it, it closes again."""
+    review: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """`levels`: share of a part's prompts from open levels below the hardest one."""
+
+    @property
+    def follows_pass_rates(self) -> bool:
+        """Whether the stream depends on what the run has seen."""
+        return any(len(part.levels) > 1 for part in self.mix.values())
 
 
 class SamplingConfig(Settings):

@@ -230,6 +230,14 @@ class History:
             skips=now.skips.get(source_id, 0),
         )
 
+    def pass_rate(self, task: str) -> tuple[float, float]:
+        """Mean pass rate of a task, or level, under a uniform prior, and the samples behind it."""
+        now = self._now
+        seen = now.tasks.get(task, Evidence())
+        weight = seen.faded(now.step, now.half_life_steps)
+        passes, fails = seen.passes * weight, seen.fails * weight
+        return (passes + 1.0) / (passes + fails + 2.0), seen.samples * weight
+
     def length_quantile(self, source_id: str, quantile: float) -> int | None:
         """A length that so large a share of the task's samples does not exceed (rounded up to the
         next bin's edge), or of the prompt's own when those reach further; None: nothing seen."""

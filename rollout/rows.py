@@ -1,5 +1,6 @@
 """Training and held-out items from the rows of a data set."""
 
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import xxhash
 from ..buffer.errors import ConfigError
 from ..buffer.records import Message
 from .chats import ROLES
-from .config import PromptsConfig
+from .config import SourceConfig
 from .plain import plain
 from .prompts import Item, normalised_text
 from .readers import read_rows
@@ -23,7 +24,7 @@ class DatasetItems:
     held out in the order of a hash of their texts: adding rows, or shuffling the file, moves few.
     """
 
-    def __init__(self, config: PromptsConfig) -> None:
+    def __init__(self, config: SourceConfig, held_out: int) -> None:
         """Read the rows and split them.
 
         Raises:
@@ -34,11 +35,12 @@ class DatasetItems:
         self.task = Path(config.path).stem
         self._check_columns()
         questions = self._rows.column(config.prompt_column)
-        texts = [
+        self._texts = [
             normalised_text(_question(q, f"row {i + 1} of {config.path}"))
             for i, q in enumerate(questions)
         ]
-        self._split(texts)
+        self._choose_held_out(held_out)
+        self._training: list[int] = []
 
     def __len__(self) -> int:
         """Training rows."""
@@ -52,11 +54,9 @@ class DatasetItems:
         """Held-out items; no two have the same text."""
         return [self._item(row) for row in self._held_out]
 
-    def _split(self, texts: list[str]) -> None:
-        """Choose the held-out rows; the rows that repeat their texts are used for nothing."""
-        count = self._config.held_out
+    def _choose_held_out(self, count: int) -> None:
         first_rows: dict[str, int] = {}
-        for row, text in enumerate(texts):
+        for row, text in enumerate(self._texts):
             first_rows.setdefault(text, row)
         if count >= len(first_rows):
             raise ConfigError(
@@ -65,9 +65,16 @@ class DatasetItems:
                 f"{len(first_rows) // 10}"
             )
         ordered = sorted(first_rows, key=lambda text: xxhash.xxh3_128_digest(text.encode()))
-        held_out = set(ordered[:count])
         self._held_out = [first_rows[text] for text in ordered[:count]]
-        self._training = [row for row, text in enumerate(texts) if text not in held_out]
+
+    def exclude(self, texts: Set[str]) -> None:
+        """See `Items`: the rows that have such a text are used for nothing."""
+        self._training = [row for row, text in enumerate(self._texts) if text not in texts]
+        if not self._training:
+            raise ConfigError(
+                f"prompts.held_out leaves nothing to train on: every prompt of {self._config.path} "
+                "is a held-out one of it or of another part"
+            )
 
     def _item(self, row_number: int) -> Item:
         row = dict(self._rows[row_number])

@@ -257,7 +257,8 @@ class TicketMaker:
         self._spec, self._source, sizing = spec, source, spec.rollout.sizing
         self._controller = Controller(spec.rollout, by_std=spec.advantage_by_std)
         self._history = History(sizing.half_life_steps, sizing.prior_strength)
-        if sizing.adapts:
+        self._looks_back = sizing.adapts or spec.prompts.follows_pass_rates
+        if self._looks_back:
             with self._journal() as journal:
                 self._history.open(spec.run_dir, journal.sequence)
         self._saved = self._history.sequence
@@ -265,7 +266,10 @@ class TicketMaker:
     def tickets(self, uids: range) -> list[Ticket]:
         """The tickets of some uids, sized together."""
         self._catch_up()
-        prompts = [self._source.prompt(uid) for uid in uids]
+        prompts = [
+            self._source.prompt(uid, self._source.level(uid, self._history.pass_rate))
+            for uid in uids
+        ]
         budgets = [self._length(prompt.source_id) for prompt in prompts]
         known = [
             self._history.known(prompt.source_id, tokens)
@@ -279,7 +283,7 @@ class TicketMaker:
         return closing(Journal(self._spec.run_dir, writable=False))
 
     def _catch_up(self) -> None:
-        if not self._spec.rollout.sizing.adapts:
+        if not self._looks_back:
             return
         with self._journal() as journal:
             self._history.catch_up(journal)
@@ -288,7 +292,7 @@ class TicketMaker:
 
     def save(self) -> None:
         """Store what was folded."""
-        if self._spec.rollout.sizing.adapts:
+        if self._looks_back:
             self._history.save(self._spec.run_dir)
         self._saved = self._history.sequence
 

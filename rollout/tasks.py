@@ -5,13 +5,14 @@ indices can give the same question; hence what is held out is a set of texts, no
 """
 
 import os
+from collections.abc import Set
 from dataclasses import fields
 from typing import Any
 
 import xxhash
 
 from ..buffer.errors import ConfigError
-from .config import PromptsConfig
+from .config import SourceConfig
 from .imports import import_object
 from .plain import plain
 from .prompts import Item, normalised_text
@@ -37,7 +38,7 @@ class GeneratedItems:
     without looking at any other.
     """
 
-    def __init__(self, config: PromptsConfig, seed: int) -> None:
+    def __init__(self, config: SourceConfig, held_out: int, seed: int) -> None:
         """Generate the held-out items.
 
         Raises:
@@ -46,8 +47,12 @@ class GeneratedItems:
         self.task = config.task
         self._config = config
         self._seed = seed
-        self._held_out = self._choose_held_out(config.held_out)
-        self._held_out_texts = {normalised_text(item.question) for item in self._held_out}
+        self._held_out = self._choose_held_out(held_out)
+        self._excluded: Set[str] = set()
+
+    def exclude(self, texts: Set[str]) -> None:
+        """See `Items`."""
+        self._excluded = texts
         self[0]  # a task without a question left to train on is refused now
 
     def generate(self, stream: str, index: int, size: int) -> Item:
@@ -62,10 +67,10 @@ class GeneratedItems:
         """Training item `index`."""
         for probe in range(MAX_PROBES):
             item = self.generate(f"train/{self._seed}/{probe}", index, len(self))
-            if normalised_text(item.question) not in self._held_out_texts:
+            if normalised_text(item.question) not in self._excluded:
                 return item._replace(source_id=f"{self.task}/{index}")
         raise ConfigError(
-            f"prompts.held_out = {self._config.held_out} leaves nothing to train on: task "
+            f"prompts.held_out, {len(self._excluded)} texts, leaves nothing to train on: task "
             f"{self.task!r} with prompts.task_config = {self._config.task_config} asks little "
             "else. Lower prompts.held_out or widen prompts.task_config"
         )
@@ -97,12 +102,12 @@ class GeneratedItems:
 class ReasoningGymItems(GeneratedItems):
     """Items of one reasoning-gym task."""
 
-    def __init__(self, config: PromptsConfig, seed: int) -> None:
+    def __init__(self, config: SourceConfig, held_out: int, seed: int) -> None:
         """Check the task and its settings; see `GeneratedItems`."""
         _check_hashing(config.task)
         _check_settings(config)
         self._datasets: dict[str, Any] = {}
-        super().__init__(config, seed)
+        super().__init__(config, held_out, seed)
 
     def generate(self, stream: str, index: int, size: int) -> Item:
         """The task's item under the seed that belongs to the stream."""
@@ -130,7 +135,7 @@ class ReasoningGymItems(GeneratedItems):
 class FunctionItems(GeneratedItems):
     """Items of a user's function of a seed, which returns a row."""
 
-    def __init__(self, config: PromptsConfig, seed: int) -> None:
+    def __init__(self, config: SourceConfig, held_out: int, seed: int) -> None:
         """Find the function; see `GeneratedItems`."""
         if ":" not in config.task:
             raise ConfigError(
@@ -138,7 +143,7 @@ class FunctionItems(GeneratedItems):
                 "`module:function` or `file.py:function`"
             )
         self._function: Any = import_object(config.task, "prompts.task")
-        super().__init__(config, seed)
+        super().__init__(config, held_out, seed)
 
     def generate(self, stream: str, index: int, size: int) -> Item:
         """The function's row for the seed that belongs to this place of the stream."""
@@ -167,7 +172,7 @@ def make_task(name: str, settings: dict[str, Any]) -> Any:
     return reasoning_gym.create_dataset(name, **settings)
 
 
-def _check_settings(config: PromptsConfig) -> None:
+def _check_settings(config: SourceConfig) -> None:
     """Refuse an unknown task, settings it does not have, and those that the run decides."""
     from reasoning_gym.factory import DATASETS
 
