@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from ..rollout.config import SourceConfig
 from .load import Loaded
 from .schema import Experiment
 from .sizes import ModelSize, bytes_text, machine_memory, memory_costs, total_bytes
@@ -103,7 +104,10 @@ def _about_machine(experiment: Experiment, size: ModelSize | None) -> Iterator[s
 
 def _without_effect(experiment: Experiment) -> Iterator[tuple[str, str]]:
     """Yield settings that nothing reads in this combination, with the reason."""
-    if experiment.prompts.source == "reasoning_gym":
+    if experiment.prompts.mix:
+        for key in SourceConfig.model_fields:
+            yield f"prompts.{key}", "[prompts.mix.NAME] sections take its place"
+    elif experiment.prompts.source == "reasoning_gym":
         for key in ("path", "split", "prompt_column", "answer_column"):
             yield f"prompts.{key}", 'prompts.source = "reasoning_gym"'
     else:

@@ -29,8 +29,26 @@ def algebra(experiment: Experiment) -> Iterator[str]:
         f"{least:,} prompts{_epochs(experiment, least)} and "
         f"{least * rollout.samples_per_prompt:,} samples{refilled}."
     )
+    yield from _mix(experiment)
     yield from _sizing(experiment)
     yield from _before_and_beside(experiment)
+
+
+def _mix(experiment: Experiment) -> Iterator[str]:
+    """Yield how a mixed stream is made up."""
+    prompts = experiment.prompts
+    if not prompts.mix:
+        return
+    total = sum(part.weight for part in prompts.mix.values())
+    parts = [f"{part.weight / total:.0%} {name}" for name, part in prompts.mix.items()]
+    yield f"Prompts: {', '.join(parts)}."
+    if prompts.follows_pass_rates:
+        yield (
+            f"Levels open, and close again, at a pass rate of {prompts.raise_at:g} on the level "
+            f"before, decided at most {experiment.waiting_prompts} prompts before use; "
+            f"{prompts.review:.0%} of a part's prompts come from easier levels. The warm start "
+            "sees the easiest alone."
+        )
 
 
 def _sizing(experiment: Experiment) -> Iterator[str]:

@@ -81,9 +81,11 @@ class Experiment(Settings):
 
     @property
     def waiting_prompts(self) -> int:
-        """Prompts put but not claimed; sizes that depend on what was seen are decided late."""
+        """Prompts put but not claimed; what depends on what was seen, sizes and levels, is decided
+        late."""
         most = self.buffer.max_waiting_prompts
-        return min(most, self.learner.prompts_per_step) if self.rollout.sizing.adapts else most
+        late = self.rollout.sizing.adapts or self.prompts.follows_pass_rates
+        return min(most, self.learner.prompts_per_step) if late else most
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from ..buffer.errors import ConfigError
 
 Table = dict[str, Any]
@@ -90,6 +92,8 @@ def value_text(value: object) -> str:
             return repr(value)
         case str() | Path():
             return json.dumps(str(value), ensure_ascii=False)
+        case BaseModel():  # what was given of it
+            return value_text(value.model_dump(exclude_unset=True))
         case Mapping():
             pairs = (f"{key_text(key)} = {value_text(item)}" for key, item in value.items())
             return "{ " + ", ".join(pairs) + " }" if value else "{}"

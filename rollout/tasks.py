@@ -70,7 +70,7 @@ class GeneratedItems:
             if normalised_text(item.question) not in self._excluded:
                 return item._replace(source_id=f"{self.task}/{index}")
         raise ConfigError(
-            f"prompts.held_out, {len(self._excluded)} texts, leaves nothing to train on: task "
+            f"prompts.held_out = {len(self._excluded)} leaves nothing to train on: task "
             f"{self.task!r} with prompts.task_config = {self._config.task_config} asks little "
             "else. Lower prompts.held_out or widen prompts.task_config"
         )

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from slipstream.buffer.errors import ConfigError
 from slipstream.configs.load import load_experiment, load_table
+from slipstream.configs.plan_words import algebra
 from slipstream.rollout.config import PartConfig, PromptsConfig
 from slipstream.rollout.history import Evidence, History
 from slipstream.rollout.mix import BLOCK, Mix
@@ -70,7 +71,11 @@ def test_an_epoch_of_a_part_visits_each_of_its_items_once():
 def test_no_prompt_of_any_part_or_level_has_the_text_of_a_held_out_one():
     source = PromptSource(CONFIG, 1)
     held_out = source.held_out()
-    assert {prompt.source_id.rpartition("/")[0] for prompt in held_out} >= {"sums@0", "sums@1"}
+    assert {prompt.source_id.partition("/")[0] for prompt in held_out} == {
+        "sums@0",
+        "sums@1",
+        "legs",
+    }
     assert [prompt.uid - HELD_OUT_UIDS for prompt in held_out] == list(range(len(held_out)))
     texts = {normalised_text(prompt.messages) for prompt in held_out}
     for uid, level in itertools.product(range(200), range(2)):
@@ -129,6 +134,15 @@ def test_one_source_is_the_stream_it_always_was():
 def test_a_part_that_cannot_be_is_refused_by_its_name(overrides, words):
     with pytest.raises(ConfigError, match=words):
         load_table({}, overrides)
+
+
+def test_levels_are_decided_shortly_before_use_and_the_plan_says_so():
+    given = ["prompts.mix.a.levels=[{min_terms=2},{min_terms=3}]", "prompts.mix.b.weight=3"]
+    experiment = load_table({}, given).experiment
+    assert experiment.waiting_prompts == experiment.learner.prompts_per_step
+    said = " ".join(algebra(experiment))
+    assert "25% a, 75% b" in said
+    assert "pass rate of 0.7" in said
 
 
 def test_a_file_of_a_part_is_relative_to_the_experiment(tmp_path: Path):
