@@ -6,38 +6,9 @@ all samples finished before each step. One run, one seed; the interval is over p
 """
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
-from common import RESULTS, emit, new_work_folder, read_lines, slipstream
-
-
-def record_line(run_dir: Path) -> dict[str, Any]:
-    """What run.json says of the run."""
-    text = (run_dir / "run.json").read_text()
-    run = json.loads(text.replace(str(run_dir.absolute()), "RUN"))
-    result = run["result"]
-    first, final = result["reward_first"], result["reward_final"]
-    return {
-        "bench": "smollm2",
-        "case": "held-out reward",
-        "ours": final["mean"],
-        "peer": first["mean"],
-        "peer_name": "the policy before the first step",
-        "ratio": final["mean"] / first["mean"] if first["mean"] else None,
-        "unit": "held-out reward",
-        "runs": 1,
-        "spread": {
-            "before": [first["ci95_low"], first["ci95_high"]],
-            "after": [final["ci95_low"], final["ci95_high"]],
-        },
-        "notes": "held: the two intervals do not overlap, after at least 30 steps",
-        "held": final["ci95_low"] > first["ci95_high"] and result["steps"] >= 30,
-        "command": "slipstream run smollm2",
-        "run_commit": run["commit"],
-        "result": result,
-    }
+from common import RESULTS, before_and_after, emit, new_work_folder, read_lines, slipstream
 
 
 def draw(run_dir: Path, path: Path) -> None:
@@ -86,7 +57,11 @@ def main() -> None:
     if args.run is None:
         slipstream("run", "smollm2", "--output", str(run_dir), log=run_dir.with_suffix(".log"))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    emit(record_line(run_dir))
+    line = before_and_after("smollm2", run_dir)
+    final, first = line["spread"]["after"], line["spread"]["before"]
+    held = final[0] > first[1] and line["result"]["steps"] >= 30
+    notes = "held: the two intervals do not overlap, after at least 30 steps"
+    emit(line | {"held": held, "notes": notes})
     draw(run_dir, RESULTS / "smollm2.svg")
 
 

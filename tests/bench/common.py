@@ -131,6 +131,32 @@ def seconds_at_step(run_dir: Path) -> dict[int, float]:
     return {0: 0.0} | {step: row["time"] - start for step, row in rows.items()}
 
 
+def before_and_after(experiment: str, run_dir: Path) -> dict[str, Any]:
+    """A line of results on what run.json says of a finished run of an experiment: its held-out
+    reward against that of the policy before the first step."""
+    text = (run_dir / "run.json").read_text()
+    run = json.loads(text.replace(str(run_dir.absolute()), "RUN"))
+    result = run["result"]
+    first, final = result["reward_first"], result["reward_final"]
+    return {
+        "bench": experiment,
+        "case": "held-out reward",
+        "ours": final["mean"],
+        "peer": first["mean"],
+        "peer_name": "the policy before the first step",
+        "ratio": final["mean"] / first["mean"] if first["mean"] else None,
+        "unit": "held-out reward",
+        "runs": 1,
+        "spread": {
+            "before": [first["ci95_low"], first["ci95_high"]],
+            "after": [final["ci95_low"], final["ci95_high"]],
+        },
+        "command": f"slipstream run {experiment}",
+        "run_commit": run["commit"],
+        "result": result,
+    }
+
+
 def command(*arguments: str) -> list[str]:
     """`slipstream ARGUMENTS` in this environment."""
     return [sys.executable, "-m", "slipstream.configs.cli", *arguments]
