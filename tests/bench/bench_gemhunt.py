@@ -1,8 +1,8 @@
 """Does multi-turn training with GiGPO raise held-out reward by at least 0.3?
 
-The protocol, fixed before the runs: `slipstream run gemhunt seed=N` as shipped, for seeds 0, 1 and 2;
-reward over the 128 held-out worlds before the first step (after the warm start) and after the last,
-with the run's own sampling. Held: the rise is at least 0.3, for each seed. One JSON line a seed.
+The protocol, fixed before the runs: `slipstream run gemhunt seed=N` as shipped, for seeds 0, 1 and
+2; reward over the 128 held-out worlds before the first step (after the warm start) and after the
+last, with the run's own sampling. Held: the rise is at least 0.3, for each seed.
 """
 
 import argparse
