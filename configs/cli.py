@@ -191,6 +191,14 @@ def submit(
 
 
 @app.command()
+def buffer(run: RunArgument) -> None:
+    """What the buffer of a run holds: states, law, lags, leases, drops, waits."""
+    from .looking import look
+
+    print("\n".join(look(run)))
+
+
+@app.command()
 def doctor(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder.")] = None,
 ) -> None:

@@ -23,9 +23,11 @@ from slipstream.configs.ray_cluster import Hosts
 from slipstream.configs.schema import all_keys, all_sections
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("README.md", "docs/first-run.md", "docs/model-and-data.md", "docs/reward.md", "docs/environment.md",
-         "docs/run-folder.md", "docs/staleness.md", "docs/sizing.md", "docs/architecture.md",
-         "docs/config.md", "docs/coming-from.md", "docs/cluster.md")  # fmt: skip
+ORDER = (
+    "README.md", "docs/first-run.md", "docs/model-and-data.md", "docs/reward.md",
+    "docs/environment.md", "docs/run-folder.md", "docs/staleness.md", "docs/sizing.md",
+    "docs/architecture.md", "docs/config.md", "docs/coming-from.md", "docs/cluster.md",
+)  # fmt: skip
 """As a reader goes on; later pages use what earlier ones made."""
 NEEDS: dict[str, tuple[str, ...]] = {
     "docs/run-folder.md": ("docs/first-run.md",),
