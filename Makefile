@@ -84,7 +84,7 @@ bench-buffer: .venvs/transferqueue/.installed
 
 bench-staleness: .venvs/areal/.installed
 
-bench-e2e test-long: $(TRL_VENV)/.installed
+bench-e2e bench-learner test-long: $(TRL_VENV)/.installed
 
 $(LOSS_VENV)/.installed:
 	$(PYTHON) -m venv $(LOSS_VENV)
