@@ -55,8 +55,16 @@ Batch = dict[int, list[Version]]
 """uid -> the versions of its tokens that carried weight."""
 
 
+STEPS_PER_EXAMPLE = 50
+SPARE = 1.05
+"""More examples than needed: some end early."""
+
+
 class ReplayMachine(RuleBasedStateMachine):
     """Feeder, two workers, a learner, crashes and resumes around one `Replay`."""
+
+    checked = 0
+    """Steps after which the invariants were looked at, of all machines."""
 
     @initialize(
         bound=st.sampled_from([0, 0.5, 1, 2]),
@@ -360,6 +368,10 @@ class ReplayMachine(RuleBasedStateMachine):
         return last
 
     @invariant()
+    def every_step_is_checked(self) -> None:
+        ReplayMachine.checked += 1
+
+    @invariant()
     def no_token_over_the_bound_is_trained(self) -> None:
         last = self.ancestors()
         for step, batch in self.lineage.items():
@@ -407,16 +419,25 @@ class ReplayMachine(RuleBasedStateMachine):
         }
 
 
-def test_the_law_and_the_books_hold_under_any_interleaving() -> None:
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param(20_000, id="20,000 steps"),
+        pytest.param(1_000_000, id="a million steps", marks=pytest.mark.slow),
+    ],
+)
+def test_the_law_and_the_books_hold_under_any_interleaving(steps: int) -> None:
+    ReplayMachine.checked = 0
     run_state_machine_as_test(
         ReplayMachine,
         settings=settings(
-            max_examples=60,
-            stateful_step_count=40,
+            max_examples=math.ceil(SPARE * steps / STEPS_PER_EXAMPLE),
+            stateful_step_count=STEPS_PER_EXAMPLE,
             deadline=None,
             suppress_health_check=list(HealthCheck),  # type: ignore[arg-type]
         ),
     )
+    assert ReplayMachine.checked >= steps
 
 
 @pytest.mark.parametrize("seed", range(30))
