@@ -2,7 +2,7 @@
 
 The protocol, fixed before the runs:
 
-Model. A Llama of 4 layers, width 192, 8,192 tokens of vocabulary, random weights from seed 0, in
+Model. A Llama of 2 layers, width 128, 2,048 tokens of vocabulary, random weights from seed 0, in
     float32, the same folder for both.
 Batches. 8 prompts x 8 samples. `long tail`: lengths of `traces/long_tail.json`, checked in, mean
     150, longest 768. `equal`: the same prompts, every sample as long as the mean. Token ids are
@@ -47,7 +47,7 @@ from slipstream.learner.step import train_step
 from transformers import AutoTokenizer, LlamaConfig
 
 TINY = ROOT / "kernels" / "tiny"
-VOCABULARY = 8192
+VOCABULARY = 2048
 RATE = 1e-5
 MICRO_BATCH = 8
 WARM_UP = 2
@@ -62,8 +62,8 @@ Rows = list[tuple[list[int], list[list[int]], list[float]]]
 def save_model(folder: Path) -> None:
     """The policy, and a tokenizer which TRL wants to see."""
     LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=192, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=2, intermediate_size=512, max_position_embeddings=1024,
+        vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=344, max_position_embeddings=1024,
         tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(str(folder))  # fmt: skip
