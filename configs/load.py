@@ -23,8 +23,11 @@ from .toml import Table
 
 SECTIONS = all_sections()
 
-MAY_BE_PATHS = ("model", "prompts.path", "sft.data", "reward.name", "sft.demonstration")
-NAMES_CODE = ("reward.name", "sft.demonstration")
+NAMES_CODE = (
+    "reward.name", "sft.demonstration", "prompts.task", "environment.name",
+    "learner.objective.surrogate",
+)  # fmt: skip
+MAY_BE_PATHS = ("model", "prompts.path", "sft.data", *NAMES_CODE)
 
 ARGUMENTS_OF = (
     ("prompts", "task_config", "task"),

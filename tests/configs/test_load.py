@@ -81,6 +81,12 @@ def test_paths_are_relative_to_the_file_they_are_written_in(tmp_path: Path):
     loaded = load_experiment(write(tmp_path, "mine.toml", text)).experiment
     assert loaded.prompts.path == str(tmp_path / "data.jsonl")
     assert loaded.reward.name == f"{tmp_path / 'mine.py'}:score"
+    code = '[prompts]\nsource = "function"\ntask = "mine.py:row"\n'
+    code += '[environment]\nname = "mine.py:Mine"\n'
+    loaded = load_experiment(write(tmp_path, "code.toml", code)).experiment
+    assert loaded.prompts.task == f"{tmp_path / 'mine.py'}:row"
+    assert loaded.environment is not None
+    assert loaded.environment.name == f"{tmp_path / 'mine.py'}:Mine"
     named = load_experiment(tmp_path / "mine.toml", ["prompts.path=owner/dataset"]).experiment
     assert named.prompts.path == "owner/dataset"
 
