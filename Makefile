@@ -40,7 +40,7 @@ test: $(INSTALLED)  ## the whole suite but what is marked slow
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-long: $(INSTALLED)  ## the slow tests, recorded in docs/results/test-long.jsonl
-	$(BIN)/pytest -m "slow and not gpu" --record
+	$(BIN)/pytest -m "slow and not gpu" --record --timeout 7200 -o faulthandler_timeout=0
 
 check: $(INSTALLED) $(LINKS)  ## formatting, lint, types, and who may import whom
 	$(BIN)/ruff format --check $(CODE)

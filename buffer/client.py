@@ -143,6 +143,11 @@ class BufferClient:
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(PeerLost(f"{self.name} closed its connection"))
+        # Left over when the task that hands in was cancelled before its first step.
+        for each in self._finished:
+            if not each.told.done():
+                each.told.set_exception(PeerLost(f"{self.name} closed its connection"))
+        self._finished, self._handing_in = [], False
         if self._socket is not None and self._context is not None:
             self._socket.close(linger=0)
             self._context.term()

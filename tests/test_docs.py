@@ -7,8 +7,11 @@ All pages share one folder, as a reader's would.
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import psutil
 import pytest
 from slipstream.configs.cli import app
 from slipstream.configs.load import load_experiment
@@ -34,7 +38,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "docs/sizing.md": ("docs/first-run.md",),
 }
 """Pages that must have run before, also when the test of one page runs alone."""
-TIMEOUT_S = 300
+TIMEOUT_S = 240
+LEAVE_S = 15
+"""A process that sees its parent gone ends within this."""
 LANGUAGES = {"bash", "python", "toml", "jsonl", "text"}
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`slipstream ([a-z]+)")
@@ -109,12 +115,37 @@ class Reader:
         """Run a block as it stands; any command that fails ends it."""
         bin_folder = Path(sys.executable).parent
         environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block.text],
-            cwd=self.folder, env=environment, timeout=TIMEOUT_S,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{block.page}:{block.line}\n{block.text}\n{done.stdout}"
+        # Into a file and a session of its own: killing bash alone would leave its commands running,
+        # and a pipe that they hold open would be waited for without end.
+        with tempfile.TemporaryFile("w+") as printed:
+            process = subprocess.Popen(
+                ["bash", "-euo", "pipefail", "-c", block.text],
+                cwd=self.folder, env=environment, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            try:
+                ended = f"exit code {process.wait(TIMEOUT_S)}"
+            except subprocess.TimeoutExpired:
+                ended = f"nothing after {TIMEOUT_S} s"
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            printed.seek(0)
+            said = f"{block.page}:{block.line}\n{block.text}\n{printed.read()}"
+        assert ended == "exit code 0", f"{said}\n{ended}"
+        deadline_s = time.monotonic() + LEAVE_S
+        while left := self._processes():
+            assert time.monotonic() < deadline_s, f"{said}\nleft running: {left}"
+            time.sleep(0.1)
+
+    def _processes(self) -> list[str]:
+        """What still runs in our folder."""
+        found = []
+        for process in psutil.process_iter(["cmdline", "cwd", "status"]):
+            info = process.info
+            ours = (info["cwd"] or "").startswith(str(self.folder))
+            if ours and info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(info["cmdline"] or ()))
+        return found
 
 
 @pytest.fixture(scope="module")

@@ -513,3 +513,14 @@ async def test_who_hands_in_while_the_connection_closes_is_told(make_spec: SpecM
         for answer in await asyncio.gather(*waiting, return_exceptions=True):
             assert isinstance(answer, PeerLost)
         assert (await client.stats()).counts == {}
+
+
+async def test_who_hands_in_while_the_connection_closes_is_told(make_spec: SpecMaker) -> None:
+    """Also when the task that hands in never ran."""
+    async with running(make_spec()) as client:
+        finish = asyncio.create_task(client.finish(trajectory(0, 0, (0,)), "lease"))
+        await asyncio.sleep(0)  # `finish` waits; what it started has not run yet
+        await client.close()
+        async with asyncio.timeout(10):
+            with pytest.raises(PeerLost, match="closed its connection"):
+                await finish

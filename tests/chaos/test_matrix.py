@@ -106,7 +106,7 @@ def test_a_full_disk_ends_the_run_with_the_reason_and_room_lets_it_go_on(run: Ru
                   "--output", "small/run", "--no-export")  # fmt: skip
         run.wait_for_step(2)
         filler = place / "filler"
-        subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64k"], check=False)
+        subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64k", "count=700"], check=False)
         assert run.wait(START_DEADLINE_S) == 1
         told = run.output.read_text()
         assert "No space left" in told or "disk is full" in told or "disk I/O" in told, told
