@@ -29,6 +29,9 @@ class GenerationRequest(Record):
     """64-bit key of the sample's random numbers (`sampling.sample_key`): token i draws
     `sampling.uniform(sample_key, i)`, so a sample does not depend on its batch."""
     record_kept_ids: bool = False
+    conversation: str = ""
+    """Of turns that continue one another, the same name. The engine may keep the keys and values of
+    a turn for the next one, whose prompt begins with this one's prompt and answer."""
 
 
 class GenerationOutput(Record):
@@ -64,6 +67,8 @@ class EngineStats(Record):
     drafted_tokens: int = 0
     """Proposed by speculation; `accepted_tokens` of them needed no forward of their own."""
     accepted_tokens: int = 0
+    kept_tokens: int = 0
+    """Prompt tokens that needed no forward: an earlier turn's keys and values were kept."""
 
 
 class Engine(Protocol):

@@ -26,7 +26,8 @@ from .weights import Weights
 
 _PREFILL_TOKENS = 8192
 """Prompt tokens, padding included, of one forward: bounds the memory of a prefill."""
-
+_CONTINUED_TOKENS = 1024
+"""The same where prompts go on from kept keys: attention scores are held for each of them."""
 
 _NO_DRAFT = Draft([], [])
 
@@ -48,6 +49,16 @@ class _Fed(NamedTuple):
         first, row = np.cumsum(counts) - counts, np.repeat(np.arange(len(drafts)), counts)
         following = [token for draft in drafts for token in (*draft.tokens, -1)]
         return _Fed(first, row, np.arange(len(row)) - first[row], np.array(following))
+
+
+class _Kept(NamedTuple):
+    """What a turn leaves for the next of its conversation."""
+
+    token_ids: np.ndarray
+    """[n] int64: prompt and answer but for its last token, whose keys were never computed."""
+    layers: list[Tensor]
+    """Their keys and values, from `RaggedCache.copy_of`."""
+    kv_version: int
 
 
 class Decoder:
@@ -85,6 +96,9 @@ class Decoder:
         self._context = int(model.config.max_position_embeddings)
         self._vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         self._queue: deque[GenerationRequest] = deque()
+        self._kept: dict[str, _Kept] = {}
+        """By conversation, at most as many as there are slots, the oldest first."""
+        self.kept_tokens = 0
         self._versions: list[Version] = []
         self._logprob_dtype = np.float64 if model.dtype == torch.float64 else np.float32
         self.generated_tokens = 0
@@ -117,8 +131,10 @@ class Decoder:
         """Go on with new weights between two steps, samples in flight included."""
         self._forward.weights = weights
         self._versions.append(version)
-        if self._kv == "recompute" and self._slots.count:
-            self._recompute()
+        if self._kv == "recompute":
+            self._kept.clear()
+            if self._slots.count:
+                self._recompute()
 
     def submit(self, requests: Sequence[GenerationRequest]) -> list[GenerationOutput]:
         """Queue samples; returns the outputs of those that cannot be generated."""
@@ -160,7 +176,8 @@ class Decoder:
         token_ids[drafted] = fed.draft_M[np.flatnonzero(drafted) - 1]
         places = self._slots.lengths[fed.row_M] + fed.offset_M
         self._cache.reserve(int(places.max()) + 1)
-        logits = self._forward.extend(token_ids, fed.row_M, places, self._cache)
+        hidden = self._forward.extend(token_ids, fed.row_M, places, self._cache)
+        logits = self._forward.logits(hidden)
         before = used["num_written"].copy()
         reasons = self._write(slots, fed, logits)
         if self.speculation is not None:
@@ -183,23 +200,83 @@ class Decoder:
         )  # fmt: skip
 
     def _admit(self) -> list[GenerationOutput]:
-        """Compute the prompts of queued samples, each prompt once however many samples have it,
-        and write their first tokens."""
-        start = self._slots.count
-        slots_by_prompt: dict[tuple[int, ...], list[int]] = {}
-        while self._queue and self._slots.count < self._max_concurrent:
-            request = self._queue.popleft()
-            prompt = request.prompt_token_ids
-            budget = min(request.sampling.max_new_tokens, self._context - len(prompt))
-            slot = self._slots.add(request, budget, len(self._versions) - 1)
-            slots_by_prompt.setdefault(prompt, []).append(slot)
-        if not slots_by_prompt:
+        """Compute the prompts of queued samples, each prompt once however many samples have it and
+        of a conversation only what is new, and write their first tokens."""
+        start, room = self._slots.count, self._max_concurrent - self._slots.count
+        requests = [self._queue.popleft() for _ in range(min(room, len(self._queue)))]
+        if not requests:
             return []
-        prompts = [np.array(prompt, dtype=np.int64) for prompt in slots_by_prompt]
-        hidden = self._prefill(prompts, list(slots_by_prompt.values()), start)
+        fresh: dict[tuple[int, ...], list[int]] = {}
+        continued: list[tuple[GenerationRequest, _Kept]] = []
+        for request in requests:
+            if kept := self._take_kept(request):
+                continued.append((request, kept))
+            else:
+                slot = self._add(request, len(self._versions) - 1)
+                fresh.setdefault(request.prompt_token_ids, []).append(slot)
+        hidden = []
+        if fresh:
+            prompts = [np.array(prompt, dtype=np.int64) for prompt in fresh]
+            hidden.append(self._prefill(prompts, list(fresh.values()), start))
+        if continued:
+            hidden.append(self._continue(continued))
         slots = np.arange(start, self._slots.count)
         fed = _Fed.of([_NO_DRAFT] * len(slots))
-        return self._finish(self._write(slots, fed, self._forward.logits(hidden)))
+        return self._finish(self._write(slots, fed, self._forward.logits(torch.cat(hidden))))
+
+    def _add(self, request: GenerationRequest, kv_version: int) -> int:
+        room = self._context - len(request.prompt_token_ids)
+        return self._slots.add(request, min(request.sampling.max_new_tokens, room), kv_version)
+
+    def _take_kept(self, request: GenerationRequest) -> _Kept | None:
+        """What the sample's conversation left, if its prompt goes on from there."""
+        kept = self._kept.pop(request.conversation, None) if request.conversation else None
+        if kept is None:
+            return None
+        prompt, length = request.prompt_token_ids, len(kept.token_ids)
+        goes_on = length < len(prompt) and np.array_equal(prompt[:length], kept.token_ids)
+        return kept if goes_on else None
+
+    def _keep(self, slot: int) -> None:
+        """Keep a finished turn's keys and values, in place of the oldest when there are many."""
+        conversation, row = self._slots.requests[slot].conversation, self._slots.used[slot]
+        if not conversation or row["failed"]:
+            return
+        token_ids = self._slots.cached_tokens(slot)
+        layers = self._cache.copy_of(slot, len(token_ids))
+        self._kept[conversation] = _Kept(token_ids, layers, int(row["kv_version"]))
+        if len(self._kept) > self._max_concurrent:
+            del self._kept[next(iter(self._kept))]
+
+    def _continue(self, continued: Sequence[tuple[GenerationRequest, _Kept]]) -> Tensor:
+        """Give samples slots with what their conversations kept, and compute the rest of their
+        prompts; returns the last hidden states, [A, E]."""
+        self._cache.reserve(max(len(request.prompt_token_ids) for request, _ in continued))
+        slots, rests, begins = [], [], []
+        for request, kept in continued:
+            slots.append(self._add(request, kept.kv_version))
+            self._cache.put_back(slots[-1], kept.layers)
+            begins.append(len(kept.token_ids))
+            rests.append(np.array(request.prompt_token_ids[begins[-1] :], dtype=np.int64))
+            self.kept_tokens += begins[-1]
+        last: dict[int, Tensor] = {}
+        for chunk in _chunks([len(rest) for rest in rests], _CONTINUED_TOKENS):
+            for at in range(0, len(rests[chunk[-1]]), _CONTINUED_TOKENS):
+                rows = [row for row in chunk if at < len(rests[row])]
+                parts = [rests[row][at : at + _CONTINUED_TOKENS] for row in rows]
+                counts = [len(part) for part in parts]
+                places = [
+                    begins[row] + at + np.arange(n) for row, n in zip(rows, counts, strict=True)
+                ]
+                hidden_ME = self._forward.extend(
+                    np.concatenate(parts),
+                    np.repeat(np.arange(len(rows)), counts),
+                    np.concatenate(places),
+                    self._cache,
+                    np.array([slots[row] for row in rows]),
+                )
+                last |= zip(rows, hidden_ME[np.cumsum(counts) - 1], strict=True)
+        return torch.stack([last[row] for row in range(len(rests))])
 
     def _recompute(self) -> None:
         """Compute all keys and values again under the weights just loaded."""
@@ -214,7 +291,7 @@ class Decoder:
         are all those from `start` on. Returns their last hidden states, [A, E] in slot order."""
         self._cache.reserve(max(map(len, prompts)))
         hidden_AE: Tensor | None = None
-        for chunk in _chunks([len(prompt) for prompt in prompts]):
+        for chunk in _chunks([len(prompt) for prompt in prompts], _PREFILL_TOKENS):
             targets = np.concatenate([slots[i] for i in chunk])
             sources = np.repeat(np.arange(len(chunk)), [len(slots[i]) for i in chunk])
             hidden_ME = self._forward.prefill(
@@ -255,6 +332,7 @@ class Decoder:
         # From the last one down: `_release` moves the last slot, which then has been looked at.
         for slot in sorted(reasons, reverse=True):
             outputs.append(self._output(slot, reasons[slot], now_s))
+            self._keep(slot)
             self._release(slot)
         return outputs
 
@@ -321,11 +399,11 @@ class Decoder:
         return ""
 
 
-def _chunks(lengths: Sequence[int]) -> Iterator[list[int]]:
+def _chunks(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Indices of prompts, shortest first, in chunks whose padded size is bounded."""
     chunk: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if chunk and lengths[index] * (len(chunk) + 1) > _PREFILL_TOKENS:
+        if chunk and lengths[index] * (len(chunk) + 1) > max_tokens:
             yield chunk
             chunk = []
         chunk.append(index)

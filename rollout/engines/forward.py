@@ -124,9 +124,14 @@ class PolicyForward:
         return self._norm(hidden_ME[last], self._served.norm_E)
 
     def extend(
-        self, token_ids: np.ndarray, rows: np.ndarray, places: np.ndarray, cache: RaggedCache
+        self,
+        token_ids: np.ndarray,
+        rows: np.ndarray,
+        places: np.ndarray,
+        cache: RaggedCache,
+        slots: np.ndarray | None = None,
     ) -> Tensor:
-        """Feed each of the first N rows one token or several; each sees those before it.
+        """Feed each of N rows one token or several; each sees those before it.
 
         Args:
             token_ids: [M] int64, row by row.
@@ -134,13 +139,14 @@ class PolicyForward:
             places: [M] int64, position of each token in its row; what the cache held there, and
                 behind it, is overwritten or hidden.
             cache: with room for the longest row.
+            slots: [N] int64, the cache slots of the rows; None: the first N, without a copy.
         Returns:
-            [M, V] logits of the token after each.
+            [M, E] hidden states after the final norm.
         """
-        attend = _CachedAttention(cache, rows, places, self._scale)
+        attend = _CachedAttention(cache, rows, places, slots, self._scale)
         ids_M, places_M = torch.from_numpy(token_ids), torch.from_numpy(places)
         hidden_ME = self._layers(ids_M, places_M, int(places.max()) + 1, attend)
-        return self.logits(self._norm(hidden_ME, self._served.norm_E))
+        return self._norm(hidden_ME, self._served.norm_E)
 
     def logits(self, hidden_ME: Tensor) -> Tensor:
         """[M, V] logits of final hidden states."""
@@ -205,7 +211,7 @@ class PolicyForward:
         cache.reserve(len(ids))
         self.prefill([ids[:-2]], row, row, cache)
         rows, places = np.zeros(2, dtype=np.int64), np.arange(len(ids) - 2, len(ids))
-        ours_V = self.extend(ids[-2:], rows, places, cache)[-1]
+        ours_V = self.logits(self.extend(ids[-2:], rows, places, cache))[-1]
         self.weights = None
         gap = float((ours_V - expected_V).abs().max() / (expected_V.std() + 1e-6))
         if not gap <= _TOLERANCE[model.dtype]:
@@ -219,7 +225,12 @@ class _CachedAttention:
     """Attention of new tokens over what the cache holds of their rows, themselves included."""
 
     def __init__(
-        self, cache: RaggedCache, rows: np.ndarray, places: np.ndarray, scale: float
+        self,
+        cache: RaggedCache,
+        rows: np.ndarray,
+        places: np.ndarray,
+        slots: np.ndarray | None,
+        scale: float,
     ) -> None:
         """Work out once per forward where tokens go and what each may see."""
         self._cache, self._scale = cache, scale
@@ -227,23 +238,25 @@ class _CachedAttention:
         self._num_rows, self._width = len(counts), int(counts.max())
         self._num_places = int(places.max()) + 1
         starts = np.cumsum(counts) - counts
-        slots = rows * self._width + np.arange(len(rows)) - starts[rows]
+        cells = rows * self._width + np.arange(len(rows)) - starts[rows]
         padded = len(counts) * self._width > len(rows)
-        self._ragged = torch.from_numpy(slots) if padded else None
+        self._ragged = torch.from_numpy(cells) if padded else None
         last_NT = np.zeros(self._num_rows * self._width, dtype=np.int64)
-        last_NT[slots] = places
+        last_NT[cells] = places
         hidden_NTL = torch.arange(self._num_places) > torch.from_numpy(last_NT)[:, None]
         mask = torch.zeros(hidden_NTL.shape, dtype=cache.layers[0].dtype)
         mask.masked_fill_(hidden_NTL, -torch.inf)
         self._mask_N11TL = mask.view(self._num_rows, 1, 1, self._width, self._num_places)
-        self._targets = cache.places(torch.from_numpy(rows), torch.from_numpy(places))
+        self._read = slice(self._num_rows) if slots is None else torch.from_numpy(slots)
+        stored = rows if slots is None else slots[rows]
+        self._targets = cache.places(torch.from_numpy(stored), torch.from_numpy(places))
 
     def __call__(self, layer: int, query_MHD: Tensor, key_MKD: Tensor, value_MKD: Tensor) -> Tensor:
         """[M, H * D]; the query heads of a key-value head are folded into one product, so keys are
         not repeated."""
         rows, width, tokens = self._num_rows, self._width, self._num_places
         keys_NKLD, values_NKLD = self._cache.store(
-            layer, key_MKD, value_MKD, self._targets, rows, tokens
+            layer, key_MKD, value_MKD, self._targets, self._read, tokens
         )
         _, heads, head_dim = query_MHD.shape
         key_heads = keys_NKLD.shape[1]

@@ -50,6 +50,15 @@ class RaggedCache:
         for layer in self.layers:
             layer[:, target, :, :num_tokens] = layer[:, source, :, :num_tokens]
 
+    def copy_of(self, row: int, num_tokens: int) -> list[Tensor]:
+        """The first tokens of a row, per layer [2, H, num_tokens, D]."""
+        return [layer[:, row, :, :num_tokens].clone() for layer in self.layers]
+
+    def put_back(self, row: int, copies: list[Tensor]) -> None:
+        """Store what `copy_of` returned, in any row; there must be room."""
+        for layer, copy in zip(self.layers, copies, strict=True):
+            layer[:, row, :, : copy.shape[2]] = copy
+
     def wipe(self, row: int) -> None:
         """Zero a slot that may hold NaN, before another sample uses it."""
         for layer in self.layers:
@@ -79,20 +88,26 @@ class RaggedCache:
         ).flatten()
 
     def store(
-        self, layer: int, keys: Tensor, values: Tensor, places: Tensor, rows: int, tokens: int
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        places: Tensor,
+        rows: slice | Tensor,
+        tokens: int,
     ) -> tuple[Tensor, Tensor]:
-        """Store single tokens, and return the first rows as [rows, H, tokens, D] views.
+        """Store single tokens, and return some rows as [rows, H, tokens, D].
 
         Args:
             layer: its index.
             keys: [M, H, D].
             values: of the same shape.
             places: [M * H], from `places`.
-            rows: how many of the first rows to return.
+            rows: which rows to return: of a slice a view, of indices a copy.
             tokens: how many of their first tokens.
         """
         stored_keys, stored_values = self.layers[layer]
         head_dim = keys.shape[2]
         stored_keys.view(-1, head_dim).index_copy_(0, places, keys.reshape(-1, head_dim))
         stored_values.view(-1, head_dim).index_copy_(0, places, values.reshape(-1, head_dim))
-        return stored_keys[:rows, :, :tokens], stored_values[:rows, :, :tokens]
+        return stored_keys[rows, :, :tokens], stored_values[rows, :, :tokens]

@@ -115,6 +115,7 @@ class NativeEngine:
             last_swap_s=self._last_swap_s,
             drafted_tokens=speculation.drafted if speculation else 0,
             accepted_tokens=speculation.accepted if speculation else 0,
+            kept_tokens=self._decoder.kept_tokens,
         )
 
     async def generate(

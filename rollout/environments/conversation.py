@@ -146,6 +146,7 @@ class Conversation:
             prompt_token_ids=tuple(token_ids),
             sampling=msgspec.structs.replace(self.request.sampling, max_new_tokens=budget),
             sample_key=key,
+            conversation=self.request.request_id,
         )
 
     def _append(self, token_ids: list[int], role: str, state: str = "") -> None:

@@ -515,8 +515,7 @@ async def test_who_hands_in_while_the_connection_closes_is_told(make_spec: SpecM
         assert (await client.stats()).counts == {}
 
 
-async def test_who_hands_in_while_the_connection_closes_is_told(make_spec: SpecMaker) -> None:
-    """Also when the task that hands in never ran."""
+async def test_a_hand_in_that_never_began_is_told_of_the_close(make_spec: SpecMaker) -> None:
     async with running(make_spec()) as client:
         finish = asyncio.create_task(client.finish(trajectory(0, 0, (0,)), "lease"))
         await asyncio.sleep(0)  # `finish` waits; what it started has not run yet

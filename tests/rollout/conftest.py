@@ -104,7 +104,12 @@ class Tiny:
 
     @staticmethod
     def request(
-        prompt, key: int = 0, name: str | None = None, kept: bool = False, **sampling
+        prompt,
+        key: int = 0,
+        name: str | None = None,
+        kept: bool = False,
+        talk: str = "",
+        **sampling,
     ) -> GenerationRequest:
         """One sample; `sampling` are fields of `SamplingParams`."""
         return GenerationRequest(
@@ -113,6 +118,7 @@ class Tiny:
             sampling=SamplingParams(**sampling),
             sample_key=key,
             record_kept_ids=kept,
+            conversation=talk,
         )
 
     @staticmethod

@@ -146,6 +146,7 @@ async def test_turns_rewards_and_states_are_recorded_where_they_happened(play):
     assert roles == ["prompt", "policy", "observation", "policy", "observation", "policy"]
     policy = [turn for turn in episode.written.turns if turn.role == "policy"]
     assert [turn.reward for turn in policy] == [0.25] * 3
+    assert {request.conversation for request, _ in sent} == {"r7"}  # so that its keys are kept
     hashes = [state_hash(state) for state in ("start", {"left": 2}, {"left": 1})]
     assert [turn.state_hash for turn in policy] == hashes
     assert (episode.score.value, episode.score.components["turns"]) == (0.75, 3.0)

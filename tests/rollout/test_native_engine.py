@@ -10,6 +10,7 @@ import torch
 from slipstream.buffer.errors import ConfigError, CorruptData
 from slipstream.buffer.records import Version, WeightsManifest
 from slipstream.kernels.models import policy_weights
+from slipstream.rollout.engines import decoder as decoder_module
 from slipstream.rollout.sampling import sample_key
 
 
@@ -229,6 +230,79 @@ async def test_after_a_swap_log_probs_are_those_of_the_kv_that_was_asked_for(tin
     # Under `keep` later tokens attend to older keys: the gap is real, and the stamps say where.
     assert bool(gaps) == (kv == "keep")
     assert not gaps or max(gaps) > 1e-3
+
+
+async def turns(tiny, engine, number, count, told=(), said=lambda: None):
+    """One conversation: (prompt, output) of each turn; `told` holds the tokens after each."""
+    random = np.random.default_rng(number)
+    prompt, done = random.integers(2, 64, size=random.integers(1, 20)).tolist(), []
+    for turn in range(count):
+        request = tiny.request(
+            prompt, 100 * number + turn, f"{number}/{turn}", talk=f"c{number}", max_new_tokens=9
+        )
+        done.append((prompt, (await tiny.outputs(engine, [request]))[request.request_id]))
+        observed = random.integers(2, 64, size=told[turn] if told else random.integers(0, 12))
+        prompt = [*prompt, *done[-1][1].token_ids.tolist(), *observed.tolist()]
+        await (said() or asyncio.sleep(0))
+    return done
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+async def test_turns_go_on_from_kept_keys_with_the_log_probs_of_a_full_forward(
+    tiny, family, monkeypatch
+):
+    monkeypatch.setattr(decoder_module, "_CONTINUED_TOKENS", 7)  # in pieces, and several together
+    folder = tiny.folder(family)
+    model = tiny.policy(folder, 3, torch.float64)
+    engine = tiny.engine(folder, dtype="float64")
+    await engine.load(tiny.publish(model, 0))
+    fresh = asyncio.create_task(
+        tiny.outputs(engine, [tiny.request(p, i) for i, p in enumerate(prompts(12))])
+    )
+    talks = await asyncio.gather(*(turns(tiny, engine, number, 5) for number in range(8)))
+    reused = 0
+    for prompt, output in (turn for talk in talks for turn in talk):
+        reference = tiny.logprobs(model, prompt, output.token_ids)
+        np.testing.assert_allclose(output.behaviour_logprobs, reference, rtol=0, atol=1e-9)
+    for talk in talks:
+        reused += sum(len(prompt) + len(output.token_ids) - 1 for prompt, output in talk[:-1])
+    assert engine.stats().kept_tokens == reused  # as many conversations as rows: all are kept
+    await fresh
+
+
+async def test_a_changed_conversation_and_one_of_too_many_are_computed_whole(tiny):
+    folder = tiny.folder("llama")
+    model = tiny.policy(folder, 3, torch.float64)
+    engine = tiny.engine(folder, dtype="float64", max_concurrent=2)
+    await engine.load(tiny.publish(model, 0))
+    for number in range(5):
+        await turns(tiny, engine, number, 1)
+    assert len(engine._decoder._kept) == 2
+    for name, prompt in (("c4", [5, 6, 7]), ("c0", [*range(2, 40)])):
+        request = tiny.request(prompt, 1, f"{name}/1", talk=name)
+        output = (await tiny.outputs(engine, [request]))[f"{name}/1"]
+        reference = tiny.logprobs(model, prompt, output.token_ids)
+        np.testing.assert_allclose(output.behaviour_logprobs, reference, rtol=0, atol=1e-9)
+    assert engine.stats().kept_tokens == 0
+
+
+@pytest.mark.parametrize("kv", ["keep", "recompute"])
+async def test_new_weights_between_turns_keep_old_keys_only_where_that_was_asked_for(tiny, kv):
+    folder = tiny.folder("llama")
+    models = [tiny.policy(folder, seed, torch.float64) for seed in (20, 21)]
+    manifests = [tiny.publish(model, step) for step, model in enumerate(models)]
+    engine = tiny.engine(folder, kv=kv, dtype="float64")
+    await engine.load(manifests[0])
+    (_, first), (prompt, second) = await turns(
+        tiny, engine, 1, 2, (4, 0), lambda: engine.load(manifests[1])
+    )
+    assert [version.step for version in stamps(first.versions)] == [0] * len(first.token_ids)
+    assert {version.step for version in stamps(second.versions)} == {1}
+    oldest = {version.step for version in stamps(second.kv_version_min)}
+    reference = tiny.logprobs(models[1], prompt, second.token_ids)
+    gap = np.abs(second.behaviour_logprobs - reference).max()
+    assert (oldest, gap > 1e-3) == (({0}, True) if kv == "keep" else ({1}, False))
+    assert gap < 1e-9 or kv == "keep"
 
 
 async def test_tied_embeddings_stay_tied_after_a_load(tiny):
