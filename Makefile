@@ -63,6 +63,15 @@ $(TRL_VENV)/.installed:
 	    trl==1.16.0 math-verify==0.9.0 'torch~=2.13.0' 'transformers>=5.16.1,<5.20'
 	touch $@
 
+# Not a peer but what its users bring along: its dependencies would double ours.
+.venvs/verifiers/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --editable '.[verifiers]'
+	touch $@
+
+test-long: .venvs/verifiers/.installed
+
 .venvs/transferqueue/.installed:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip

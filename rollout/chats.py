@@ -1,4 +1,4 @@
-"""Reads a user's own examples for a supervised warm start: chats, or prompts and completions."""
+"""Chats in a user's data: as prompts, and as examples of a supervised warm start."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,35 @@ from .config import PromptsConfig
 from .prompts import worded
 
 ROLES = ("system", "user", "assistant", "tool")
+
+
+def question_of(value: Any) -> str | tuple[Message, ...]:
+    """What an item asks: its text, or its chat.
+
+    Raises:
+        ValueError: it is neither; says what it must be.
+    """
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, list) and value and all(_is_message(message) for message in value):
+        if value[-1]["role"] == "assistant":
+            raise ValueError(
+                "the prompt's last message is the assistant's; the policy is to write it, so leave "
+                "it out of the prompt"
+            )
+        return tuple(Message(role=m["role"], content=m["content"]) for m in value)
+    raise ValueError(
+        f"the prompt is {str(value)[:60]!r}; it must be a text that is not empty, or a list of "
+        f"messages with a role ({', '.join(ROLES)}) and a content"
+    )
+
+
+def _is_message(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.get("role") in ROLES
+        and isinstance(value.get("content"), str)
+    )
 
 
 def convert_chats(data: Path, prompts: PromptsConfig, path: Path) -> int:
@@ -76,8 +105,7 @@ def _checked(messages: Any) -> list[dict[str, str]]:
     if not isinstance(messages, list) or len(messages) < 2:
         raise ValueError("`messages` must be a list of two or more, the last one the assistant's")
     for message in messages:
-        known = isinstance(message, dict) and message.get("role") in ROLES
-        if not known or not isinstance(message.get("content"), str):
+        if not _is_message(message):
             raise ValueError(
                 f"each message needs a `role` ({', '.join(ROLES)}) and a `content` that is text"
             )

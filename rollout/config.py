@@ -21,9 +21,10 @@ class SourceConfig(Settings):
     source: Literal["reasoning_gym", "dataset", "function"] = "reasoning_gym"
     task: str = "chain_sum"
     """`source = "reasoning_gym"`: the name of the task. `source = "function"`: `module:function` or
-    `file.py:function` of a seed, which returns a row: {"prompt": ..., "answer": ..., ...}."""
+    `file.py:function` of a seed, which returns a row: {"prompt": ..., "answer": ..., ...}; the
+    prompt is a text or a chat."""
     task_config: dict[str, Any] = {}
-    """`source = "reasoning_gym"`: arguments of the task, as reasoning-gym names them."""
+    """Arguments of the task, as reasoning-gym names them, or of the function."""
     size: Annotated[int, Field(ge=1)] = 100_000
     """`source = "reasoning_gym"`, `"function"`: distinct items before the next epoch."""
     path: str = ""

@@ -8,7 +8,7 @@ import xxhash
 
 from ..buffer.errors import ConfigError
 from ..buffer.records import Message
-from .chats import ROLES
+from .chats import question_of
 from .config import SourceConfig
 from .plain import plain
 from .prompts import Item, normalised_text
@@ -103,25 +103,7 @@ class DatasetItems:
 
 
 def _question(value: Any, place: str) -> str | tuple[Message, ...]:
-    """What a row asks: its text, or its chat."""
-    if isinstance(value, str) and value.strip():
-        return value
-    if isinstance(value, list) and value and all(_is_message(message) for message in value):
-        if value[-1]["role"] == "assistant":
-            raise ConfigError(
-                f"{place}: the prompt's last message is the assistant's; the policy is to write "
-                "it, so leave it out of the prompt column"
-            )
-        return tuple(Message(role=m["role"], content=m["content"]) for m in value)
-    raise ConfigError(
-        f"{place}: the prompt is {str(value)[:60]!r}; it must be a text that is not empty, or a "
-        f"list of messages with a role ({', '.join(ROLES)}) and a content"
-    )
-
-
-def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.get("role") in ROLES
-        and isinstance(value.get("content"), str)
-    )
+    try:
+        return question_of(value)
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}") from None

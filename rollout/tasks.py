@@ -12,10 +12,12 @@ from typing import Any
 import xxhash
 
 from ..buffer.errors import ConfigError
+from .chats import question_of
 from .config import SourceConfig
 from .imports import import_object
 from .plain import plain
 from .prompts import Item, normalised_text
+from .rewards.trl import CHAT_KEY
 from .suggest import did_you_mean
 
 HELD_OUT_ROUNDS = 20
@@ -150,14 +152,14 @@ class FunctionItems(GeneratedItems):
         seed = xxhash.xxh3_64_intdigest(f"{stream}/{index}".encode()) >> 33
         try:
             row = plain(dict(self._function(seed, **self._config.task_config)))
-            question = row.pop("prompt")
-            if not isinstance(question, str) or not question.strip():
-                raise ValueError(f"its prompt is {question!r}, not a text")
+            question = question_of(row.pop("prompt"))
         except Exception as error:  # the user's code: a config that cannot work ends the run
             raise ConfigError(
                 f"prompts.task = {self._config.task!r} failed on seed {seed}: {error!r}; it must "
                 'return a dict with a "prompt"'
             ) from error
+        if not isinstance(question, str):
+            row[CHAT_KEY] = True
         return Item("", question, row, seed)
 
 

@@ -1,8 +1,11 @@
 """An OpenAI-compatible address per episode: any agent's calls become a token-exact trajectory.
 
 Loopback only, and every request needs the episode's own key. The agent sends the whole conversation
-each time, as its protocol wants; what it repeats is compared with what was said, never tokenised
+each time, as its protocol wants; what it repeats is compared with what it was told, never tokenised
 again. A conversation that was changed afterwards is refused: it would be another episode.
+
+An agent that sends `tools` has them shown to the policy, and gets calls that the policy wrote as
+`tool_calls`; one that sends none gets the text as it was written.
 """
 
 import asyncio
@@ -10,16 +13,27 @@ import contextlib
 import json
 import secrets
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...buffer.records import Message
 from ..chats import ROLES
+from .chat import ChatFormat
 from .conversation import Conversation, EpisodeFull
+from .tools import ToolCall, split_calls
 
 MAX_BODY_BYTES = 8 << 20
 IDLE_S = 120.0
 """A connection without a request for so long is closed."""
+
+
+class Said(NamedTuple):
+    """A message as the agent sees it."""
+
+    role: str
+    content: str
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(slots=True)
@@ -29,6 +43,10 @@ class Session:
     talk: Conversation
     base_url: str
     turns_left: int
+    chat: Callable[[Sequence[dict]], ChatFormat]
+    """How a conversation with these tools is written."""
+    tools: list[dict] = field(default_factory=list)
+    said: list[Said] = field(default_factory=list)
     api_key: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     model: str = "policy"
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -51,13 +69,15 @@ class EndpointServer:
         self._starting = asyncio.Lock()
         self._server: asyncio.Server | None = None
 
-    async def open(self, talk: Conversation, max_turns: int) -> Session:
-        """A session for one episode."""
+    async def open(
+        self, talk: Conversation, max_turns: int, chat: Callable[[Sequence[dict]], ChatFormat]
+    ) -> Session:
+        """A session for one episode; `chat` makes the format of a conversation with tools."""
         async with self._starting:
             if self._server is None:
                 self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         port = self._server.sockets[0].getsockname()[1]
-        session = Session(talk, f"http://127.0.0.1:{port}/v1", max_turns)
+        session = Session(talk, f"http://127.0.0.1:{port}/v1", max_turns, chat)
         self._sessions[session.api_key] = session
         return session
 
@@ -106,16 +126,28 @@ class EndpointServer:
 async def _complete(session: Session, body: bytes) -> dict[str, Any]:
     """One answer of the policy, in OpenAI's form."""
     talk = session.talk
-    new = _new_messages(_messages(body), talk.messages)
+    given, tools = _request(body)
+    if not session.said:
+        session.tools = tools
+        talk.chat = session.chat(tools) if tools else talk.chat
+    elif tools != session.tools:
+        raise Rejected(409, "the tools differ from those of the episode's first request")
+    new = _new_messages(given, session.said)
     if session.turns_left < 1:
         raise Rejected(429, "the episode's turns are used up (environment.max_turns)")
     session.turns_left -= 1
     try:
-        output = await talk.reply(new)
+        output = await talk.reply([Message(role=m.role, content=m.content) for m in new])  # pyright: ignore
     except EpisodeFull:
-        raise Rejected(413, "the episode's tokens are used up (rollout.sampling)") from None
+        raise Rejected(
+            400,
+            "the episode's tokens are used up: the request exceeds the model's context length or "
+            "rollout.sampling.max_new_tokens",
+        ) from None
     if output.error:
         raise Rejected(400, output.error)
+    content, calls = split_calls(output.text) if tools else (output.text, ())
+    session.said += [*new, Said("assistant", content, calls)]
     num_prompt, num_new = talk.turns[-1].start, len(output.token_ids)
     return {
         "id": f"chatcmpl-{output.request_id}",
@@ -125,8 +157,8 @@ async def _complete(session: Session, body: bytes) -> dict[str, Any]:
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": output.text},
-                "finish_reason": output.finish_reason,
+                "message": _answer(content, calls, len(talk.outputs)),
+                "finish_reason": "tool_calls" if calls else output.finish_reason,
                 "logprobs": None,
             }
         ],
@@ -138,22 +170,44 @@ async def _complete(session: Session, body: bytes) -> dict[str, Any]:
     }
 
 
-def _messages(body: bytes) -> list[Message]:
-    """The conversation in a request; sampling settings in it are not ours to change, and ignored.
+def _answer(content: str, calls: Sequence[ToolCall], turn: int) -> dict[str, Any]:
+    if not calls:
+        return {"role": "assistant", "content": content}
+    return {
+        "role": "assistant",
+        "content": content or None,
+        "tool_calls": [
+            {"id": f"call_{turn}_{i}", "type": "function", "function": call._asdict()}
+            for i, call in enumerate(calls)
+        ],
+    }
+
+
+def _request(body: bytes) -> tuple[list[Said], list[dict]]:
+    """The conversation in a request, and its tools; sampling settings in it are not ours to change,
+    and ignored.
 
     Raises:
         Rejected: it is not one.
     """
     try:
         request = json.loads(body)
-        messages = request["messages"]
-        if request.get("stream") or request.get("n", 1) != 1:
+        messages, tools = request["messages"], request.get("tools") or []
+        if request.get("stream") or (request.get("n") or 1) != 1:
             raise Rejected(400, "stream and n > 1 are not supported: one sample is one episode")
         if not messages or any(m["role"] not in ROLES for m in messages):
             raise Rejected(400, f"messages need roles of {', '.join(ROLES)}")
-        return [Message(role=m["role"], content=_text(m["content"])) for m in messages]
+        if any(tool["type"] != "function" or not tool["function"]["name"] for tool in tools):
+            raise Rejected(400, "tools need the type `function` and a name")
+        return [_said(message) for message in messages], tools
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Rejected(400, f"the body is not a chat completion request: {error!r}") from None
+
+
+def _said(message: dict[str, Any]) -> Said:
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    calls = tuple(ToolCall(each["name"], each["arguments"]) for each in functions)
+    return Said(message["role"], _text(message.get("content") or ""), calls)
 
 
 def _text(content: Any) -> str:
@@ -163,7 +217,7 @@ def _text(content: Any) -> str:
     return "".join(part["text"] for part in content)
 
 
-def _new_messages(given: list[Message], known: list[Message]) -> list[Message]:
+def _new_messages(given: list[Said], known: list[Said]) -> list[Said]:
     """What the agent adds to what was said.
 
     Raises:
@@ -173,8 +227,8 @@ def _new_messages(given: list[Message], known: list[Message]) -> list[Message]:
         if mine != theirs:
             raise Rejected(
                 409,
-                f"message {place} differs from what was said: {theirs.content[:80]!r} was "
-                f"{mine.content[:80]!r}. A conversation can only be continued; start from the "
+                f"message {place} differs from what was said: {str(theirs[1:])[:80]} was "
+                f"{str(mine[1:])[:80]}. A conversation can only be continued; start from the "
                 "messages as they were returned",
             )
     if len(given) <= len(known):

@@ -2,7 +2,7 @@
 
 import asyncio
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +16,9 @@ from .base import Agent, Environment, Step, is_agent, load_environment, state_ha
 from .chat import ChatFormat
 from .conversation import Conversation, Episode, EpisodeFull
 from .endpoint import EndpointServer
+
+MAX_FORMATS = 64
+"""Conversation formats kept: an agent may offer other tools in every episode."""
 
 
 class Player:
@@ -66,9 +69,9 @@ class Player:
             limit = f"environment.timeout_s = {self._config.timeout_s:g} s"
             score = failed(f"the environment took longer than {limit}")
         except (Exception, SystemExit) as error:  # the user's code: its failure is the sample's
-            if broken:
-                raise broken[0] from None
             score = failed(f"the environment raised {where_raised(error)}")
+        if broken:  # an agent may have made an error of the endpoint its own
+            raise broken[0]
         return _finished(talk, score)
 
     async def _alternate(
@@ -120,7 +123,7 @@ class Player:
 
     async def _run_agent(self, agent: Agent, talk: Conversation, prompt: Prompt) -> Score:
         assert self._server is not None
-        session = await self._server.open(talk, self._config.max_turns)
+        session = await self._server.open(talk, self._config.max_turns, self._chat)
         try:
             async with asyncio.timeout(self._config.timeout_s):
                 result = agent(prompt, session)
@@ -131,9 +134,11 @@ class Player:
             talk.reward_last(score.value)
         return score
 
-    def _chat(self, tools: Any) -> ChatFormat:
+    def _chat(self, tools: Sequence[dict]) -> ChatFormat:
         key = repr(tools)
         if key not in self._chats:
+            if len(self._chats) >= MAX_FORMATS:
+                self._chats.clear()
             self._chats[key] = ChatFormat(self._tokenizer, tools)
         return self._chats[key]
 

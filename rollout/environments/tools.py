@@ -10,7 +10,7 @@ import json
 import re
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from ...buffer.errors import ConfigError
 from ...buffer.records import Prompt
@@ -94,6 +94,33 @@ class Tools:
         except Exception as error:  # a tool that fails is something to be told, not an end
             return f"error: {type(error).__name__}: {error}"[:MAX_RESULT_CHARS]
         return str(result)[:MAX_RESULT_CHARS]
+
+
+class ToolCall(NamedTuple):
+    """A call as OpenAI's protocol puts it."""
+
+    name: str
+    arguments: str
+    """A JSON object."""
+
+
+def split_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
+    """What a message says, and its calls; what is not a well-formed call stays in the text."""
+    calls: list[ToolCall] = []
+
+    def take(found: re.Match[str]) -> str:
+        try:
+            call = json.loads(found[1])
+            name, arguments = call["name"], call["arguments"]
+        except (ValueError, KeyError, TypeError):
+            return found[0]
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            return found[0]
+        calls.append(ToolCall(name, json.dumps(arguments)))
+        return ""
+
+    rest = _CALL.sub(take, text)
+    return (rest.strip() if calls else text), tuple(calls)
 
 
 def schema_of(function: Any) -> dict[str, Any]:

@@ -8,15 +8,25 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from slipstream.buffer.errors import ConfigError
-from slipstream.buffer.records import Completion, Message, Prompt, SamplingParams
+from slipstream.buffer.records import (
+    Completion,
+    Message,
+    Prompt,
+    SamplingParams,
+    Version,
+    VersionSpan,
+)
 from slipstream.kernels.models import load_tokenizer
 from slipstream.rollout.config import EnvironmentConfig
-from slipstream.rollout.engine import GenerationRequest
+from slipstream.rollout.engine import GenerationOutput, GenerationRequest
 from slipstream.rollout.environments.base import load_environment, state_hash
 from slipstream.rollout.environments.chat import ChatFormat
+from slipstream.rollout.environments.conversation import Conversation
+from slipstream.rollout.environments.endpoint import EndpointServer
 from slipstream.rollout.environments.episode import EpisodeFailed, Player
 from slipstream.rollout.environments.games import Countdown, Sudoku, evaluate, gem_world
 from slipstream.rollout.environments.tools import Tools, calculator, schema_of
@@ -238,15 +248,12 @@ async def test_a_conversation_rewritten_by_the_agent_is_refused(play):
     ],
 )
 async def test_the_endpoint_refuses_what_it_cannot_serve(path, key, body, status):
-    from slipstream.rollout.environments.conversation import Conversation
-    from slipstream.rollout.environments.endpoint import EndpointServer
-
     server = EndpointServer()
     request = GenerationRequest(
         request_id="r", prompt_token_ids=(), sampling=SamplingParams(), sample_key=1
     )
     talk = Conversation(None, None, request, 0)  # type: ignore
-    session = await server.open(talk, 3)
+    session = await server.open(talk, 3, None)  # type: ignore
     url = session.base_url.removesuffix("/v1") + path
     token = session.api_key if key == "right" else "guess"
 
@@ -260,6 +267,113 @@ async def test_the_endpoint_refuses_what_it_cannot_serve(path, key, body, status
     assert await asyncio.to_thread(post) == status
     server.forget(session)
     await server.close()
+
+
+LOOK_UP = {
+    "type": "function",
+    "function": {"name": "look_up", "description": "A word's meaning", "parameters": {}},
+}
+CALL = '<tool_call>{"name": "look_up", "arguments": {"word": "gem"}}</tool_call>'
+
+
+@pytest.fixture
+async def scripted():
+    """`scripted(answers)` -> a session whose policy writes them, and what the engine was sent."""
+    tokenizer, servers = load_tokenizer(TINY), []
+
+    async def open_(*answers, turns=8):
+        server, sent, left = EndpointServer(), [], list(answers)
+        servers.append(server)
+
+        async def generate(request):
+            text = left.pop(0)
+            ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+            sent.append(request)
+            span = (VersionSpan(version=Version(branch=0, step=0), length=len(ids)),)
+            return GenerationOutput(
+                request_id=request.request_id, token_ids=ids, text=text, versions=span,
+                behaviour_logprobs=np.zeros(len(ids), np.float32), kv_version_min=span,
+                finish_reason="stop", first_token_s=0.0, finished_s=0.0,
+                removed_mass=np.zeros(len(ids), np.float32),
+            )  # fmt: skip
+
+        request = GenerationRequest(
+            request_id="r", prompt_token_ids=(), sample_key=1,
+            sampling=SamplingParams(max_new_tokens=500),
+        )  # fmt: skip
+        talk = Conversation(generate, ChatFormat(tokenizer), request, 0)
+        session = await server.open(talk, turns, lambda tools: ChatFormat(tokenizer, tools))
+
+        async def post(messages, **more):
+            body = json.dumps({"messages": messages, **more}).encode()
+            headers = {"Authorization": f"Bearer {session.api_key}"}
+            request = urllib.request.Request(f"{session.base_url}/chat/completions", body, headers)
+            try:
+                with await asyncio.to_thread(urllib.request.urlopen, request, timeout=10) as answer:
+                    return json.load(answer)["choices"][0]
+            except urllib.error.HTTPError as error:
+                return error.code, json.load(error)["error"]["message"]
+
+        return post, talk, sent
+
+    yield open_
+    for server in servers:
+        await server.close()
+
+
+async def test_calls_that_the_policy_writes_reach_the_agent_as_openai_tool_calls(scripted):
+    post, talk, sent = await scripted(f"I look. {CALL}", "A stone.", "Yes.")
+    messages = [{"role": "user", "content": "What is a gem?"}]
+    choice = await post(messages, tools=[LOOK_UP])
+    assert choice["finish_reason"] == "tool_calls"
+    answer = choice["message"]
+    (call,) = answer["tool_calls"]
+    assert answer["content"] == "I look."
+    assert call["type"] == "function"
+    assert call["function"]["name"] == "look_up"
+    assert json.loads(call["function"]["arguments"]) == {"word": "gem"}
+    messages += [answer, {"role": "tool", "tool_call_id": call["id"], "content": "a stone"}]
+    assert (await post(messages, tools=[]))[0] == 409  # other tools: another episode
+    choice = await post(messages, tools=[LOOK_UP])
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "A stone.")
+    assert "tool_calls" not in choice["message"]
+    forged = json.loads(json.dumps([*messages, choice["message"]]))
+    forged[1]["tool_calls"][0]["function"]["arguments"] = "{}"
+    forged.append({"role": "user", "content": "Sure?"})
+    assert (await post(forged, tools=[LOOK_UP]))[0] == 409
+    tokenizer = load_tokenizer(TINY)
+    text = str(tokenizer.decode(talk.token_ids))
+    assert "look_up" in text.partition("What is a gem?")[0]  # shown to the policy
+    assert CALL in text  # and trained as it was written
+    assert list(sent[1].prompt_token_ids[: len(sent[0].prompt_token_ids)]) == list(
+        sent[0].prompt_token_ids
+    )
+
+
+async def test_without_tools_the_agent_gets_the_text_as_it_was_written(scripted):
+    broken = "<tool_call>not json</tool_call>"
+    post, talk, _ = await scripted(CALL, broken)
+    messages = [{"role": "user", "content": "?"}]
+    assert (await post(messages))["message"]["content"] == CALL
+    post, talk, _ = await scripted(broken)
+    assert (await post(messages, tools=[LOOK_UP]))["message"]["content"] == broken
+    assert len(talk.outputs) == 1
+
+
+async def test_used_up_turns_and_tokens_are_told_in_words_that_agents_know(scripted):
+    post, talk, _ = await scripted("One.", "Two.", turns=1)
+    messages = [{"role": "user", "content": "?"}]
+    messages += [(await post(messages))["message"], {"role": "user", "content": "?"}]
+    code, why = await post(messages)
+    assert (code, "max_turns" in why) == (429, True)
+    post, talk, _ = await scripted("One.", "Two.")
+    messages = [{"role": "user", "content": "?"}]
+    messages += [(await post(messages))["message"], {"role": "user", "content": "?"}]
+    talk.request = msgspec.structs.replace(
+        talk.request, sampling=SamplingParams(max_new_tokens=len(talk.outputs[0].token_ids))
+    )
+    code, why = await post(messages)
+    assert (code, "exceeds the model's context length" in why) == (400, True)
 
 
 def test_a_template_that_rewrites_answers_is_refused():
