@@ -80,6 +80,7 @@ def up_local(nodes: int, *, cpus: int | None = None, gpus: int | None = None) ->
     folder.mkdir(parents=True, mode=0o700, exist_ok=True)
     address = f"127.0.0.1:{_free_port()}"
     size = [f"--{key}={n}" for key, n in (("num-cpus", cpus), ("num-gpus", gpus)) if n is not None]
+    _ensure_token()
     started: list[LocalNode] = []
     try:
         for number in range(nodes):
@@ -232,16 +233,29 @@ def _ray(python: str) -> list[str]:
 
 
 def _start_local(arguments: list[str], log_path: Path) -> LocalNode:
-    # The head makes the token; who joins has to be told that there is one.
-    joins = {} if "--head" in arguments else {"RAY_AUTH_MODE": "token"}
     command = [*_ray(sys.executable), "start", "--block", "--disable-usage-stats",
                "--node-ip-address=127.0.0.1", *arguments]  # fmt: skip
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            env=dict(os.environ) | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"} | joins,
+            env=dict(os.environ)
+            | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "RAY_AUTH_MODE": "token"},
         )  # fmt: skip
     return LocalNode(process.pid, process_start_time(process.pid), str(log_path))
+
+
+def _ensure_token() -> None:
+    """Ray's token, made on a machine that has none: `ray start` would go on without one.
+
+    Raises:
+        SlipstreamError: it cannot be made.
+    """
+    command = [*_ray(sys.executable), "get-auth-token", "--generate"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=START_DEADLINE_S, check=False
+    )
+    if done.returncode:
+        raise SlipstreamError(f"Ray's token cannot be made: {done.stderr.strip()[-500:]}")
 
 
 def _wait_for_node(node: LocalNode) -> None:

@@ -77,8 +77,10 @@ def test_local_nodes_are_started_seen_and_all_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))  # a machine on which Ray never made a token
     before = set(rays())
     ray_cluster.up_local(2, cpus=3, gpus=8)
+    assert (tmp_path / ".ray" / "auth_token").stat().st_size
     lines = ray_cluster.status()
     assert len([line for line in lines if "3 of 3 CPU, 8 of 8 GPU free" in line]) == 2
     assert len(ray_cluster.down()) == 2
