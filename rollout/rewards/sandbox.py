@@ -10,7 +10,6 @@ can read (it has no way to send what it read anywhere but into its own output). 
 kernel's other system calls is a hole here. Run hostile models in a container besides.
 """
 
-import ctypes
 import os
 import platform
 import resource
@@ -19,11 +18,27 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from typing import NamedTuple
 
 MAX_OUTPUT_BYTES = 1 << 16
-_START = "import sys; exec(compile(sys.argv[1], '<program>', 'exec'), {'__name__': '__main__'})"
+_START = """
+import ctypes, resource, sys
+limits, law, code = sys.argv[1:]
+for limit in limits.split():
+    name, value = map(int, limit.split(":"))
+    resource.setrlimit(name, (value, value))
+if law:
+    lines = bytes.fromhex(law)
+    class Program(ctypes.Structure):
+        _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_char_p))
+    libc, program = ctypes.CDLL(None), Program(len(lines) // 8, lines)
+    # No new privileges, then the filter.
+    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.byref(program), 0, 0):
+        sys.exit(97)
+exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
+"""
+"""The process confines itself. We do not do it between fork and exec: Python code that runs there
+can wait for ever for a lock that one of our threads held at the fork."""
 _EACCES = 13
 _ARCHES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # Refused by number, per machine; the names say why.
@@ -89,10 +104,10 @@ def run_python(code: str, stdin: str = "", *, timeout_s: float = 5.0, memory_mb:
         given.seek(0)
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _START, code],
+                [sys.executable, "-I", "-S", "-c", _START, _limits(timeout_s, memory_mb),
+                 _filter(platform.machine()), code],
                 stdin=given, stdout=out, stderr=err, cwd="/", env={"LC_ALL": "C.UTF-8"},
                 close_fds=True, start_new_session=True,
-                preexec_fn=_confine(timeout_s, memory_mb),
             )  # fmt: skip
         except (ValueError, OSError) as error:  # a zero byte, or longer than an argument may be
             return Ran(False, "", f"the program cannot be started: {error}")
@@ -117,43 +132,27 @@ def _head(file) -> str:
     return file.read(MAX_OUTPUT_BYTES).decode("utf-8", "replace")
 
 
-def _confine(timeout_s: float, memory_mb: int) -> Callable[[], None]:
-    """What the child does to itself before the program runs; made here, where all is imported."""
-    libc, program = ctypes.CDLL(None, use_errno=True), _filter(platform.machine())
-    limits = [
-        (resource.RLIMIT_CPU, int(timeout_s) + 1),
-        (resource.RLIMIT_AS, memory_mb << 20),
-        (resource.RLIMIT_FSIZE, 4 * MAX_OUTPUT_BYTES),
-        (resource.RLIMIT_NOFILE, 64),
-        (resource.RLIMIT_CORE, 0),
-    ]
-
-    def confine() -> None:
-        for name, value in limits:
-            resource.setrlimit(name, (value, value))
-        if program is None:
-            return
-        # No new privileges, then the filter; the exec that follows is what it still allows once.
-        if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.byref(program), 0, 0):
-            os._exit(97)
-
-    return confine
+def _limits(timeout_s: float, memory_mb: int) -> str:
+    """Resource limits as `number:value`."""
+    limits = {
+        resource.RLIMIT_CPU: int(timeout_s) + 1,
+        resource.RLIMIT_AS: memory_mb << 20,
+        resource.RLIMIT_FSIZE: 4 * MAX_OUTPUT_BYTES,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_CORE: 0,
+    }
+    return " ".join(f"{name}:{value}" for name, value in limits.items())
 
 
-class _Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_char_p))
-
-
-def _filter(machine: str) -> _Program | None:
-    """The seccomp program for this machine; None where there is none."""
+def _filter(machine: str) -> str:
+    """The seccomp program for this machine, in hexadecimal; empty where there is none."""
     if sys.platform != "linux" or machine not in _ARCHES:
-        return None
+        return ""
     load, equal, any_bit, give = 0x20, 0x15, 0x45, 0x06
     # (code, jump if true, jump if false, value); arguments lie at 16 + 8 i.
     lines = [(load, 0, 0, 4), (equal, 1, 0, _ARCHES[machine]), (give, 0, 0, _KILL)]
     lines += [(load, 0, 0, 0), (any_bit, 0, 1, 0x40000000), (give, 0, 0, _KILL)]  # x32 calls
-    execve = _REFUSED[machine]["execve"]
-    for number in sorted(set(_REFUSED[machine].values()) - {execve}):
+    for number in sorted(set(_REFUSED[machine].values())):
         error = 0x00050000 | 38 if number == _REFUSED[machine]["clone3"] else _REFUSE
         lines += [(equal, 0, 1, number), (give, 0, 0, error)]
     allow, refuse = (give, 0, 0, _ALLOW), (give, 0, 0, _REFUSE)
@@ -163,5 +162,4 @@ def _filter(machine: str) -> _Program | None:
     flags = (load, 0, 0, 16)
     lines += [(equal, 0, 4, _CLONE[machine]), flags, (any_bit, 1, 0, _CLONE_THREAD), refuse, allow]
     lines.append((give, 0, 0, _ALLOW))
-    code = b"".join(struct.pack("<HBBI", *line) for line in lines)
-    return _Program(len(lines), code)
+    return b"".join(struct.pack("<HBBI", *line) for line in lines).hex()

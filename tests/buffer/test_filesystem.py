@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -56,11 +55,11 @@ async def test_a_full_disk_is_named_and_nothing_acknowledged_is_lost(make_spec: 
     spec = make_spec({"max_waiting_prompts": 100_000})
     path = spec.run_dir / "spec.json"
     path.write_text(spec.model_dump_json())
-    process = subprocess.Popen(
-        [sys.executable, "-m", "slipstream.buffer.service", str(path)],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
-        stderr=subprocess.DEVNULL,
+    start = (
+        "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
+        "runpy.run_module('slipstream.buffer.service', run_name='__main__')"
     )
+    process = subprocess.Popen([sys.executable, "-c", start, str(path)], stderr=subprocess.DEVNULL)
     put = 0
     try:
         async with BufferClient(spec.endpoint, "run", "feeder", timeout_s=8) as client:

@@ -1,6 +1,7 @@
 """Every registered reward keeps its promises; every accepted form works; bad ones are named."""
 
 import math
+import random
 import re
 from importlib.metadata import entry_points
 
@@ -11,6 +12,7 @@ from slipstream.buffer.errors import ConfigError
 from slipstream.buffer.records import Completion, Message, Prompt, Score
 from slipstream.rollout.config import RewardConfig
 from slipstream.rollout.rewards.base import ENTRY_POINT_GROUP, load_reward, normalised
+from slipstream.rollout.rewards.math_answer import MathAnswer
 from slipstream.rollout.rewards.pattern import PatternMatch
 from slipstream.rollout.rewards.reasoning_gym import ReasoningGym
 
@@ -228,3 +230,38 @@ def test_results_are_finite_numbers_or_failures():
 def test_classes_can_be_used_without_the_machinery():
     assert PatternMatch(pattern="(.*)").score(Completion(text="x"), prompt(answer="x")).value == 1
     assert ReasoningGym(extract="(.*)").score is not None
+
+
+def number(chance: random.Random) -> str:
+    """A number as models write it."""
+    a, b = chance.randint(-60, 60), chance.randint(1, 12)
+    return chance.choice([
+        str(a), f"{a}.{b}", f"{a}.{b:06d}", f"\\frac{{{a}}}{{{b}}}", f"-\\dfrac{{{a}}}{{{b}}}",
+        str(chance.randint(0, 10**14)),
+    ])  # fmt: skip
+
+
+LEADS = (
+    "", "So the answer is ", "Answer: ", "answer is: ", "It is 5 of 12. Thus ", "10% of 50 is 5: ",
+    "We have 17 apples.\nThe result is ", "Let x = 3, then 4 + 5 = 9. Hence ", "a) 3\nb) 4\n",
+    "The answer 4 is wrong. The answer is ", "Final answer: it is ", "The final answer is $3$ or ",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [pytest.param(400), pytest.param(20_000, marks=pytest.mark.slow)])
+def test_the_short_cut_for_numbers_says_what_the_library_says(count, record_property):
+    quick, library = MathAnswer(), MathAnswer()
+    library._equal_numbers = lambda *_: None  # type: ignore[method-assign]
+    chance, short = random.Random(count), 0
+    for _ in range(count):
+        gold = number(chance)
+        given = gold if chance.random() < 0.4 else number(chance)
+        box = chance.choice(["$\\boxed{%s}$", "\\boxed{%s}", "$\\boxed{%s}$.", "$ \\boxed{%s}"])
+        text = chance.choice(LEADS) + box % given + chance.choice(["", ".", "\n", " or so"])
+        sample = Completion(text=text), prompt(answer=chance.choice([gold, f"so\n#### {gold}"]))
+        said = quick._equal_numbers(sample[1].payload["answer"], text)
+        if said is not None:
+            short += 1
+            assert library.score(*sample).value == said, (gold, text)
+    record_property("short cuts", short)
+    assert short > count / 2
