@@ -63,14 +63,14 @@ $(TRL_VENV)/.installed:
 	    trl==1.16.0 math-verify==0.9.0 'torch~=2.13.0' 'transformers>=5.16.1,<5.20'
 	touch $@
 
-# Not a peer but what its users bring along: its dependencies would double ours.
-.venvs/verifiers/.installed: pyproject.toml
+# Extras that would slow every process down, or double what is installed.
+.venvs/extras/.installed: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
-	$(@D)/bin/python -m pip install --quiet --editable '.[verifiers]'
+	$(@D)/bin/python -m pip install --quiet --editable '.[verifiers,adam8bit]' --group test
 	touch $@
 
-test-long: .venvs/verifiers/.installed
+test-long: .venvs/extras/.installed
 
 .venvs/transferqueue/.installed:
 	$(PYTHON) -m venv $(@D)

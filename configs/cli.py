@@ -78,6 +78,27 @@ def plan(
 
 
 @app.command()
+def diff(
+    one: Annotated[str, typer.Argument(help="An experiment, a TOML file or a run folder.")],
+    other: Annotated[str, typer.Argument(help="What it is compared with.")],
+) -> None:
+    """Say in which settings two experiments or runs differ, defaults included."""
+    from .load import load_experiment
+    from .plan import differences
+
+    folders = [Path(name) for name in (one, other)]
+    found = differences(
+        *(load_experiment(f / "resolved.toml" if f.is_dir() else str(f)) for f in folders)
+    )
+    if not found:
+        print("no setting differs")
+        return
+    width = max(len(key) for key, _, _ in found)
+    for key, ours, theirs in found:
+        print(f"{key:{width}}  {ours}  ->  {theirs}")
+
+
+@app.command()
 def run(
     experiment: ExperimentArgument,
     overrides: OverridesArgument = None,

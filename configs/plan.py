@@ -105,6 +105,17 @@ def resolved_values(loaded: Loaded) -> Iterator[tuple[str, str, str]]:
         yield key.path, text, loaded.origins.get(key.path, "default")
 
 
+def differences(one: Loaded, other: Loaded) -> list[tuple[str, str, str]]:
+    """(dotted key, value in the one, value in the other) where they differ, in the schema's order;
+    the keys of a section that only one of them has are (unset) in the other."""
+    ours, theirs = (
+        {path: value for path, value, _ in resolved_values(each)} for each in (one, other)
+    )
+    keys = [*ours, *(key for key in theirs if key not in ours)]
+    pairs = [(key, ours.get(key, "(unset)"), theirs.get(key, "(unset)")) for key in keys]
+    return [each for each in pairs if each[1] != each[2]]
+
+
 def plan_text(loaded: Loaded, *, show_all: bool = True) -> str:
     """The plan as plain text, for the run folder and for pipes.
 

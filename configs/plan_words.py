@@ -18,6 +18,13 @@ def algebra(experiment: Experiment) -> Iterator[str]:
         f"samples (at most {samples * new.max_new_tokens:,} written tokens) in {updates} optimizer "
         f"update{'s' if updates > 1 else ''} of {prompts // updates} prompts."
     )
+    if (scaled := learner.scaled()) != learner:
+        betas = ", ".join(f"{beta:.4g}" for beta in scaled.optimizer.betas)
+        yield (
+            f"Tuned at {learner.optimizer.tuned_at} prompts an update, this batch is trained with "
+            f"learning_rate {scaled.optimizer.learning_rate:.3g}, betas ({betas}) and "
+            f"proximal_decay {scaled.objective.proximal_decay:.4g}."
+        )
     yield (
         f"Engines may work ahead: (S + 1) x P = ({experiment.buffer.max_staleness_steps:g} + 1) x "
         f"{prompts} = {experiment.capacity_groups} groups in flight, ready or being trained."

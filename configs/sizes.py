@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,9 @@ class ModelSize:
     has_weights: bool
     """False: the run starts from weights drawn from the seed."""
     num_experts: int = 0
+    linear: dict[str, int] = field(default_factory=dict)
+    """Inputs plus outputs of the linear layers of each name, over all layers: an adapter of rank r
+    has r times so many parameters."""
 
 
 def model_size(model: str) -> ModelSize | None:
@@ -74,12 +77,19 @@ def _from_config(
     head = config.get("head_dim") or hidden // heads
     attention = hidden * head * 2 * (heads + kv_heads)
     layer = attention + 3 * hidden * intermediate + 2 * hidden
+    queries, keys = heads * head, kv_heads * head
+    linear = {
+        "q_proj": hidden + queries, "k_proj": hidden + keys, "v_proj": hidden + keys,
+        "o_proj": queries + hidden, "gate_proj": hidden + intermediate,
+        "up_proj": hidden + intermediate, "down_proj": intermediate + hidden,
+    }  # fmt: skip
     embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
     return ModelSize(
         num_parameters=num_parameters or embeddings + layers * layer + hidden,
         kv_elements_per_token=2 * layers * kv_heads * head,
         has_weights=has_weights,
         num_experts=config.get("num_local_experts") or config.get("num_experts") or 0,
+        linear={name: layers * width for name, width in linear.items()},
     )
 
 
@@ -99,10 +109,17 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> dict[str, Cost]:
     rows, new_tokens = rollout.max_concurrent_samples, rollout.sampling.max_new_tokens
     cache = rows * new_tokens * size.kv_elements_per_token * element
     copies = 2 if experiment.eval.enabled else 1
-    moments = 2 * size.num_parameters * max(4, element)
+    trained, lora = size.num_parameters, experiment.learner.lora
+    if lora.rank:
+        trained = lora.rank * sum(size.linear.get(n, 0) for n in lora.targets or size.linear)
+    moment_bytes: float = max(4, element)
+    if experiment.learner.optimizer.name == "adamw_8bit":
+        moment_bytes = 1 + 4 / 256  # a float32 scale for each block of 256
+    moments = int(2 * trained * moment_bytes)
+    gradients = trained * (max(4, element) if lora.rank else element)
     reference = weights if experiment.learner.objective.kl_coefficient else 0
     average = experiment.learner.objective.proximal == "ewma"
-    averaged = average * size.num_parameters * max(4, element)
+    averaged = average * trained * max(4, element)
     return {
         "weights": Cost(
             weights,
@@ -125,8 +142,9 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> dict[str, Cost]:
             "cache, Python and torch)",
         ),
         "learner": Cost(
-            2 * weights + moments + averaged + reference + weights + moments + PROCESS_BYTES,
-            f"weights, gradients, two Adam moments{', averaged weights' if average else ''}"
+            2 * (weights + moments) + gradients + averaged + reference + PROCESS_BYTES,
+            f"weights, gradients{f' of {trained:,} adapter parameters' if lora.rank else ''}, two "
+            f"Adam moments{', averaged weights' if average else ''}"
             f"{', reference policy' if reference else ''}, the copy a checkpoint is written from, "
             "Python and torch; not activations",
         ),

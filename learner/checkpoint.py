@@ -25,6 +25,8 @@ from ..buffer.mailbox import file_digest
 from ..buffer.records import Version
 
 MANIFEST = "manifest.json"
+ADAPTER = "adapter_model.safetensors"
+"""Under LoRA, beside the merged weights; peft's own name and format."""
 SCHEMA = 1
 CRASH_VARIABLE = "SLIPSTREAM_CRASH_AT"
 

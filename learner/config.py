@@ -1,7 +1,8 @@
 """Settings of the learner, of supervised warm starts and of checkpoints."""
 
+import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -130,12 +131,30 @@ class ObjectiveConfig(Settings):
 class OptimizerConfig(Settings):
     """`[learner.optimizer]`: AdamW."""
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit`: moments in 8 bits by blocks of 256 (torchao), a quarter of their memory."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     betas: tuple[float, float] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    tuned_at: Annotated[int, Field(ge=0)] = 0
+    """Prompts per update (P / U) at which `learning_rate`, `betas` and `proximal_decay` were tuned.
+    With c times fewer now, the rate is divided by sqrt(c), betas become beta^(1/c), and the average
+    of `proximal = "ewma"` looks back c times as many updates (PPO-EWMA, arXiv:2110.00641). 0: all
+    three are as given."""
+
+
+class LoraConfig(Settings):
+    """`[learner.lora]`: train low-rank adapters instead of the weights, in warm starts, too."""
+
+    rank: Annotated[int, Field(ge=0)] = 0
+    """0: all weights are trained."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Adapters count alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Last parts of the names of linear layers, such as "q_proj"; empty: all but the LM head."""
 
 
 class CheckpointConfig(Settings):
@@ -171,7 +190,42 @@ class LearnerConfig(Settings):
     threads: Annotated[int, Field(ge=1)] = 1
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def scaled(self) -> Self:
+        """With rate, betas and average for the batch that there is, see `optimizer.tuned_at`."""
+        tuned = self.optimizer.tuned_at * self.updates_per_step
+        if tuned in (0, self.prompts_per_step):
+            return self
+        c = tuned / self.prompts_per_step
+        center = 1 / (1 - self.objective.proximal_decay) - 1
+        optimizer = {
+            "learning_rate": self.optimizer.learning_rate / math.sqrt(c),
+            "betas": tuple(beta ** (1 / c) for beta in self.optimizer.betas),
+            "tuned_at": 0,
+        }
+        objective = {"proximal_decay": 1 - 1 / (1 + c * center)}
+        return self.model_copy(
+            update={
+                "optimizer": self.optimizer.model_copy(update=optimizer),
+                "objective": self.objective.model_copy(update=objective),
+            }
+        )
+
+    @model_validator(mode="after")
+    def _lora_fits(self) -> Self:
+        if self.lora.rank and self.activations == "stream":
+            raise ValueError(
+                'learner.activations = "stream" knows the layers\' own weights alone, not the '
+                'adapters of learner.lora; use "checkpoint"'
+            )
+        if "lm_head" in self.lora.targets:
+            raise ValueError(
+                'learner.lora.targets holds "lm_head", which the fused loss reads as one matrix; '
+                "leave it out"
+            )
+        return self
 
 
 class SftConfig(Settings):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..buffer.errors import ConfigError, CorruptData, SlipstreamError, TrainingFailed
 from ..kernels.models import (
@@ -22,10 +22,13 @@ from ..kernels.models import (
     assign_weights,
     empty_model,
     end_token_ids,
+    has_weights,
     load_tokenizer,
     read_weights,
 )
-from .checkpoint import Checkpoint, find_checkpoint, read_checkpoint
+from .checkpoint import ADAPTER, Checkpoint, find_checkpoint, read_checkpoint
+from .config import LoraConfig
+from .lora import adapter_config, linear_layers
 
 LOGIT_BOUND = 1e-5
 """Largest difference allowed between the live policy's float32 logits and those of the reload."""
@@ -104,6 +107,21 @@ def _write(run_dir: Path, checkpoint: Checkpoint, draft: Path) -> None:
         settings.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(str(draft))
     tokenizer.save_pretrained(str(draft))
+    if (checkpoint.folder / ADAPTER).is_file() and has_weights(model_dir):
+        _write_adapter(run_dir, checkpoint, model, draft / "adapter")
+
+
+def _write_adapter(
+    run_dir: Path, checkpoint: Checkpoint, model: PreTrainedModel, folder: Path
+) -> None:
+    """The adapters alone, as peft loads them beside the model that the run started from."""
+    settings = _read_json(run_dir / "resolved.json")
+    lora = LoraConfig.model_validate(settings["learner"]["lora"])
+    targets = list(lora.targets) or linear_layers(model)
+    folder.mkdir()
+    shutil.copyfile(checkpoint.folder / ADAPTER, folder / ADAPTER)
+    config = adapter_config(lora, str(settings["model"]), targets)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def verify(folder: Path, probe: Path) -> float:

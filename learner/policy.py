@@ -4,7 +4,8 @@ Shape suffixes: B rows, L padded inputs of a row, D hidden size, V vocabulary, T
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import xxhash
@@ -12,10 +13,11 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
-from ..buffer.errors import CorruptData
+from ..buffer.errors import ConfigError, CorruptData
 from ..kernels import dispatch
 from ..kernels.definition import FullLoss, Head, TokenLoss
-from ..kernels.models import assign_weights, policy_weights
+from ..kernels.models import assign_weights
+from . import lora
 from .batch import Rows
 from .config import OptimizerConfig
 from .rows import Layout
@@ -23,6 +25,7 @@ from .rows import Layout
 RNG_NAME = "rng.torch"
 AVERAGE_WEIGHT_NAME = "average.weight"
 PROBE_ROWS, PROBE_TOKENS = 4, 24
+BLOCK_8BIT = 256
 
 
 class Policy:
@@ -35,7 +38,8 @@ class Policy:
     def __init__(
         self, model: PreTrainedModel, config: OptimizerConfig, average_decay: float | None = None
     ) -> None:
-        """Take over a model; nothing is copied unless it is bfloat16 or averaged.
+        """Take over a model; nothing is copied unless it is bfloat16 or averaged. What needs no
+        gradient (all but the adapters under LoRA) is not trained.
 
         Args:
             model: trained in place.
@@ -43,22 +47,14 @@ class Policy:
             average_decay: of the exponential average that `averaged` shows; None: there is none.
         """
         self.model, self.config = model, config
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         rounded = model.dtype == torch.bfloat16
         self.masters = (
             {name: p.detach().float().requires_grad_() for name, p in self.parameters.items()}
             if rounded
             else self.parameters
         )
-        self.optimizer = torch.optim.AdamW(
-            self.masters.values(),
-            lr=config.learning_rate,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-
+        self.optimizer = make_optimizer(list(self.masters.values()), config)
         self.average_decay = average_decay
         self.average = {} if average_decay is None else self._copy_of_masters()
         self.average_weight = torch.ones((), dtype=torch.float64)
@@ -98,8 +94,12 @@ class Policy:
         """Clip the accumulated gradients, whose total norm the caller has checked; apply AdamW."""
         clip_grads_with_norm_(self.masters.values(), self.config.max_grad_norm, grad_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
+            if isinstance(group["lr"], Tensor):  # torchao's, which compiles the rate in otherwise
+                group["lr"].fill_(learning_rate)
+            else:
+                group["lr"] = learning_rate
+        with self._stance():
+            self.optimizer.step()
         self.clear_gradients()
         if self.masters is not self.parameters:
             with torch.no_grad():
@@ -107,6 +107,12 @@ class Policy:
                     parameter.copy_(self.masters[name])
         if self.average:
             self._update_average()
+
+    def _stance(self) -> AbstractContextManager[object]:
+        """torchao compiles its update: worth it on a GPU, minutes for nothing on a CPU."""
+        on_cpu = next(iter(self.masters.values())).device.type == "cpu"
+        eager = self.config.name == "adamw_8bit" and on_cpu
+        return torch.compiler.set_stance("force_eager") if eager else nullcontext()
 
     def grad_norm(self) -> Tensor:
         """The 2-norm of all accumulated gradients together."""
@@ -123,15 +129,20 @@ class Policy:
                 tensor.grad = None
 
     def weights(self) -> dict[str, Tensor]:
-        """What is published; no copies."""
-        return policy_weights(self.model)
+        """What is published; no copies but of weights that adapters change."""
+        with lora.merged(self.model) as weights:
+            return weights
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """AdamW's moments, float32 masters if there are any, and torch's random state, by name."""
         state = {RNG_NAME: torch.get_rng_state()}
         for name, master in self.masters.items():
             for field, value in self.optimizer.state.get(master, {}).items():
-                state[f"{name}:{field}"] = value
+                if hasattr(value, "codes"):  # 8 bits
+                    state[f"{name}:{field}.codes"] = value.codes
+                    state[f"{name}:{field}.scale"] = value.scale
+                else:
+                    state[f"{name}:{field}"] = value
             if self.masters is not self.parameters:
                 state[f"{name}:master"] = master.detach()
             if self.average:
@@ -141,13 +152,15 @@ class Policy:
         return state
 
     def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Continue exactly where `weights()` and `optimizer_state()` were taken.
+        """Continue exactly where `weights()` and `optimizer_state()` were taken. Adapters are the
+        caller's: weights have them merged in.
 
         Raises:
             ModelError: the weights are another model's.
             CorruptData: the state is another model's.
         """
-        assign_weights(self.model, weights)
+        if not lora.adapters(self.model):
+            assign_weights(self.model, weights)
         torch.set_rng_state(state[RNG_NAME])
         for key, value in state.items():
             name, _, field = key.rpartition(":")
@@ -163,7 +176,48 @@ class Policy:
                 with torch.no_grad():
                     self.masters[name].copy_(value)
             else:
-                self.optimizer.state[self.masters[name]][field] = value.clone()
+                self._restore_moment(self.masters[name], field, value)
+
+    def _restore_moment(self, master: Tensor, field: str, value: Tensor) -> None:
+        moments = self.optimizer.state[master]
+        moment, _, part = field.partition(".")
+        if not part:
+            moments[field] = value.clone()
+            return
+        from torchao.optim.subclass_8bit import OptimState8bit  # pyright: ignore
+
+        if moment not in moments:
+            moments[moment] = OptimState8bit.zeros(
+                master.shape, signed=moment == "exp_avg", block_size=BLOCK_8BIT, dtype=master.dtype
+            )
+        getattr(moments[moment], part).copy_(value)
+
+
+def make_optimizer(masters: list[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer that the config names.
+
+    Raises:
+        ConfigError: torchao is not installed, or the weights are float64, which it would round.
+    """
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate, "betas": config.betas, "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }  # fmt: skip
+    if config.name == "adamw":
+        return torch.optim.AdamW(masters, **settings, fused=True)
+    if any(master.dtype == torch.float64 for master in masters):
+        raise ConfigError(
+            'learner.optimizer.name = "adamw_8bit" computes in float32, which dtype = "float64" '
+            'asks not to; use "adamw"'
+        )
+    try:
+        from torchao.optim import AdamW8bit  # pyright: ignore
+    except ImportError as error:
+        raise ConfigError(
+            f'learner.optimizer.name = "adamw_8bit" needs the package torchao ({error}): '
+            "pip install 'slipstream[adam8bit]'"
+        ) from error
+    return AdamW8bit(masters, **settings, block_size=BLOCK_8BIT)
 
 
 def score(model: PreTrainedModel, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -232,5 +286,6 @@ def probe(model: PreTrainedModel) -> dict[str, Tensor]:
     vocabulary = model.get_output_embeddings().weight.shape[0]  # pyright: ignore
     generator = torch.Generator().manual_seed(0)
     tokens_BL = torch.randint(vocabulary, (PROBE_ROWS, PROBE_TOKENS), generator=generator)
-    logits_BLV = model(input_ids=tokens_BL, use_cache=False).logits
+    with lora.merged(model):
+        logits_BLV = model(input_ids=tokens_BL, use_cache=False).logits
     return {"token_ids": tokens_BL, "logits": logits_BLV.float().contiguous()}

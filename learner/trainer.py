@@ -27,7 +27,9 @@ from ..kernels.models import (
     load_tokenizer,
     read_weights,
 )
+from . import lora
 from .checkpoint import (
+    ADAPTER,
     Checkpoint,
     complete_folders,
     crash_point,
@@ -60,7 +62,7 @@ class Trainer:
 
     def __init__(self, spec: LearnerSpec) -> None:
         """Nothing is read before `prepare`."""
-        self.spec = spec
+        self.spec = spec.model_copy(update={"config": spec.config.scaled()})
         self.root = spec.run_dir / "checkpoints"
         self.path = LivePath(spec.branch, spec.branch_parents)
         self.saved = False
@@ -116,6 +118,8 @@ class Trainer:
                 f"dtype = {spec.dtype}, but the run was started with {checkpoint.info['dtype']}"
             )
         policy = self._policy(self._load_model())
+        if spec.config.lora.rank:
+            lora.load_adapters(policy.model, read_weights([checkpoint.folder / ADAPTER]))
         policy.restore(
             read_weights([checkpoint.folder / "weights.safetensors"]),
             read_weights([checkpoint.folder / "optimizer.safetensors"]),
@@ -138,6 +142,8 @@ class Trainer:
         """
         spec = self.spec
         model = load_policy(spec.model_dir, spec.dtype, spec.seed)
+        if spec.config.lora.rank:
+            lora.add_adapters(model, spec.config.lora, spec.seed)
         kind = spec.config.activations
         try:
             if kind == "stream":
@@ -214,6 +220,8 @@ class Trainer:
             "optimizer.safetensors": self.policy.optimizer_state(),
             "probe.safetensors": probe(self.policy.model),
         }
+        if self.spec.config.lora.rank:
+            tensors[ADAPTER] = lora.adapter_state(self.policy.model)
         write = functools.partial(
             save_checkpoint,
             self.root,

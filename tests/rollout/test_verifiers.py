@@ -10,7 +10,7 @@ from slipstream.configs.rollouts import read_rollouts
 from slipstream.rollout.config import EnvironmentConfig
 from slipstream.rollout.environments.base import load_environment
 
-PEER = Path(__file__).parents[2] / ".venvs" / "verifiers" / "bin"
+PEER = Path(__file__).parents[2] / ".venvs" / "extras" / "bin"
 GUESS = """
 import verifiers as vf
 from datasets import Dataset
@@ -64,7 +64,7 @@ def test_without_the_package_the_remedy_is_named() -> None:
 
 @pytest.mark.slow
 def test_an_environment_of_the_package_trains_as_it_is(tmp_path: Path) -> None:
-    assert (PEER / "slipstream").exists(), "make .venvs/verifiers/.installed"
+    assert (PEER / "slipstream").exists(), "make .venvs/extras/.installed"
     (tmp_path / "guess_env.py").write_text(GUESS)
     (tmp_path / "shown.py").write_text("def guess(prompt):\n    return '7'\n")
     (tmp_path / "guess.toml").write_text(EXPERIMENT)

@@ -1,0 +1,153 @@
+"""LoRA: low-rank adapters beside frozen weights, by `peft`; engines get the two merged.
+
+    y = x W^T + (alpha / rank) (x A^T) B^T      A random, B zero: at first the model is unchanged
+
+Only A and B are trained and have optimizer state. What is published, checkpointed as weights and
+exported is W + (alpha / rank) B A, so every engine serves it as it would any model.
+Source: LoRA (arXiv:2106.09685).
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..buffer.errors import ConfigError, CorruptData
+from ..kernels.models import policy_weights
+from .config import LoraConfig
+
+_NAME = "default"
+_PEFT_PREFIX = "base_model.model."
+"""What peft's own files put before a parameter's name."""
+
+
+def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
+    """Put adapters into the model, in place, and freeze everything else.
+
+    The adapters of a bfloat16 model are float32: their updates are too small for it.
+
+    Args:
+        model: the policy.
+        config: `[learner.lora]`.
+        seed: of A.
+    Raises:
+        ConfigError: peft is not installed, or no layer has such a name.
+    """
+    try:
+        from peft import LoraConfig as PeftConfig
+        from peft import inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError(
+            f"learner.lora needs the package peft ({error}): pip install 'slipstream[lora]'"
+        ) from error
+    wanted = PeftConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, task_type="CAUSAL_LM",  # pyright: ignore
+        target_modules=list(config.targets) or linear_layers(model),
+    )  # fmt: skip
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(wanted, model, adapter_name=_NAME)
+        except ValueError as error:
+            raise ConfigError(
+                f"learner.lora.targets = {list(config.targets)}: {error}. The model's linear "
+                f"layers are {', '.join(linear_layers(model))}"
+            ) from error
+    for parameter in adapters(model).values():
+        parameter.requires_grad_()
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Last parts of the names of all linear layers but the LM head."""
+    head = model.get_output_embeddings()
+    found = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head and "lora_" not in name
+    }
+    return sorted(found - {"base_layer"})
+
+
+def adapters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """The adapters' parameters, by name; empty for a model without."""
+    return {name: p for name, p in model.named_parameters() if ".lora_" in name}
+
+
+def _layers(model: PreTrainedModel) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+@contextmanager
+@torch.no_grad()
+def merged(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """The model as engines hold it, inside a `with`: its weights by their transformers names, the
+    adapters merged in; logits inside are those that it is served with. For a model without adapters
+    the same without a copy.
+
+    The sum is taken in float32 at least and rounded once, to the dtype of W.
+    """
+    layers = _layers(model)
+    own = {name: layer.get_base_layer().weight.data for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            precise = torch.promote_types(own[name].dtype, torch.float32)
+            change = layer.get_delta_weight(_NAME).to(precise)
+            layer.get_base_layer().weight.data = (own[name].to(precise) + change).to(
+                own[name].dtype
+            )
+            layer.enable_adapters(False)
+        yield {
+            name.replace(".base_layer.", "."): weight
+            for name, weight in policy_weights(model).items()
+            if ".lora_" not in name
+        }
+    finally:
+        for name, layer in layers.items():
+            layer.get_base_layer().weight.data = own[name]
+            layer.enable_adapters(True)
+
+
+def adapter_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A and B of every layer, named as peft's `adapter_model.safetensors` names them."""
+    return {
+        _PEFT_PREFIX + name.replace(f".{_NAME}", ""): parameter.detach()
+        for name, parameter in adapters(model).items()
+    }
+
+
+@torch.no_grad()
+def load_adapters(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+    """Continue from `adapter_state`.
+
+    Raises:
+        CorruptData: it is another model's, or of another rank.
+    """
+    own = adapter_state(model)
+    if own.keys() != state.keys() or any(own[n].shape != state[n].shape for n in own):
+        raise CorruptData(
+            "the checkpoint's adapters do not fit learner.lora: they were saved with another rank "
+            "or other targets; resume with the run's own"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+
+
+def adapter_config(config: LoraConfig, model_name: str, targets: list[str]) -> dict[str, Any]:
+    """`adapter_config.json` for peft: with `adapter_state`'s file, all it needs to load."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model_name,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "bias": "none",
+        "inference_mode": True,
+    }
