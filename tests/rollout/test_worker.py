@@ -1,6 +1,7 @@
 """The worker's loop: against a scripted buffer for what goes wrong, then against the real one."""
 
 import asyncio
+import threading
 from collections import defaultdict
 
 import numpy as np
@@ -27,6 +28,7 @@ from slipstream.buffer.records import (
 )
 from slipstream.buffer.service import BufferService
 from slipstream.rollout.config import RewardConfig, RolloutConfig, SamplingConfig, WorkerSpec
+from slipstream.rollout.engines.decoder import Decoder
 from slipstream.rollout.rewards.pool import RewardPool
 from slipstream.rollout.sampling import sample_key
 from slipstream.rollout.worker import Worker, make_engine
@@ -203,21 +205,37 @@ async def test_claims_ask_for_no_more_than_there_is_room_and_heartbeats_say_how_
     assert all(0 <= beat["idle"] <= 1.01 for _, beat in buffer.beats)
 
 
-async def test_new_versions_are_loaded_while_samples_are_in_flight(tiny, started):
+async def test_new_versions_are_loaded_while_samples_are_in_flight(tiny, started, paced):
     buffer, _, engine, _, spec = await started()
     await buffer.change(claims=[claim(uid, tokens=200) for uid in range(4)])
     manifest = buffer.manifest
     for step in range(1, 6):
-        written = engine.stats().generated_tokens
-        while engine.stats().generated_tokens < written + 40:
-            await asyncio.sleep(0.001)
+        paced.release(4)
         manifest = tiny.publish(tiny.policy(spec.model_dir, step), step)
         await buffer.change(manifest=manifest)
-        while engine.serving != manifest.version:
-            await asyncio.sleep(0.001)
+        async with asyncio.timeout(DEADLINE_S):
+            while engine.serving != manifest.version:
+                paced.release()  # the engine looks at its commands after each step
+                await asyncio.sleep(0.01)
+    paced.release(10_000)
     await buffer.until(lambda: len(buffer.finished) == 16)
     assert max(len(trajectory.versions) for trajectory, _ in buffer.finished) >= 2
     assert (await asyncio.wait_for(_asked_under(buffer, manifest.version), 5)) > 0
+
+
+@pytest.fixture
+def paced(monkeypatch):
+    """A semaphore of the steps that engines may take: however busy the machine is, samples are
+    still in flight when the test goes on."""
+    steps, step = threading.Semaphore(0), Decoder.step
+
+    def wait_and_step(self):
+        assert steps.acquire(timeout=DEADLINE_S)
+        return step(self)
+
+    monkeypatch.setattr(Decoder, "step", wait_and_step)
+    yield steps
+    steps.release(10_000)  # so that the engine can close
 
 
 async def _asked_under(buffer, version) -> int:
@@ -236,8 +254,9 @@ async def test_weights_retired_while_being_read_are_skipped_and_corrupt_ones_end
     await buffer.change(manifest=gone)
     await asyncio.sleep(0.05)
     await buffer.change(manifest=tiny.publish(tiny.policy(spec.model_dir, 3), 2))
-    while engine.serving.step != 2:
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(DEADLINE_S):
+        while engine.serving.step != 2:
+            await asyncio.sleep(0.001)
     await buffer.change(manifest=gone)
     with pytest.raises(ExceptionGroup) as raised:
         await asyncio.wait_for(task, DEADLINE_S)
