@@ -107,7 +107,8 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> dict[str, Cost]:
     element, rollout = DTYPE_BYTES[experiment.dtype], experiment.rollout
     weights = size.num_parameters * element
     rows, new_tokens = rollout.max_concurrent_samples, rollout.sampling.max_new_tokens
-    cache = rows * new_tokens * size.kv_elements_per_token * element
+    kept = 2 if experiment.environment else 1  # as many ended turns, for the ones that follow
+    cache = kept * rows * new_tokens * size.kv_elements_per_token * element
     copies = 2 if experiment.eval.enabled else 1
     trained, lora = size.num_parameters, experiment.learner.lora
     if lora.rank:
@@ -128,7 +129,8 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> dict[str, Cost]:
         ),
         "KV cache of a worker": Cost(
             cache,
-            f"at most, answers only: {rows} rows x {new_tokens} tokens; prompts come on top",
+            f"at most, answers only: {rows} rows x {new_tokens} tokens"
+            f"{', twice: turns that ended are kept' if kept == 2 else ''}; prompts come on top",
             counts=False,
         ),
         "mailbox": Cost(

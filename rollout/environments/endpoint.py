@@ -47,6 +47,8 @@ class Session:
     """How a conversation with these tools is written."""
     tools: list[dict] = field(default_factory=list)
     said: list[Said] = field(default_factory=list)
+    error: Exception | None = None
+    """What went wrong here, which an agent would take for the model's failure."""
     api_key: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     model: str = "policy"
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -118,9 +120,18 @@ class EndpointServer:
             if session is None:
                 raise Rejected(401, "the key belongs to no episode that is being played")
             async with session.lock:
-                return _http(200, await _complete(session, body))
+                return await self._answer(session, body)
         except Rejected as error:
             return _http(error.status, _error(error))
+
+    async def _answer(self, session: Session, body: bytes) -> bytes:
+        try:
+            return _http(200, await _complete(session, body))
+        except Rejected:
+            raise
+        except Exception as error:  # the engine, or a chat template that cannot write the messages
+            session.error = error
+            raise Rejected(500, f"{type(error).__name__}: {error}") from error
 
 
 async def _complete(session: Session, body: bytes) -> dict[str, Any]:

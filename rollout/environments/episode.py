@@ -130,6 +130,8 @@ class Player:
                 score = normalised(await result if inspect.isawaitable(result) else result)
         finally:
             self._server.forget(session)
+        if session.error is not None:
+            raise session.error
         if score.value is not None:
             talk.reward_last(score.value)
         return score

@@ -55,6 +55,35 @@ def test_a_stale_prefix_is_context_without_weight(make):
     np.testing.assert_array_equal(batch.behaviour_T, trajectory.behaviour_logprobs[2:])
 
 
+def test_dropped_siblings_stay_in_the_baseline_where_long_answers_are_the_right_ones(make):
+    """Planted: right answers are long, so that they get old in flight and are dropped.
+
+    A short answer is worth 0 less than the policy's mean q: its advantage has to average -q over
+    groups. Compared with the short ones alone, all of which are wrong, it would be 0, and the
+    policy would never hear that it should write longer. Power: the standard error of the mean is
+    below q / 20, so that a baseline without the dropped ones is 20 of them away.
+    """
+    rng, q, trained = np.random.default_rng(0), 0.3, []
+    for uid in range(400):
+        right = rng.random(8) < q
+        samples = [
+            make.trajectory(uid, i, rng, num_prompt=2, num_written=12 if r else 2, reward=float(r))
+            for i, r in enumerate(right)
+        ]
+        dropped = {
+            f"s{i}": {"trained": False, "drop_reason": "stale"} for i in np.flatnonzero(right)
+        }
+        trained += samples_of(
+            [make.group(uid, samples, **dropped)], ObjectiveConfig(advantage="leave_one_out")
+        )
+    assert {sample.trajectory.score.value for sample in trained} == {0.0}
+    advantages = np.array([sample.advantage for sample in trained])
+    error = advantages.std() / np.sqrt(len(advantages) / 8)  # of groups: siblings share a baseline
+    assert error < q / 20
+    assert abs(advantages.mean() + q) < 4 * error
+    assert advantages.mean() < -16 * error
+
+
 def test_observations_between_turns_are_never_trained(make):
     rng = np.random.default_rng(0)
     mask = np.array([0, 0, 1, 1, 0, 0, 1, 0], dtype=bool)

@@ -81,6 +81,16 @@ async def agent(prompt, endpoint):
         chat.append({"role": "user", "content": f"and then {turn}?"})
     return 0.5
 
+async def careless(prompt, endpoint):
+    messages = [{"role": each.role, "content": each.content} for each in prompt.messages]
+    for _ in range(2):
+        try:
+            messages.append(await asyncio.to_thread(ask, endpoint, messages))
+        except urllib.error.HTTPError as error:
+            assert error.code == 500
+        messages.append({"role": "user", "content": "Sure?"})
+    return 1.0
+
 async def rewriting(prompt, endpoint):
     chat = [{"role": "user", "content": "you 1 1 gem 2 2"}]
     answer = await asyncio.to_thread(ask, endpoint, chat)
@@ -127,7 +137,7 @@ async def play(tiny, tmp_path):
         await player.close()
 
 
-MINE = ("agent", "rewriting")
+MINE = ("agent", "careless", "rewriting")
 
 
 def check_exact(episode, sent) -> None:
@@ -348,6 +358,20 @@ async def test_calls_that_the_policy_writes_reach_the_agent_as_openai_tool_calls
     assert list(sent[1].prompt_token_ids[: len(sent[0].prompt_token_ids)]) == list(
         sent[0].prompt_token_ids
     )
+
+
+async def test_what_goes_wrong_in_the_endpoint_fails_the_episode_whatever_the_agent_makes_of_it(
+    play, monkeypatch
+):
+    """An agent that takes every answer for the model's, and scores 1."""
+
+    def cannot(self, messages, last_token):
+        raise ConfigError("the template knows no such role")
+
+    monkeypatch.setattr(ChatFormat, "follow", cannot)
+    episode, sent = await play("careless")
+    assert (episode.score.status, len(sent)) == ("reward_failed", 1)
+    assert "the template knows no such role" in episode.score.reason
 
 
 async def test_without_tools_the_agent_gets_the_text_as_it_was_written(scripted):
