@@ -8,6 +8,7 @@ hosts `ray start` leaves daemons, which `ray stop` ends.
 """
 
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -28,6 +29,8 @@ from .claim import process_start_time
 
 START_DEADLINE_S = 120.0
 STOP_S = 20.0
+HOST_TOKEN = "~/.ray/slipstream-token"
+"""Where the token lies on the hosts of an ssh cluster."""
 FACTS = (
     "import platform, importlib.metadata as m; "
     "print(platform.python_version(), m.version('ray'), m.version('slipstream'))"
@@ -80,7 +83,7 @@ def up_local(nodes: int, *, cpus: int | None = None, gpus: int | None = None) ->
     folder.mkdir(parents=True, mode=0o700, exist_ok=True)
     address = f"127.0.0.1:{_free_port()}"
     size = [f"--{key}={n}" for key, n in (("num-cpus", cpus), ("num-gpus", gpus)) if n is not None]
-    _ensure_token()
+    _make_token()
     started: list[LocalNode] = []
     try:
         for number in range(nodes):
@@ -121,7 +124,11 @@ def up_hosts(path: Path) -> Started:
     address = f"{hosts.head.rpartition('@')[2]}:{hosts.port}"
     started = Started(address=address, hosts=hosts)
     try:
-        ray = [*_ray(hosts.python), "start", "--disable-usage-stats"]
+        token = _make_token()
+        for host in everyone:
+            _ssh(host, ["sh", "-c", f"umask 077; mkdir -p ~/.ray; cat > {HOST_TOKEN}"], token)
+        with_token = f'RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={HOST_TOKEN} exec "$@"'
+        ray = ["sh", "-c", with_token, "sh", *_ray(hosts.python), "start", "--disable-usage-stats"]
         _ssh(hosts.head, [*ray, "--head", f"--port={hosts.port}"])
         for host in hosts.workers:
             _ssh(host, [*ray, f"--address={address}"])
@@ -144,6 +151,7 @@ def down() -> list[str]:
     if started.hosts is not None:
         lines += _end_hosts(started.hosts)
     state_file().unlink(missing_ok=True)
+    _token_file().unlink(missing_ok=True)
     for folder in {Path(node.log).parent for node in started.local}:
         shutil.rmtree(folder, ignore_errors=True)
     return lines
@@ -204,9 +212,29 @@ def read() -> Started | None:
 
 
 def use_our_token() -> None:
-    """To be called before Ray is imported: a cluster of ours answers only to Ray's token."""
+    """To be called before Ray is imported: a cluster of ours answers only to its own token."""
     if read() is not None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        for name, value in _token_variables().items():
+            os.environ.setdefault(name, value)
+
+
+def _make_token() -> str:
+    """A new token for the cluster, in a file of ours that only this user can read."""
+    token, path = secrets.token_hex(32), _token_file()
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600)
+    path.write_text(token)
+    return token
+
+
+def _token_file() -> Path:
+    return state_file().with_name("ray.token")
+
+
+def _token_variables() -> dict[str, str]:
+    """What tells Ray on this machine. Its default, ~/.ray/auth_token, is left to the user."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_token_file())}
 
 
 def _write(started: Started) -> Started:
@@ -238,24 +266,9 @@ def _start_local(arguments: list[str], log_path: Path) -> LocalNode:
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            env=dict(os.environ)
-            | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "RAY_AUTH_MODE": "token"},
+            env=dict(os.environ) | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"} | _token_variables(),
         )  # fmt: skip
     return LocalNode(process.pid, process_start_time(process.pid), str(log_path))
-
-
-def _ensure_token() -> None:
-    """Ray's token, made on a machine that has none: `ray start` would go on without one.
-
-    Raises:
-        SlipstreamError: it cannot be made.
-    """
-    command = [*_ray(sys.executable), "get-auth-token", "--generate"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=START_DEADLINE_S, check=False
-    )
-    if done.returncode:
-        raise SlipstreamError(f"Ray's token cannot be made: {done.stderr.strip()[-500:]}")
 
 
 def _wait_for_node(node: LocalNode) -> None:
@@ -293,15 +306,16 @@ def _end_hosts(hosts: Hosts) -> list[str]:
     lines = []
     for host in (*hosts.workers, hosts.head):
         try:
-            _ssh(host, [*_ray(hosts.python), "stop"])
+            forget = f'rm -f {HOST_TOKEN}; exec "$@"'
+            _ssh(host, ["sh", "-c", forget, "sh", *_ray(hosts.python), "stop"])
             lines.append(f"{host}: ended")
         except ConfigError as error:
             lines.append(f"{host}: NOT ended: {error}")
     return lines
 
 
-def _ssh(host: str, command: Sequence[str]) -> str:
-    """Run a command on a host; its output.
+def _ssh(host: str, command: Sequence[str], given: str = "") -> str:
+    """Run a command on a host, with something to read; its output.
 
     Raises:
         ConfigError: it cannot be reached, or the command failed.
@@ -309,7 +323,12 @@ def _ssh(host: str, command: Sequence[str]) -> str:
     words = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", host, shlex.join(command)]
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=START_DEADLINE_S, check=False
+            words,
+            input=given,
+            capture_output=True,
+            text=True,
+            timeout=START_DEADLINE_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"{host} cannot be reached: {error}") from None

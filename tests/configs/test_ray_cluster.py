@@ -13,6 +13,7 @@ SSH = """#!/bin/sh
 # A stand-in for ssh, which needs a server: the host's command is noted, and answered from a file.
 while [ "$1" = -o ]; do shift 2; done
 echo "$1 $2" >> {log}
+case "$2" in *"cat >"*) cat > {answers}/../token-"$1";; esac
 cat {answers}/"$1" 2>/dev/null || exit 255
 """
 
@@ -33,7 +34,8 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def commands(ssh: Path) -> list[str]:
-    return [line for line in (ssh / "log").read_text().splitlines() if "importlib" not in line]
+    lines = (ssh / "log").read_text().splitlines()
+    return [line for line in lines if "importlib" not in line and "cat >" not in line]
 
 
 def test_hosts_are_started_head_first_and_ended_head_last(ssh: Path) -> None:
@@ -46,6 +48,11 @@ def test_hosts_are_started_head_first_and_ended_head_last(ssh: Path) -> None:
     assert [line.split()[0] for line in commands(ssh)] == ["a", "b", "b", "a"]
     assert "--head" in commands(ssh)[0]
     assert "--address=a:6379" in commands(ssh)[1]
+    assert all("RAY_AUTH_MODE=token" in line for line in commands(ssh)[:2])
+    assert all(f"rm -f {ray_cluster.HOST_TOKEN}" in line for line in commands(ssh)[2:])
+    assert (ssh / "token-a").read_text() == (ssh / "token-b").read_text()
+    assert len((ssh / "token-a").read_text()) == 64
+    assert (ssh / "token-a").read_text() not in (ssh / "log").read_text()
     with pytest.raises(ConfigError, match="no cluster of ours is up"):
         ray_cluster.down()
 
@@ -77,15 +84,17 @@ def test_local_nodes_are_started_seen_and_all_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    monkeypatch.setenv("HOME", str(tmp_path))  # a machine on which Ray never made a token
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # where Ray never made a token
     before = set(rays())
     ray_cluster.up_local(2, cpus=3, gpus=8)
-    assert (tmp_path / ".ray" / "auth_token").stat().st_size
+    token = tmp_path / "slipstream" / "ray.token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
     lines = ray_cluster.status()
     assert len([line for line in lines if "3 of 3 CPU, 8 of 8 GPU free" in line]) == 2
     assert len(ray_cluster.down()) == 2
     assert set(rays()) <= before, "nothing is left behind"
     assert ray_cluster.read() is None
+    assert not token.exists()
 
 
 def rays() -> list[int]:
