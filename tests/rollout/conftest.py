@@ -1,6 +1,8 @@
 """Tiny policies for engine and worker tests: folders with a character tokenizer, transformers
 models with weights from a seed, and weights published as the learner does it."""
 
+import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import save_file
 from slipstream.buffer.records import SamplingParams, Shard, Version, WeightsManifest
 from slipstream.kernels.models import policy_weights
 from slipstream.rollout.engine import GenerationOutput, GenerationRequest
+from slipstream.rollout.engines.decoder import Decoder
 from slipstream.rollout.engines.native import NativeEngine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -147,3 +150,34 @@ async def tiny(tmp_path):
     yield made
     for engine in made.engines:
         await engine.close()
+
+
+class Pace:
+    """Lets engines take steps one by one."""
+
+    def __init__(self) -> None:
+        self.release = (steps := threading.Semaphore(0)).release
+        self.take = lambda: steps.acquire(timeout=60)
+
+    async def load(self, engine: NativeEngine, manifest: WeightsManifest) -> None:
+        """Load weights in flight: an engine looks at its commands after each step."""
+        loading = asyncio.create_task(engine.load(manifest))
+        while not loading.done():
+            self.release()
+            await asyncio.sleep(0.01)
+        await loading
+
+
+@pytest.fixture
+def paced(monkeypatch):
+    """Engines take the steps that `paced.release(n)` allows: however busy the machine is, samples
+    are still in flight when the test goes on."""
+    pace, step = Pace(), Decoder.step
+
+    def wait_and_step(self):
+        assert pace.take()
+        return step(self)
+
+    monkeypatch.setattr(Decoder, "step", wait_and_step)
+    yield pace
+    pace.release(10_000)  # so that engines can close

@@ -13,6 +13,8 @@ from slipstream.kernels.models import policy_weights
 from slipstream.rollout.engines import decoder as decoder_module
 from slipstream.rollout.sampling import sample_key
 
+DEADLINE_S = 60.0
+
 
 def prompts(count, longest=40, seed=0):
     """Random prompts of 1 to `longest` tokens."""
@@ -176,8 +178,9 @@ async def test_every_stamp_matches_the_parity_its_version_writes_over_1000_swaps
     for step in range(1, swaps + 1):
         await swap(step)
         written = engine.stats().generated_tokens
-        while engine.stats().generated_tokens == written:
-            await asyncio.sleep(0.0005)
+        async with asyncio.timeout(DEADLINE_S):
+            while engine.stats().generated_tokens == written:
+                await asyncio.sleep(0.0005)
     running = False
     await asyncio.gather(*lanes)
     assert engine.serving.step == engine.stats().swaps - 1 == swaps
@@ -198,7 +201,7 @@ async def test_every_stamp_matches_the_parity_its_version_writes_over_1000_swaps
 
 
 @pytest.mark.parametrize("kv", ["keep", "recompute"])
-async def test_after_a_swap_log_probs_are_those_of_the_kv_that_was_asked_for(tiny, kv):
+async def test_after_a_swap_log_probs_are_those_of_the_kv_that_was_asked_for(tiny, kv, paced):
     folder = tiny.folder("qwen3")
     models = [tiny.policy(folder, seed, torch.float64) for seed in (20, 21)]
     manifests = [tiny.publish(model, step) for step, model in enumerate(models)]
@@ -209,9 +212,9 @@ async def test_after_a_swap_log_probs_are_those_of_the_kv_that_was_asked_for(tin
         for i, p in enumerate(prompts(8, seed=7))
     ]
     task = asyncio.create_task(tiny.outputs(engine, requests))
-    while engine.stats().generated_tokens < 80:
-        await asyncio.sleep(0.001)
-    await engine.load(manifests[1])
+    paced.release(10)
+    await paced.load(engine, manifests[1])
+    paced.release(10_000)
     outputs = await task
     mixed, gaps = 0, []
     for request in requests:
@@ -452,8 +455,9 @@ async def test_closing_ends_samples_in_flight_as_aborted_and_nobody_waits_for_ev
     await engine.load(manifest)
     requests = [tiny.request([9], i, max_new_tokens=240, temperature=0.01) for i in range(12)]
     task = asyncio.create_task(tiny.outputs(engine, requests))
-    while engine.stats().generated_tokens < 20:
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(DEADLINE_S):
+        while engine.stats().generated_tokens < 20:
+            await asyncio.sleep(0.001)
     await engine.close()
     outputs = await asyncio.wait_for(task, 5)
     assert len(outputs) == 12

@@ -133,7 +133,7 @@ async def test_a_second_epoch_takes_fewer_forwards_than_tokens(tiny):
     assert speculation.forwards - before < longest / 2
 
 
-async def test_weights_swapped_between_steps_are_stamped_on_the_tokens_they_wrote(tiny):
+async def test_weights_swapped_between_steps_are_stamped_on_the_tokens_they_wrote(tiny, paced):
     folder = tiny.folder("llama")
     models = [tiny.policy(folder, 5 + k, torch.float64) for k in range(2)]
     manifests = [tiny.publish(model, step) for step, model in enumerate(models)]
@@ -142,9 +142,9 @@ async def test_weights_swapped_between_steps_are_stamped_on_the_tokens_they_wrot
     await engine.load(manifests[0])
     requests = [tiny.request([3, 9], i, max_new_tokens=200, temperature=0.8) for i in range(8)]
     task = asyncio.create_task(tiny.outputs(engine, requests))
-    while engine.stats().generated_tokens < 80:
-        await asyncio.sleep(0.001)
-    await engine.load(manifests[1])
+    paced.release(10)
+    await paced.load(engine, manifests[1])
+    paced.release(10_000)
     outputs = await task
     for request in requests:
         output = outputs[request.request_id]

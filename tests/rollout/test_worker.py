@@ -1,7 +1,6 @@
 """The worker's loop: against a scripted buffer for what goes wrong, then against the real one."""
 
 import asyncio
-import threading
 from collections import defaultdict
 
 import numpy as np
@@ -28,7 +27,6 @@ from slipstream.buffer.records import (
 )
 from slipstream.buffer.service import BufferService
 from slipstream.rollout.config import RewardConfig, RolloutConfig, SamplingConfig, WorkerSpec
-from slipstream.rollout.engines.decoder import Decoder
 from slipstream.rollout.rewards.pool import RewardPool
 from slipstream.rollout.sampling import sample_key
 from slipstream.rollout.worker import Worker, make_engine
@@ -221,21 +219,6 @@ async def test_new_versions_are_loaded_while_samples_are_in_flight(tiny, started
     await buffer.until(lambda: len(buffer.finished) == 16)
     assert max(len(trajectory.versions) for trajectory, _ in buffer.finished) >= 2
     assert (await asyncio.wait_for(_asked_under(buffer, manifest.version), 5)) > 0
-
-
-@pytest.fixture
-def paced(monkeypatch):
-    """A semaphore of the steps that engines may take: however busy the machine is, samples are
-    still in flight when the test goes on."""
-    steps, step = threading.Semaphore(0), Decoder.step
-
-    def wait_and_step(self):
-        assert steps.acquire(timeout=DEADLINE_S)
-        return step(self)
-
-    monkeypatch.setattr(Decoder, "step", wait_and_step)
-    yield steps
-    steps.release(10_000)  # so that the engine can close
 
 
 async def _asked_under(buffer, version) -> int:
