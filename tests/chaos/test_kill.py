@@ -1,8 +1,13 @@
 """kill -9 and SIGSTOP of each process of a real run: it goes on, and says what it did."""
 
 import json
+import random
 import re
 import signal
+import time
+from collections import Counter
+
+import pytest
 
 from .conftest import END_DEADLINE_S, PYTHON, START_DEADLINE_S, STEPS, Run, wait_until
 
@@ -57,3 +62,29 @@ def test_without_restarts_a_kill_ends_the_run_with_its_name_and_the_line_that_re
     assert re.search(r"reason: worker-0: was killed by SIGKILL", told), told
     assert "slipstream resume run" in told
     assert run.processes() == []
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.slow)])
+def test_after_every_kill_and_resume_the_books_are_exact(run: Run, kills: int) -> None:
+    """At a random moment of the run, of a process chosen at random; nobody restarts it but us."""
+    choice, killed = random.Random(kills), Counter()
+    run.start("run", "chaos.toml", "cluster.restarts=0", "learner.steps=100000",
+              "--output", "run", "--no-export")  # fmt: skip
+    for _ in range(kills):
+        before = run.lines()
+        wait_until(lambda before=before: run.lines() > before, START_DEADLINE_S)
+        time.sleep(choice.uniform(0.0, 2.0))
+        name = choice.choice(("buffer", "feeder", "worker-0", "learner"))
+        run.kill(name)
+        assert run.wait(START_DEADLINE_S) == 1, run.output.read_text()
+        run.start_also("audit", "run")  # raises unless it is exact
+        killed[name] += 1
+        run.start("resume", "run", "--no-export")
+    run.record_property("killed", dict(killed))
+    before = run.lines()
+    wait_until(lambda: run.lines() > before, START_DEADLINE_S)
+    run.kill("supervisor", signal.SIGTERM)
+    assert run.wait(START_DEADLINE_S) == 130, run.output.read_text()
+    run.start_also("audit", "run")
+    assert "0 staleness violations, 0 orphaned tokens" in run.output.read_text()
+    run.record_property("steps trained", run.lines())
