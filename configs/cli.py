@@ -207,8 +207,8 @@ def submit(
     """Run an experiment as a job of a Ray cluster."""
     from . import ray_cluster
 
-    job = ray_cluster.submit(experiment, overrides or (), address)
-    print(f"submitted {job}; follow it with: ray job logs {job} --follow")
+    job, follow = ray_cluster.submit(experiment, overrides or (), address)
+    print(f"submitted {job}; follow it with: {follow}")
 
 
 @app.command()

@@ -180,8 +180,8 @@ def status() -> list[str]:
     return lines
 
 
-def submit(experiment: str, overrides: Sequence[str], address: str = "auto") -> str:
-    """Run an experiment as a Ray job on the cluster's head; its id.
+def submit(experiment: str, overrides: Sequence[str], address: str = "auto") -> tuple[str, str]:
+    """Run an experiment as a Ray job on the cluster's head; its id, and the line that follows it.
 
     Raises:
         ConfigError: no job server answers, or the experiment does not load.
@@ -199,9 +199,12 @@ def submit(experiment: str, overrides: Sequence[str], address: str = "auto") -> 
     try:
         client = JobSubmissionClient(where)
         # `cd`: a working_dir of Ray's would be copied, and runs/ must lie where the user is.
-        return client.submit_job(entrypoint=f"cd {shlex.quote(os.getcwd())} && {command}")
+        job = client.submit_job(entrypoint=f"cd {shlex.quote(os.getcwd())} && {command}")
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"no Ray job server at {where}: {str(error).splitlines()[0]}") from None
+    ours = {} if started is None else _token_variables()
+    words = [f"{name}={shlex.quote(value)}" for name, value in ours.items()]
+    return job, " ".join([*words, "ray", "job", "logs", job, "--follow"])
 
 
 def read() -> Started | None:

@@ -2,6 +2,8 @@
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -95,6 +97,38 @@ def test_local_nodes_are_started_seen_and_all_ended(
     assert set(rays()) <= before, "nothing is left behind"
     assert ray_cluster.read() is None
     assert not token.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_submitted_experiment_runs_as_a_job_that_the_printed_line_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def shell(line: str) -> str:
+        """Ray reads its token once in a process: each command has one of its own."""
+        return subprocess.run(
+            ["bash", "-c", line], env={**os.environ, "PATH": path}, check=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=250,
+        ).stdout  # fmt: skip
+
+    ray_cluster.up_local(1, cpus=4)
+    try:
+        said = shell(
+            "slipstream submit quickstart learner.steps=2 learner.prompts_per_step=4 "
+            "sft.examples=320 buffer.drop_no_signal=false eval.enabled=false"
+        )
+        followed = shell(said.partition("follow it with: ")[2])
+        assert "audit: ok" in followed, followed
+        assert "succeeded" in followed
+    finally:
+        ray_cluster.down()
+    (run_json,) = tmp_path.glob("runs/quickstart-*/run.json")
+    assert '"status": "finished"' in run_json.read_text()
 
 
 def rays() -> list[int]:
