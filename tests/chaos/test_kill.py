@@ -64,7 +64,8 @@ def test_without_restarts_a_kill_ends_the_run_with_its_name_and_the_line_that_re
     assert run.processes() == []
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, 200])
 def test_after_every_kill_and_resume_the_books_are_exact(run: Run, kills: int) -> None:
     """At a random moment of the run, of a process chosen at random; nobody restarts it but us."""
     choice, killed = random.Random(kills), Counter()
