@@ -100,6 +100,7 @@ def up_local(nodes: int, *, cpus: int | None = None, gpus: int | None = None) ->
     except BaseException:
         for node in started:
             _end(node)
+        _token_file().unlink(missing_ok=True)
         raise
     return _write(Started(address=address, local=tuple(started)))
 
@@ -134,6 +135,7 @@ def up_hosts(path: Path) -> Started:
             _ssh(host, [*ray, f"--address={address}"])
     except BaseException:
         _end_hosts(hosts)
+        _token_file().unlink(missing_ok=True)
         raise
     return _write(started)
 
@@ -202,9 +204,10 @@ def submit(experiment: str, overrides: Sequence[str], address: str = "auto") -> 
         job = client.submit_job(entrypoint=f"cd {shlex.quote(os.getcwd())} && {command}")
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"no Ray job server at {where}: {str(error).splitlines()[0]}") from None
-    ours = {} if started is None else _token_variables()
-    words = [f"{name}={shlex.quote(value)}" for name, value in ours.items()]
-    return job, " ".join([*words, "ray", "job", "logs", job, "--follow"])
+    ours = started is not None and where == started.address
+    token = _token_variables().items() if ours else ()
+    variables = [f"{name}={shlex.quote(value)}" for name, value in token]
+    return job, " ".join([*variables, "ray", "job", "logs", job, "--follow"])
 
 
 def read() -> Started | None:

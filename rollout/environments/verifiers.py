@@ -75,11 +75,13 @@ class Verifiers:
                 sampling_args={},
             )
         error = state.get("error")
-        # An empty answer and an exhausted budget are the policy's doing: the rubric judges them.
-        if error is not None and not isinstance(error, ModelError):
-            raise error
-        await self._env.rubric.score_rollout(state)
-        await self._env.rubric.cleanup(state)
+        try:
+            # An empty answer and a used-up budget are the policy's doing: the rubric judges them.
+            if error is not None and not isinstance(error, ModelError):
+                raise error
+            await self._env.rubric.score_rollout(state)
+        finally:
+            await self._env.rubric.cleanup(state)
         metrics = state.get("metrics") or {}
         components = {name: float(value) for name, value in metrics.items() if value is not None}
         return Score(value=float(state["reward"]), components=components)

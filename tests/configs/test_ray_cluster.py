@@ -43,6 +43,15 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def fresh_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """State and home folders in which neither we nor Ray ever made anything."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def commands(ssh: Path) -> list[str]:
     lines = (ssh / "log").read_text().splitlines()
     return [line for line in lines if "importlib" not in line and "cat >" not in line]
@@ -79,6 +88,7 @@ def test_a_host_that_cannot_be_reached_is_named_and_nothing_stays_up(ssh: Path) 
     with pytest.raises(ConfigError, match=r"^b: "):
         ray_cluster.up_hosts(ssh / "hosts.toml")
     assert ray_cluster.read() is None
+    assert not ray_cluster.state_file().with_name("ray.token").exists()
 
 
 @pytest.mark.parametrize("text", ["", "head = 3", 'head = "a"\nworker = ["b"]', "head = ["])
@@ -90,14 +100,10 @@ def test_a_hosts_file_that_is_none_is_refused(ssh: Path, text: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_local_nodes_are_started_seen_and_all_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # where Ray never made a token
+def test_local_nodes_are_started_seen_and_all_ended(fresh_home: Path) -> None:
     before = set(rays())
     ray_cluster.up_local(2, cpus=3, gpus=8)
-    token = tmp_path / "slipstream" / "ray.token"
+    token = fresh_home / "slipstream" / "ray.token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     lines = ray_cluster.status()
     assert len([line for line in lines if "3 of 3 CPU, 8 of 8 GPU free" in line]) == 2
@@ -110,11 +116,8 @@ def test_local_nodes_are_started_seen_and_all_ended(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_submitted_experiment_runs_as_a_job_that_the_printed_line_follows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fresh_home: Path,
 ) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
     def shell(line: str) -> str:
@@ -135,7 +138,7 @@ def test_a_submitted_experiment_runs_as_a_job_that_the_printed_line_follows(
         assert "succeeded" in followed
     finally:
         ray_cluster.down()
-    (run_json,) = tmp_path.glob("runs/quickstart-*/run.json")
+    (run_json,) = fresh_home.glob("runs/quickstart-*/run.json")
     assert '"status": "finished"' in run_json.read_text()
 
 
