@@ -33,6 +33,8 @@ class AuditReport:
     open: dict[str, int] = field(default_factory=dict)
     """By lifecycle word: WAITING, INFLIGHT, READY."""
     steps: int = 0
+    compacted_steps: int = 0
+    """Their rollouts were removed; what their proof lines say cannot be counted again."""
     max_lag: int = 0
     violations: int = 0
     faults: list[str] = field(default_factory=list)
@@ -55,6 +57,11 @@ class AuditReport:
         return [
             f"issued {self.issued} = {' + '.join(terms)}",
             f"{self.steps} steps, largest lag {self.max_lag}, {self.violations} violations",
+            *(
+                [f"of {self.compacted_steps} steps the rollouts are removed: not counted again"]
+                if self.compacted_steps
+                else []
+            ),
             *(f"FAULT: {fault}" for fault in self.faults),
             "ok" if self.ok else f"{len(self.faults)} faults",
         ]
@@ -72,6 +79,8 @@ class Lineage:
     dropped: dict[int, list[str]] = field(default_factory=dict)
     """uid -> reasons."""
     checkpoint: int = 0
+    first_segment: int = 0
+    """Those below were removed, by an event that says so."""
 
 
 def audit(
@@ -136,6 +145,8 @@ def _walk(stored: list[AnyEvent]) -> Lineage:
                 lineage.proofs[event.step] = event
             case events.Dropped() if Version(branch=branch, step=event.step) in lineage.path:
                 lineage.dropped.setdefault(event.uid, []).append(event.reason)
+            case events.Compacted():
+                lineage.first_segment = event.first_segment
             case events.Checkpointed() if branch == lineage.path.branch:
                 lineage.checkpoint = max(lineage.checkpoint, event.step)
             case _:
@@ -202,6 +213,10 @@ def _check_steps(
         groups, stored = lineage.taken.get(step, []), lineage.proofs.get(step)
         if not groups or stored is None:
             report.faults.append(f"step {step} is missing")
+            continue
+        refs = [payloads.get((g.uid, d.index)) for g in groups for d in g.decisions]
+        if any(ref is not None and ref.segment < lineage.first_segment for ref in refs):
+            report.compacted_steps += 1
             continue
         try:
             samples = [s for group in groups for s in _samples(group, journal, payloads)]

@@ -372,9 +372,10 @@ class BufferClient:
         wait (None before the first)."""
         return _expect(await self.call(AwaitVersion(after=after, wait_s=wait_s)), Newest)
 
-    async def checkpoint_saved(self, version: Version) -> Done:
-        """Groups taken at or below this step are TRAINED."""
-        return _expect(await self.call(CheckpointSaved(version=version)), Done)
+    async def checkpoint_saved(self, version: Version, resumable_step: int = 0) -> Done:
+        """Groups taken at or below this version are TRAINED; no resume starts before a step."""
+        saved = CheckpointSaved(version=version, resumable_step=resumable_step)
+        return _expect(await self.call(saved), Done)
 
     async def put_evaluation(
         self,

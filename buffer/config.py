@@ -44,6 +44,9 @@ class BufferConfig(Settings):
     """Without a heartbeat for so long, a worker's samples are issued to another."""
     max_waiting_prompts: Annotated[int, Field(ge=1)] = 1024
     """Back-pressure on the feeder: prompts put but not yet claimed."""
+    keep_rollouts_gb: Annotated[float, Field(ge=0)] = 20.0
+    """Above so many 10^9 bytes the oldest stored rollouts are removed, of steps before every
+    checkpoint a resume may start from; `slipstream show` and the audit's recount lose those."""
     take_deadline_s: Annotated[float, Field(gt=0)] = 600.0
     """A learner step that waits longer for its batch fails and says who waited on whom: the run
     goes back to its checkpoint, and ends after `cluster.restarts` of these."""

@@ -14,7 +14,7 @@ from . import messages
 from .config import ServiceSpec
 from .errors import CorruptData, Refused
 from .evaluations import Evaluations
-from .events import BranchOpened, Decision, Dropped
+from .events import BranchOpened, Compacted, Decision, Dropped
 from .journal import Journal
 from .mailbox import Mailbox, check_present
 from .messages import Claim, Done, NotYet, ProofLine, RefusedReply, Reply, Request
@@ -84,10 +84,19 @@ class Coordinator:
         self.journal.branch = spec.branch
         if branches and spec.branch < branches[-1]:
             raise CorruptData(f"branch {spec.branch} is behind the journal's {branches[-1]}")
+        state = self.replay.state
+        self.journal.segments.remove_before(state.first_segment)  # if a crash came before us
         if not branches or spec.branch > branches[-1]:
             parents = dict(spec.branch_parents)
             if spec.resume_from is not None:
                 parents[spec.branch] = spec.resume_from
+            if (resumed_at := parents.get(spec.branch, (0, 0))[1]) < state.compacted_step:
+                raise CorruptData(
+                    f"{spec.run_dir}: a resume from step {resumed_at} needs rollouts that were "
+                    f"removed (buffer.keep_rollouts_gb = {spec.config.keep_rollouts_gb:g}); "
+                    f"checkpoints from step {state.compacted_step} on can be resumed, older ones "
+                    "be exported, or start a run of their own"
+                )
             self.replay.open_branch(spec.branch, parents, self.journal.intact)
         else:
             self.replay.quarantine_unreadable(self.journal.intact)
@@ -101,6 +110,8 @@ class Coordinator:
         for event in self.replay.outbox:
             if isinstance(event, Dropped):
                 self._tickets.pop(event.uid, None)
+            elif isinstance(event, Compacted):  # only now that nothing refers to them for good
+                self.journal.segments.remove_before(event.first_segment)
         self.replay.outbox.clear()
         if self._proofs:
             with (self.spec.run_dir / "proof.jsonl").open("ab") as file:
@@ -195,8 +206,9 @@ class Coordinator:
                 check_present(manifest)
                 self.replay.publish(manifest)
                 self.mailbox.add(manifest)
-            case messages.CheckpointSaved(version=version):
+            case messages.CheckpointSaved(version=version, resumable_step=step):
                 self.replay.checkpoint(version)
+                self.replay.compact(self.journal.segments.sizes(), min(step, version.step))
             case messages.PutEvaluation():
                 self.evaluations.put(request)
             case messages.FinishEvaluation():

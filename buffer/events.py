@@ -171,6 +171,13 @@ class BranchOpened(Event, frozen=True, tag="branch"):
     """The step of the checkpoint it starts from; 0 for a fresh run."""
 
 
+class Compacted(Event, frozen=True, tag="compact"):
+    """Segments below this one are removed: no checkpoint from `step` on can need them."""
+
+    first_segment: int
+    step: int
+
+
 AnyEvent = (
     Put
     | Extended
@@ -185,6 +192,7 @@ AnyEvent = (
     | Published
     | Checkpointed
     | BranchOpened
+    | Compacted
 )
 
 _decoder = msgspec.msgpack.Decoder(AnyEvent)

@@ -111,6 +111,9 @@ class CheckpointSaved(Record, tag=True):
     """Groups taken at or below this step are TRAINED for good."""
 
     version: Version
+    resumable_step: int = 0
+    """The oldest checkpoint from which a resume may still start; what only older ones need may be
+    removed."""
 
 
 class PutEvaluation(Record, tag=True):

@@ -468,6 +468,25 @@ class Replay:
         if any(groups[uid].state == "TAKEN" for uid in until):
             self._emit(events.Checkpointed(step=version.step))
 
+    def compact(self, sizes: dict[int, int], resumable_step: int) -> None:
+        """Let go of the oldest segments above `keep_rollouts_gb` that no resume can need.
+
+        Args:
+            sizes: bytes of every segment, the first one first; the last is being written.
+            resumable_step: of the oldest checkpoint from which a resume may still start.
+        """
+        excess = sum(sizes.values()) - self.config.keep_rollouts_gb * 1e9
+        newest = max(sizes, default=0)
+        needed = self.state.needed_segment(resumable_step)
+        first = self.state.first_segment
+        for number in [n for n in sizes if n < (newest if needed is None else min(needed, newest))]:
+            if excess <= 0:
+                break
+            excess -= sizes[number]
+            first = number + 1
+        if first > self.state.first_segment:
+            self._emit(events.Compacted(first_segment=first, step=resumable_step))
+
     def open_branch(
         self,
         branch: int,

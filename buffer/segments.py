@@ -92,6 +92,18 @@ class Segments:
             self._dirty = False
             self.synced[self._number] = self._size
 
+    def sizes(self) -> dict[int, int]:
+        """Bytes of every file, the first one first."""
+        paths = sorted(path for path in self.folder.glob("*.seg") if path.stem.isdecimal())
+        return {int(path.stem): path.stat().st_size for path in paths}
+
+    def remove_before(self, number: int) -> None:
+        """Delete the files below a segment; the one being written stays whatever is asked."""
+        for old in [old for old in self.sizes() if old < min(number, self._number)]:
+            if (fd := self._read_fds.pop(old, -1)) >= 0:
+                os.close(fd)
+            self._path(old).unlink(missing_ok=True)
+
     def read(self, ref: Ref) -> bytes:
         """Return a payload.
 
@@ -106,6 +118,11 @@ class Segments:
             if ref.segment == self._number and self._unwritten:
                 self._write()
             record = os.pread(fd, _HEADER.size + ref.length, ref.offset)
+        except FileNotFoundError as error:
+            raise CorruptData(
+                f"{where} is not there (any more): old rollouts are removed above "
+                "buffer.keep_rollouts_gb"
+            ) from error
         except OSError as error:
             raise CorruptData(f"{where} cannot be read: {error}") from error
         payload = record[_HEADER.size :]

@@ -164,6 +164,12 @@ class State:
     """By (branch, step); `trained` and `dropped` are the sums over the live path."""
     dropped_uids: dict[int, list[int]] = field(default_factory=dict)
     """step -> uids DROPPED on the live branch since the last checkpoint."""
+    ended_segments: dict[int, int] = field(default_factory=dict)
+    """step -> the first segment that groups TAKEN or DROPPED at it refer to, in any lineage."""
+    first_segment: int = 0
+    """Those below are removed."""
+    compacted_step: int = 0
+    """No resume may start before it: what it needs may be removed."""
     final_branch: bool = False
     """No branch will be opened any more: one from an older checkpoint would make TRAINED groups
     READY again, until then their samples are kept."""
@@ -220,6 +226,25 @@ class State:
         ]
         return min(steps, default=None)
 
+    def needed_segment(self, resumable_step: int) -> int | None:
+        """The first segment that a resume from this step, or a later one, can need; None: none.
+
+        It needs what open groups refer to, and those that a later step (or, with `max_uses` above
+        1, one of the last steps before) took or dropped.
+        """
+        uids = {*self.waiting, *self.uids("INFLIGHT"), *self.uids("READY")}
+        uids.update(uid for groups in self.taken.values() for uid in groups)
+        ended = [s for k, s in self.ended_segments.items() if k > resumable_step - self.kept_steps]
+        return min([*ended, *(self._first_segment(self.groups[uid]) for uid in uids)], default=None)
+
+    def _first_segment(self, group: Group) -> int:
+        payloads = [sample.payload.segment for sample in group.samples if sample.payload]
+        return min([group.ticket.segment, *payloads])
+
+    def _note_segment(self, group: Group, step: int) -> None:
+        first = self._first_segment(group)
+        self.ended_segments[step] = min(first, self.ended_segments.get(step, first))
+
     def apply(self, event: AnyEvent) -> None:
         """Fold one event in."""
         match event:
@@ -253,6 +278,8 @@ class State:
                 self._checkpointed(event)
             case events.BranchOpened():
                 self._branch_opened(event)
+            case events.Compacted():
+                self._compacted(event)
 
     def _move(self, group: Group, state: GroupWord) -> None:
         """Change a group's state and every count and index that follows from it."""
@@ -388,6 +415,7 @@ class State:
         self._count_drops(event.reason, number, self._tally(event.step).dropped)
         group.drop_reason = event.reason
         group.ends.append(((self.path.branch, event.step), event.reason))
+        self._note_segment(group, event.step)
         self.staged.pop(event.uid, None)
         self.dropped_uids.setdefault(event.step, []).append(event.uid)
         self._move(group, "DROPPED")
@@ -402,6 +430,7 @@ class State:
         group = self.groups[event.uid]
         self.repeats += self.uses(group) > 0
         group.ends.append(((self.path.branch, event.step), None))
+        self._note_segment(group, event.step)
         tally = self._tally(event.step)
         for decision in event.decisions:
             facts = group.samples[decision.index].facts
@@ -437,6 +466,11 @@ class State:
         live = {uid for uids in [*self.taken.values(), *self.dropped_uids.values()] for uid in uids}
         ended = [g.uid for g in self.groups.values() if g.state in ("TRAINED", "DROPPED")]
         self._forget([uid for uid in ended if uid not in live])
+
+    def _compacted(self, event: events.Compacted) -> None:
+        self.first_segment, self.compacted_step = event.first_segment, event.step
+        ended = self.ended_segments.items()
+        self.ended_segments = {k: s for k, s in ended if s >= event.first_segment}
 
     def _branch_opened(self, event: events.BranchOpened) -> None:
         """Undo what is off the new path: takes, drops and counts of lost steps, and every lease.

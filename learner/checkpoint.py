@@ -232,6 +232,12 @@ def complete_folders(root: Path) -> list[Path]:
     return [found[key] for key in sorted(found, reverse=True)]
 
 
+def resumable_step(root: Path, keep_last: int) -> int:
+    """The oldest step from which a resume starts while one of the `keep_last` newest verifies."""
+    steps = [int(folder.name[5:].partition(".b")[0]) for folder in complete_folders(root)]
+    return min([step for step in steps if step][:keep_last], default=0)
+
+
 def _prune(root: Path, keep_last: int, keep: Callable[[int], bool]) -> None:
     """Remove what is not kept; the manifest goes first, so that no half of one counts."""
     step = {folder: int(folder.name[5:].partition(".b")[0]) for folder in complete_folders(root)}

@@ -74,7 +74,7 @@ class Buffer(Protocol):
 
     async def publish(self, manifest: WeightsManifest) -> object: ...
 
-    async def checkpoint_saved(self, version: Version) -> object: ...
+    async def checkpoint_saved(self, version: Version, resumable_step: int = 0) -> object: ...
 
 
 class LearnerLoop:
@@ -106,7 +106,7 @@ class LearnerLoop:
     async def _steps(self) -> None:
         await self._publish()
         if self.trainer.saved:
-            await self.client.checkpoint_saved(self.trainer.held)
+            await self.client.checkpoint_saved(self.trainer.held, self.trainer.resumable_step)
         try:
             while self.trainer.held.step < self.spec.config.steps and not self.stopping:
                 if self._writing is not None and self._writing.done():
@@ -188,7 +188,7 @@ class LearnerLoop:
     async def _write(self, write: Callable[[], object], version: Version) -> None:
         await asyncio.to_thread(write)
         async with self._patience():
-            await self.client.checkpoint_saved(version)
+            await self.client.checkpoint_saved(version, self.trainer.resumable_step)
         crash_point("checkpoint.acknowledged")
 
     async def _written(self) -> None:

@@ -35,6 +35,7 @@ from .checkpoint import (
     crash_point,
     find_checkpoint,
     read_checkpoint,
+    resumable_step,
     save_checkpoint,
 )
 from .config import LearnerSpec
@@ -180,6 +181,11 @@ class Trainer:
         """Whether the held version is one to resume from."""
         step = self.held.step
         return step % self.spec.config.checkpoint.every_steps == 0 or step == self.spec.config.steps
+
+    @property
+    def resumable_step(self) -> int:
+        """The oldest checkpoint whose rollouts the buffer has to keep."""
+        return resumable_step(self.root, self.spec.config.checkpoint.keep_last)
 
     def train(self, batch: Batch) -> StepResult:
         """One step; afterwards the policy is at the next version."""

@@ -5,6 +5,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from slipstream.buffer import segments
 from slipstream.buffer.audit import audit
 from slipstream.buffer.coordinator import Coordinator
 from slipstream.buffer.errors import CorruptData
@@ -134,3 +135,33 @@ def test_a_damaged_trajectory_is_found(run_dir: Path) -> None:
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(CorruptData, match=r"ledger\.sqlite is missing"):
         audit(tmp_path, range(3))
+
+
+def test_what_no_resume_can_need_is_removed_and_the_books_stay_exact(
+    make_spec: SpecMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "SEGMENT_BYTES", 2000)
+    coordinator = Coordinator(make_spec({"keep_rollouts_gb": 1e-6}), 0.0)
+    ask(coordinator, PublishVersion(manifest=manifest(0)))
+    for step in range(1, 9):
+        run_step(coordinator, step)
+        if step in (4, 6):
+            ask(coordinator, CheckpointSaved(version=version(step), resumable_step=4))
+            coordinator.commit()
+    kept = sorted(path.name for path in (tmp_path / "segments").iterdir())
+    coordinator.close()
+    assert "000001.seg" not in kept
+    report = audit(tmp_path, range(16), max_staleness_steps=1)
+    assert report.ok, report.faults
+    assert 0 < report.compacted_steps <= 4
+    assert (report.trained, report.taken, report.max_lag) == (12, 4, 0)
+
+    with pytest.raises(CorruptData, match=r"from step 3 needs rollouts that were removed"):
+        Coordinator(make_spec(branch=1, resume_from=(0, 3)), 0.0)
+    resumed = Coordinator(make_spec(branch=1, resume_from=(0, 4)), 0.0)
+    counts, dropped = resumed.replay.state.counts, resumed.replay.state.dropped
+    assert (counts["READY"], counts["WAITING"], dropped["lost"]) == (2, 6, 0)
+    resumed.close()
+
+    (tmp_path / "segments" / kept[-1]).unlink()
+    assert "unreadable" in audit(tmp_path, range(16)).line

@@ -65,6 +65,8 @@ class ReplayMachine(RuleBasedStateMachine):
 
     checked = 0
     """Steps after which the invariants were looked at, of all machines."""
+    compacted = 0
+    """Checkpoints after which segments were removed."""
 
     @initialize(
         bound=st.sampled_from([0, 0.5, 1, 2]),
@@ -73,6 +75,7 @@ class ReplayMachine(RuleBasedStateMachine):
         seed=st.integers(0, 2**32),
         order=st.sampled_from(["oldest", "oldest", *take_module.ORDERS]),
         max_uses=st.sampled_from([1, 1, 3]),
+        compact=st.booleans(),
     )
     def start(
         self,
@@ -82,6 +85,7 @@ class ReplayMachine(RuleBasedStateMachine):
         seed: int,
         order: str = "oldest",
         max_uses: int = 1,
+        compact: bool = False,
     ) -> None:
         self.bound, self.max_uses = bound, max_uses
         self.patient = order == "oldest" and (wait_s == FOREVER or stale == "wait")
@@ -98,7 +102,9 @@ class ReplayMachine(RuleBasedStateMachine):
             task_max_staleness_steps={"tight": self.tight},
             lease_s=10,
             max_waiting_prompts=6,
+            keep_rollouts_gb=0,
         )
+        self.compact = compact
         self.now, self.branch = 0.0, 0
         self.parents: dict[int, tuple[int, int]] = {}
         self.log: list[bytes] = []
@@ -119,12 +125,21 @@ class ReplayMachine(RuleBasedStateMachine):
 
     # Helpers -----------------------------------------------------------------------------------
 
+    @property
+    def segment(self) -> int:
+        """The one being written: a few records each."""
+        return 1 + len(self.stored) // 5
+
     def intact(self, ref: Ref) -> bool:
+        assert ref.segment >= self.replay.state.first_segment, "needed, and removed"
         return ref.offset not in self.torn
 
     def store(self, sample: Trajectory) -> Ref:
         self.stored.append(sample)
-        return Ref(segment=1, offset=len(self.stored) - 1, length=0, digest=0)
+        return Ref(segment=self.segment, offset=len(self.stored) - 1, length=0, digest=0)
+
+    def ticket(self) -> Ref:
+        return Ref(segment=self.segment, offset=-1, length=0, digest=0)
 
     def commit(self) -> None:
         self.log += [encode_event(event) for event in self.replay.outbox]
@@ -168,16 +183,15 @@ class ReplayMachine(RuleBasedStateMachine):
                 self.finish(key)
 
     def put(self, number: int) -> None:
-        ticket = Ref(segment=0, offset=-1, length=0, digest=0)
         for _ in range(number):
             uid = self.replay.state.next_uid
             waiting = sum(g.state == "WAITING" for g in self.replay.state.groups.values())
             task = "tight" if uid % 5 == 0 else ""
             staged = uid % 4 == 0 and not self.plain
-            put = self.replay.put(uid, G, lambda: ticket, task, staged=staged)
+            put = self.replay.put(uid, G, self.ticket, task, staged=staged)
             assert put == (waiting < 6)
         if self.replay.state.next_uid:
-            assert self.replay.put(self.replay.state.next_uid - 1, G, lambda: ticket)  # a repeat
+            assert self.replay.put(self.replay.state.next_uid - 1, G, self.ticket)  # a repeat
         self.commit()
 
     def claim(self, worker: str, max_samples: int) -> None:
@@ -227,15 +241,14 @@ class ReplayMachine(RuleBasedStateMachine):
     def extend(self, more: int) -> None:
         """The sizer decides on the oldest staged group; a repeat of its decision says nothing."""
         staged = [uid for uid in self.replay.state.staged if self.random.random() < 0.8]
-        ticket = Ref(segment=0, offset=-1, length=0, digest=0)
         for uid in staged:
             number = len(self.replay.state.groups[uid].samples) + more
-            self.replay.extend(uid, number, lambda: ticket)
+            self.replay.extend(uid, number, self.ticket)
             self.commit()
-            self.replay.extend(uid, number, lambda: ticket)
+            self.replay.extend(uid, number, self.ticket)
             assert not self.replay.outbox
             with pytest.raises(Refused, match="cannot be extended"):
-                self.replay.extend(uid, 1, lambda: ticket)
+                self.replay.extend(uid, 1, self.ticket)
 
     @precondition(lambda self: len(self.held) > 3)
     @rule(reason=st.sampled_from(["expired", "quarantined"]))
@@ -296,6 +309,7 @@ class ReplayMachine(RuleBasedStateMachine):
             for decision in decisions:
                 ref = group.samples[decision.index].payload
                 assert ref is not None
+                assert ref.segment >= self.replay.state.first_segment, "trained, and removed"
                 sample = self.stored[ref.offset]
                 assert (sample.uid, sample.index) == (uid, decision.index)
                 tokens = [span.version for span in sample.versions for _ in range(span.length)]
@@ -316,6 +330,11 @@ class ReplayMachine(RuleBasedStateMachine):
     def checkpoint(self) -> None:
         self.replay.checkpoint(self.newest)
         self.save_checkpoint()
+        if self.compact:
+            self.saved = {name: self.saved[name] for name in sorted(self.saved)[-2:]}
+            sizes = dict.fromkeys(range(self.replay.state.first_segment, self.segment + 1), 1)
+            self.replay.compact(sizes, min(step for _, step in self.saved))
+            ReplayMachine.compacted += self.replay.state.first_segment > min(sizes)
         self.commit()
 
     @rule()
@@ -427,7 +446,7 @@ class ReplayMachine(RuleBasedStateMachine):
     ],
 )
 def test_the_law_and_the_books_hold_under_any_interleaving(steps: int) -> None:
-    ReplayMachine.checked = 0
+    ReplayMachine.checked = ReplayMachine.compacted = 0
     run_state_machine_as_test(
         ReplayMachine,
         settings=settings(
@@ -438,6 +457,7 @@ def test_the_law_and_the_books_hold_under_any_interleaving(steps: int) -> None:
         ),
     )
     assert ReplayMachine.checked >= steps
+    assert ReplayMachine.compacted > 0
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -452,6 +472,7 @@ def test_the_law_and_the_books_hold_over_long_runs(seed: int) -> None:
         seed=seed,
         order=choice.choice(["oldest", *take_module.ORDERS]),
         max_uses=choice.choice([1, 1, 3]),
+        compact=choice.choice([True, False]),
     )
     for _ in range(250):
         act_at_random(machine, choice)
@@ -471,7 +492,7 @@ def test_the_law_and_the_books_hold_over_long_runs(seed: int) -> None:
 def act_at_random(machine: ReplayMachine, choice: random.Random) -> None:
     """One rule of the machine, mostly work and learning."""
     action = choice.choices(
-        ["work", "learn", "time", "save", "late", "crash", "extend"], [8, 8, 4, 2, 1, 0.3, 2]
+        ["work", "learn", "time", "save", "late", "crash", "extend"], [8, 8, 4, 2, 1, 0.6, 2]
     )
     match action[0]:
         case "work":
@@ -489,7 +510,7 @@ def act_at_random(machine: ReplayMachine, choice: random.Random) -> None:
         case "late" if machine.held:
             machine.release(choice.choice(["expired", "quarantined"]))
         case "crash" if machine.lineage and choice.random() < 0.5:
-            machine.resume(torn=choice.random() < 0.5, old=choice.random() < 0.3)
+            machine.resume(torn=choice.random() < 0.5, old=choice.random() < 0.5)
         case _:
             machine.restart()
 

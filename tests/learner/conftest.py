@@ -205,7 +205,8 @@ class FakeBuffer:
     async def publish(self, manifest: WeightsManifest) -> None:
         self.published.append(manifest)
 
-    async def checkpoint_saved(self, version: Version) -> None:
+    async def checkpoint_saved(self, version: Version, resumable_step: int = 0) -> None:
+        assert resumable_step <= version.step
         self.saved.append(version)
 
     async def take(self, step: int, *, wait_s: float) -> Batch | NotYet:
