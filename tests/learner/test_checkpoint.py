@@ -199,6 +199,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_copied_
     assert waited
     assert all(waited), "step 3 was taken only after the checkpoint of step 2 was written"
     assert [v.step for v in buffer.saved] == [0, 2, 4]
+    assert buffer.resumable == [0, 2, 2]  # of the two that are kept
     found, _ = find_checkpoint(spec.run_dir / "checkpoints", (0, 2))
     assert weights_digest(load_file(found.folder / "weights.safetensors")) == found.version.digest
 

@@ -103,7 +103,7 @@ def test_a_stop_is_not_held_up_by_a_buffer_that_is_gone(
     monkeypatch.setattr("slipstream.learner.loop.STOP_PATIENCE_S", 0.05)
     spec, buffer = make_spec(steps=9), fake_buffer()
 
-    async def never(version):
+    async def never(version, resumable_step=0):
         await asyncio.sleep(60)
 
     def on_take(step):
