@@ -79,6 +79,8 @@ class Lineage:
     dropped: dict[int, list[str]] = field(default_factory=dict)
     """uid -> reasons."""
     checkpoint: int = 0
+    begun: int = 0
+    """The last step of which parts were handed out."""
     first_segment: int = 0
     """Those below were removed, by an event that says so."""
 
@@ -141,6 +143,8 @@ def _walk(stored: list[AnyEvent]) -> Lineage:
                 lineage.path.publish(manifest.version)
             case events.Taken() if Version(branch=branch, step=event.step) in lineage.path:
                 lineage.taken.setdefault(event.step, []).append(event)
+            case events.StepBegun() if Version(branch=branch, step=event.step) in lineage.path:
+                lineage.begun = event.step
             case events.StepTaken() if Version(branch=branch, step=event.step) in lineage.path:
                 lineage.proofs[event.step] = event
             case events.Dropped() if Version(branch=branch, step=event.step) in lineage.path:
@@ -211,6 +215,8 @@ def _check_steps(
     payloads = _payloads(journal.events())
     for step in range(1, last + 1):
         groups, stored = lineage.taken.get(step, []), lineage.proofs.get(step)
+        if groups and stored is None and step == last == lineage.begun:
+            continue  # the others of its batch were not READY yet
         if not groups or stored is None:
             report.faults.append(f"step {step} is missing")
             continue

@@ -42,6 +42,7 @@ from .messages import (
     Hello,
     Newest,
     NotYet,
+    Part,
     PublishVersion,
     PutEvaluation,
     PutPrompts,
@@ -357,11 +358,20 @@ class BufferClient:
 
     async def take(self, step: int, *, wait_s: float, request_id: str = "") -> Batch | NotYet:
         """The batch of one step, durable as TAKEN; pass a `request_id` to be able to repeat it."""
-        request = TakeGroups(
-            step=step, request_id=request_id or f"{self.name}/{step}", wait_s=wait_s
-        )
-        reply = await self.call(request)
+        reply = await self.call(self._take(step, wait_s, request_id, None))
         return reply if isinstance(reply, NotYet) else _expect(reply, Batch)
+
+    async def take_part(
+        self, step: int, received: int, *, wait_s: float, request_id: str = ""
+    ) -> Part | Batch | NotYet:
+        """What is READY of a step's batch besides the groups received; the last ones come in a
+        `Batch`."""
+        reply = await self.call(self._take(step, wait_s, request_id, received))
+        return reply if isinstance(reply, NotYet | Part) else _expect(reply, Batch)
+
+    def _take(self, step: int, wait_s: float, name: str, received: int | None) -> TakeGroups:
+        name = name or f"{self.name}/{step}"
+        return TakeGroups(step=step, request_id=name, wait_s=wait_s, received=received)
 
     async def publish(self, manifest: WeightsManifest) -> Done:
         """Announce new weights."""

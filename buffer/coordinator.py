@@ -22,7 +22,6 @@ from .records import Ticket, TrainingSample, Trajectory, TrajectoryGroup, Weight
 from .replay import MAX_DEATHS, Replay
 from .staleness import capacity, proof_line, token_bound
 from .state import Group, Lengths
-from .take import TakePlan
 from .waits import Wait
 
 PUBLISHED_LEASES = 4
@@ -330,20 +329,30 @@ class Coordinator:
 
     def _take(self, request: messages.TakeGroups, now: float, final: bool) -> Reply | None:
         step, state = request.step, self.replay.state
-        taken = state.steps.get(step)
-        if taken is not None and taken.request_id == request.request_id:
-            plan = TakePlan(step=step, groups=tuple(sorted(state.taken[step].items())))
-            return self._batch(plan, self._load_all(plan), taken.proof)
+        taken, name = state.steps.get(step), request.request_id
+        part, received = request.received is not None, request.received or 0
+        handed_out = tuple(state.taken.get(step, {}).items())
+        if taken is not None and taken.request_id == name:
+            return self._batch(step, self._load_all(step, handed_out[received:]), taken.proof)
+        if state.begun != (step, name):
+            handed_out = ()
+        elif part and received < len(handed_out):  # the reply was lost
+            return self._part(step, self._load_all(step, handed_out[received:]))
         self._step_wait, since = None, self._step_wait
         if self.closing:
             return NotYet(waiting_on=f"the run is closing: {self.closing}", closing=True)
-        while not isinstance(plan := self.replay.plan_take(step, now), str):
-            groups = self._load_all(plan)
-            if len(groups) == len(plan.groups):
-                proof = self._prove(plan, groups)
-                self.replay.commit_take(plan, request.request_id, proof)
-                self._proofs.append(proof)
-                return self._batch(plan, groups, proof)
+        while not isinstance(plan := self.replay.plan_take(step, now, name, part=part), str):
+            groups = self._load_all(step, plan.groups)
+            if len(groups) < len(plan.groups):
+                continue
+            if not plan.completes:
+                self.replay.commit_part(plan, name)
+                return self._part(step, groups)
+            before = self._load_all(step, handed_out)
+            proof = self._prove(step, before, groups)
+            self.replay.commit_take(plan, name, proof)
+            self._proofs.append(proof)
+            return self._batch(step, groups if part else before + groups, proof)
         what = f"the batch of step {step}"
         began_s = since.since_s if since is not None and since.what.startswith(f"{what}:") else now
         self._step_wait = Wait(
@@ -355,27 +364,33 @@ class Coordinator:
         return NotYet(waiting_on=plan) if final else None
 
     def _batch(
-        self, plan: TakePlan, groups: Sequence[TrajectoryGroup], proof: ProofLine
+        self, step: int, groups: Sequence[TrajectoryGroup], proof: ProofLine
     ) -> messages.Batch:
-        for uid, _ in plan.groups:
+        for uid in self.replay.state.taken[step]:
             self._tickets.pop(uid, None)
+        in_order = tuple(sorted(groups, key=lambda group: group.prompt.uid))
         return messages.Batch(
-            step=plan.step, groups=tuple(groups), proof=proof, journal_sequence=self.sequence
+            step=step, groups=in_order, proof=proof, journal_sequence=self.sequence
         )
 
-    def _load_all(self, plan: TakePlan) -> list[TrajectoryGroup]:
-        """The plan's groups from disk; fewer when one is unreadable, and then it is issued again.
+    def _part(self, step: int, groups: Sequence[TrajectoryGroup]) -> messages.Part:
+        return messages.Part(step=step, groups=tuple(groups))
+
+    def _load_all(
+        self, step: int, decided: Sequence[tuple[int, tuple[Decision, ...]]]
+    ) -> list[TrajectoryGroup]:
+        """Groups from disk; fewer when one is unreadable, and then it is issued again.
 
         Raises:
             CorruptData: a group that is TAKEN already is unreadable.
         """
         groups: list[TrajectoryGroup] = []
-        for uid, decisions in plan.groups:
+        for uid, decisions in decided:
             group = self.replay.state.groups[uid]
             was_ready = group.state == "READY"
             loaded = self._load(group, decisions)
-            if loaded is None and uid in self.replay.state.taken.get(plan.step, ()):
-                raise CorruptData(f"uid {uid} was TAKEN by step {plan.step} and is unreadable now")
+            if loaded is None and uid in self.replay.state.taken.get(step, ()):
+                raise CorruptData(f"uid {uid} was TAKEN by step {step} and is unreadable now")
             if loaded is None and not was_ready:
                 self.replay.spent.add(uid)
             if loaded is not None:
@@ -416,10 +431,18 @@ class Coordinator:
             samples=tuple(samples),
         )
 
-    def _prove(self, plan: TakePlan, groups: list[TrajectoryGroup]) -> ProofLine:
-        """The proof line, from the samples themselves and not from the decisions on their facts."""
+    def _prove(
+        self, step: int, before: list[TrajectoryGroup], last: list[TrajectoryGroup]
+    ) -> ProofLine:
+        """The proof line, from the samples themselves and not from the decisions on their facts.
+
+        Args:
+            step: k.
+            before: groups handed out in parts: what they drop and train is counted already.
+            last: the others.
+        """
         state = self.replay.state
-        samples = [sample for group in groups for sample in group.samples]
+        samples = [sample for group in last for sample in group.samples]
         dropped = state.dropped_since.copy()
         dropped.update(s.drop_reason for s in samples if s.drop_reason and not s.trained)
         trained = Lengths(state.trained.trajectories, state.trained.tokens)
@@ -428,8 +451,8 @@ class Coordinator:
                 trained.add(sample.trajectory.num_policy_tokens)
         issued_mean = state.finished.mean
         return proof_line(
-            samples,
-            step=plan.step,
+            [*(sample for group in before for sample in group.samples), *samples],
+            step=step,
             max_staleness_steps=self.spec.config.max_staleness_steps,
             path=state.path,
             dropped=dropped,

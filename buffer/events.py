@@ -142,6 +142,13 @@ class Taken(Event, frozen=True, tag="take"):
     decisions: tuple[Decision, ...]
 
 
+class StepBegun(Event, frozen=True, tag="begin"):
+    """The first part of a step's batch is TAKEN; a request alone gets the others."""
+
+    step: int
+    request_id: str
+
+
 class StepTaken(Event, frozen=True, tag="step"):
     """The batch of a step is complete; written in one transaction with its `Taken` events."""
 
@@ -188,6 +195,7 @@ AnyEvent = (
     | Dropped
     | Reopened
     | Taken
+    | StepBegun
     | StepTaken
     | Published
     | Checkpointed

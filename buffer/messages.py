@@ -92,6 +92,9 @@ class TakeGroups(Record, tag=True):
     step: int
     request_id: str
     wait_s: float
+    received: int | None = None
+    """Groups of the batch that the asker has: it wants what comes after them, in parts as groups
+    become READY. None: the whole batch at once."""
 
 
 class PublishVersion(Record, tag=True):
@@ -248,12 +251,21 @@ class ProofLine(Record):
 
 
 class Batch(Record, tag=True):
-    """Answer to `TakeGroups`: the groups of the step, ordered by uid, durable as TAKEN."""
+    """Answer to `TakeGroups`: the groups of the step (those after the parts received), ordered by
+    uid, durable as TAKEN, with the proof line of the whole step."""
 
     step: int
     groups: tuple[TrajectoryGroup, ...]
     proof: ProofLine
     journal_sequence: int
+
+
+class Part(Record, tag=True):
+    """Answer to `TakeGroups` that names what it has `received`: groups of the step, durable as
+    TAKEN; more follow, the last of them in a `Batch`."""
+
+    step: int
+    groups: tuple[TrajectoryGroup, ...]
 
 
 class NotYet(Record, tag=True):
@@ -314,6 +326,7 @@ Reply = (
     | Accepted
     | Claims
     | Batch
+    | Part
     | NotYet
     | Newest
     | EvaluationResults

@@ -410,20 +410,22 @@ class Replay:
             )
         self._emit(events.Published(manifest=manifest))
 
-    def plan_take(self, step: int, now: float) -> TakePlan | str:
-        """The batch of a step, or in words what it waits for.
+    def plan_take(
+        self, step: int, now: float, request_id: str = "", *, part: bool = False
+    ) -> TakePlan | str:
+        """The batch of a step (or with `part` some of it), or in words what it waits for.
 
         Groups too stale to be trained at this step or any later one are issued again on the way.
 
         Raises:
-            Refused: not the step after the newest version.
+            Refused: not the step after the newest version, or another request has it.
         """
-        newest = self.state.newest
-        if step in self.state.steps:
+        newest, begun = self.state.newest, self.state.begun
+        if step in self.state.steps or (begun is not None and begun[1] != request_id):
             raise Refused(f"step {step} is TAKEN already by another request")
         if newest is None or step != newest.step + 1:
             raise Refused(f"step {step} does not follow the newest version, {newest}")
-        return plan_take(self, step, now)
+        return plan_take(self, step, now, part=part)
 
     def quarantine(self, uid: int) -> None:
         """Drop a prompt that nobody can be asked again: unreadable, or deadly to workers."""
@@ -444,6 +446,13 @@ class Replay:
     def lose(self, uid: int, index: int) -> None:
         """A READY sample's payload is unreadable: issue it again, counted as `lost`."""
         self._give_up(self.state.groups[uid], index, "lost")
+
+    def commit_part(self, plan: TakePlan, request_id: str) -> None:
+        """Carry out a plan that leaves some of the batch for later."""
+        if self.state.begun is None:
+            self._emit(events.StepBegun(step=plan.step, request_id=request_id))
+        for uid, decisions in plan.groups:
+            self._emit(events.Taken(uid=uid, step=plan.step, decisions=decisions))
 
     def commit_take(self, plan: TakePlan, request_id: str, proof: events.ProofLine) -> None:
         """Carry a plan out, in the same transaction as its proof line."""

@@ -71,7 +71,11 @@ def would_exceed(oldest_step: int, step: int, max_staleness_steps: float) -> boo
 
 
 def first_late(
-    remaining: Mapping[int, int], step: int, max_staleness_steps: float, prompts_per_step: int
+    remaining: Mapping[int, int],
+    step: int,
+    max_staleness_steps: float,
+    prompts_per_step: int,
+    open_places: int = 0,
 ) -> int | None:
     """The first version v of which too many groups are left behind, R_k(v) > (v + S + 1 - k) P.
 
@@ -83,12 +87,14 @@ def first_late(
         step: k, the step about to be taken.
         max_staleness_steps: S.
         prompts_per_step: P.
+        open_places: groups that step k itself can still take, while its batch is handed out in
+            parts: R_k(v) <= (v + S + 1 - k) P + open_places then.
     """
     num_left = 0
     for oldest_step in sorted(remaining):
         num_left += remaining[oldest_step]
         steps_left = oldest_step + token_bound(max_staleness_steps) + 1 - step
-        if num_left > max(0, steps_left) * prompts_per_step:
+        if num_left > max(0, steps_left) * prompts_per_step + open_places:
             return oldest_step
     return None
 

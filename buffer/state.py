@@ -142,6 +142,8 @@ class State:
     """TAKEN on the live branch since the last checkpoint, and the last one before."""
     taken: dict[int, dict[int, tuple[Decision, ...]]] = field(default_factory=dict)
     """step -> uid -> decisions, for the same steps and `kept_steps` before them."""
+    begun: tuple[int, str] | None = None
+    """(step, request id) of the batch of which parts are TAKEN and others to come."""
     kept_steps: int = 0
     """Steps before the last checkpoint whose groups may be trained once more."""
     repeats: int = 0
@@ -266,8 +268,11 @@ class State:
                 self._reopened(event)
             case events.Taken():
                 self._taken(event)
+            case events.StepBegun():
+                self.begun = (event.step, event.request_id)
             case events.StepTaken():
                 self.steps[event.step] = event
+                self.begun = None
                 self.next_take = (self.path.branch, event.step + 1)
                 self.dropped_since.clear()
                 self.rewards_since.clear()
@@ -485,6 +490,7 @@ class State:
         self.requests.clear()
         self.manifests.clear()
         self.steps.clear()
+        self.begun = None
         self.taken.clear()
         self.staged.clear()
         self.dropped_uids.clear()

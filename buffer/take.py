@@ -7,7 +7,7 @@ dropped; and the step waits, up to a deadline, for samples in flight that it wou
 
 import statistics
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
@@ -27,7 +27,9 @@ class TakePlan(Record, frozen=True):
 
     step: int
     groups: tuple[tuple[int, tuple[Decision, ...]], ...]
-    """(uid, decisions) of P groups, in uid order."""
+    """(uid, decisions), in uid order: of P groups, or of those that the parts before leave."""
+    completes: bool = True
+    """Whether the step has all its groups then."""
 
 
 class Candidate(NamedTuple):
@@ -50,15 +52,17 @@ ORDERS: dict[TakeOrder, Order] = {
 }
 
 
-def plan_take(replay: "Replay", step: int, now: float) -> TakePlan | str:
-    """Choose the batch; in words what is missing when there is none yet.
+def plan_take(replay: "Replay", step: int, now: float, *, part: bool = False) -> TakePlan | str:
+    """Choose the batch, or with `part` what can be had of it now; in words what is missing when
+    there is none yet.
 
     Groups with too little left to train are reopened as soon as P are READY, even when fewer than
     P are left then.
     """
-    number = replay.prompts_per_step
-    if (num_ready := replay.state.counts["READY"]) < number and replay.config.max_uses == 1:
-        return _missing(replay, num_ready, now)
+    number = replay.prompts_per_step - len(_begun(replay, step))
+    num_ready = replay.state.counts["READY"]
+    if not part and num_ready < number and replay.config.max_uses == 1:
+        return _missing(replay, step, num_ready, now)
     chosen: list[tuple[int, tuple[Decision, ...]]] = []
     for uid in _in_order(replay, replay.state.uids("READY"), step):
         # Out of order of age, one that nobody reaches would stay too old for ever.
@@ -72,18 +76,45 @@ def plan_take(replay: "Replay", step: int, now: float) -> TakePlan | str:
     num_new = len(chosen)
     chosen += _again(replay, step, number - num_new)
     if len(chosen) < number:
-        return _missing(replay, num_new, now)
+        plan = _part(replay, step, chosen[:num_new]) if part else None
+        return plan or _missing(replay, step, num_new, now)
     late = _made_late(replay, {uid for uid, _ in chosen}, step)
     if replay.blocked[0] != step:
         replay.blocked = (step, now)
     waits = replay.config.stale == "wait"
     patience_s = replay.config.take_deadline_s if waits else replay.config.straggler_wait_s
     if late and now - replay.blocked[1] < patience_s:
+        if part and (plan := _part(replay, step, chosen[:num_new])):
+            return plan
         return (
             f"{_inflight(replay, late, now)} that step {step} would push over the bound; it goes "
             f"on after {patience_s:g} s"
         )
     return TakePlan(step=step, groups=tuple(sorted(chosen)))
+
+
+def _begun(replay: "Replay", step: int) -> Collection[int]:
+    """The groups of a step that are TAKEN while it waits for more."""
+    begun = replay.state.begun
+    return replay.state.taken[step] if begun is not None and begun[0] == step else ()
+
+
+def _part(
+    replay: "Replay", step: int, chosen: list[tuple[int, tuple[Decision, ...]]]
+) -> TakePlan | None:
+    """The first of the chosen that the step can take before the others are known.
+
+    The second line of the proof, with the places that the step has left: what stays behind must fit
+    into those and into the steps to come. It gets tighter with every group that is taken, because a
+    place that an older one may need is gone.
+    """
+    places = replay.prompts_per_step - len(_begun(replay, step))
+    while chosen:
+        uids = {uid for uid, _ in chosen}
+        if not _made_late(replay, uids, step, open_places=places - len(chosen)):
+            return TakePlan(step=step, groups=tuple(sorted(chosen)), completes=False)
+        chosen = chosen[:-1]
+    return None
 
 
 def _in_order(replay: "Replay", uids: list[int], step: int) -> list[int]:
@@ -140,7 +171,7 @@ def _decide(replay: "Replay", group: Group, step: int) -> tuple[Decision, ...] |
     return tuple(decisions) if sum(d.trained for d in decisions) >= needed else None
 
 
-def _made_late(replay: "Replay", chosen: set[int], step: int) -> list[int]:
+def _made_late(replay: "Replay", chosen: set[int], step: int, open_places: int = 0) -> list[int]:
     """INFLIGHT uids for which this step has to wait, by the second line of the proof.
 
     Those over the bound before this step are not made late by it: they had their wait.
@@ -151,15 +182,19 @@ def _made_late(replay: "Replay", chosen: set[int], step: int) -> list[int]:
         oldest = replay.age_of(state.groups[uid])
         if uid not in chosen and oldest is not None and not would_exceed(oldest, step - 1, bound):
             ages[uid] = oldest
-    late = first_late(Counter(ages.values()), step, bound, replay.prompts_per_step)
+    ages_left = Counter(ages.values())
+    late = first_late(ages_left, step, bound, replay.prompts_per_step, open_places)
     if late is None:
         return []
     return [uid for uid in state.uids("INFLIGHT") if ages.get(uid, late + 1) <= late]
 
 
-def _missing(replay: "Replay", num_ready: int, now: float) -> str:
+def _missing(replay: "Replay", step: int, num_ready: int, now: float) -> str:
     """Too few groups are READY: say how many and who has the others."""
-    head = f"{num_ready} of {replay.prompts_per_step} groups READY"
+    num_begun = len(_begun(replay, step))
+    head = f"{num_ready} of {replay.prompts_per_step - num_begun} groups READY"
+    if num_begun:
+        head += f" besides the {num_begun} handed out"
     if replay.state.staged:
         head += f", {len(replay.state.staged)} staged until the feeder extends them or not"
     inflight = replay.state.uids("INFLIGHT")

@@ -145,6 +145,10 @@ class OptimizerConfig(Settings):
     of `proximal = "ewma"` looks back c times as many updates (PPO-EWMA, arXiv:2110.00641). 0: all
     three are as given."""
 
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step: it rises in equal parts over `warmup_steps`."""
+        return self.learning_rate * (min(1.0, step / self.warmup_steps) if self.warmup_steps else 1)
+
 
 class LoraConfig(Settings):
     """`[learner.lora]`: train low-rank adapters instead of the weights, in warm starts, too."""
@@ -187,6 +191,9 @@ class LearnerConfig(Settings):
     the layer is computed again; `stream`: the same, `stream_tokens` of a row at a time, the longest
     sequences in a given memory (StreamBP; Llama and Qwen layers). Gradients differ by rounding."""
     stream_tokens: Annotated[int, Field(ge=1)] = 512
+    stream: bool = False
+    """Train a step's groups as they become READY, before its batch is full: the same update to
+    rounding. Needs one update per step, and an objective that looks at one group at a time."""
     threads: Annotated[int, Field(ge=1)] = 1
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -212,6 +219,21 @@ class LearnerConfig(Settings):
                 "objective": self.objective.model_copy(update=objective),
             }
         )
+
+    @model_validator(mode="after")
+    def _streams(self) -> Self:
+        advantage = self.objective.advantage
+        if self.stream and advantage in ("batch_std", "group_mean_batch_std"):
+            raise ValueError(
+                f'learner.stream cannot train groups before learner.objective.advantage = "'
+                f'{advantage}" has seen the whole batch; use "group_std" or set stream = false'
+            )
+        if self.stream and self.updates_per_step > 1:
+            raise ValueError(
+                "learner.stream makes one update per step; set learner.updates_per_step = 1 (it "
+                f"is {self.updates_per_step}) or stream = false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _lora_fits(self) -> Self:

@@ -33,7 +33,7 @@ import msgspec
 
 from ..buffer.client import BufferClient
 from ..buffer.errors import PeerLost, Refused, TrainingFailed
-from ..buffer.messages import Batch, NotYet
+from ..buffer.messages import Batch, NotYet, Part
 from ..buffer.process import run_process
 from ..buffer.records import Version, WeightsManifest
 from ..buffer.waits import waiting
@@ -72,6 +72,10 @@ class Buffer(Protocol):
 
     async def take(self, step: int, *, wait_s: float) -> Batch | NotYet: ...
 
+    async def take_part(
+        self, step: int, received: int, *, wait_s: float
+    ) -> Part | Batch | NotYet: ...
+
     async def publish(self, manifest: WeightsManifest) -> object: ...
 
     async def checkpoint_saved(self, version: Version, resumable_step: int = 0) -> object: ...
@@ -90,6 +94,8 @@ class LearnerLoop:
         """The checkpoint on its way to the disk."""
         self._last_row: dict[str, Any] = {}
         self._step_began_s = time.monotonic()
+        self._part_s = 0.0
+        """Spent on training parts of the batch that is being taken."""
 
     async def run(self) -> None:
         """All steps.
@@ -111,11 +117,12 @@ class LearnerLoop:
             while self.trainer.held.step < self.spec.config.steps and not self.stopping:
                 if self._writing is not None and self._writing.done():
                     await self._written()
-                began_s = time.monotonic()
+                began_s, self._part_s = time.monotonic(), 0.0
                 batch = await self._take_or_save(self.trainer.held.step + 1)
                 if batch is None:
                     break
-                await self._to_boundary(self._step(batch, time.monotonic() - began_s))
+                wait_s = time.monotonic() - began_s - self._part_s
+                await self._to_boundary(self._step(batch, wait_s))
         except asyncio.CancelledError:  # SIGTERM while waiting for a batch
             self.stopping = True
         if self.trainer.held.step < self.spec.config.steps:
@@ -149,9 +156,20 @@ class LearnerLoop:
             TrainingFailed: `take_deadline_s` passed; says on whom it waited.
         """
         deadline = time.monotonic() + self.spec.take_deadline_s
-        waiting_on = "the buffer service"
+        waiting_on, received = "the buffer service", 0
         while (left_s := deadline - time.monotonic()) > 0:
-            reply = await self.client.take(step, wait_s=min(POLL_S, left_s))
+            wait_s = min(POLL_S, left_s)
+            if self.spec.config.stream:
+                reply = await self.client.take_part(step, received, wait_s=wait_s)
+            else:
+                reply = await self.client.take(step, wait_s=wait_s)
+            if isinstance(reply, Part):
+                received += len(groups := reply.groups)
+                began_s = time.monotonic()
+                await self._in_thread(lambda groups=groups: self.trainer.add(step, groups))
+                self._part_s += time.monotonic() - began_s
+                deadline = time.monotonic() + self.spec.take_deadline_s
+                continue
             if isinstance(reply, Batch):
                 return reply
             if reply.closing:

@@ -3,6 +3,7 @@
 Shape suffix: T trained tokens of a micro-batch.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -121,8 +122,7 @@ def train_step(
     if anchor == "recomputed" and len(parts) > 1:
         for part in parts:
             part.proximal[:] = [score_frozen(policy.model, batch) for batch in part.batches]
-    warmup = config.optimizer.warmup_steps
-    rate = config.optimizer.learning_rate * (min(1.0, step / warmup) if warmup else 1.0)
+    rate = config.optimizer.rate_at(step)
     sums, norms = Sums(), []
     for part in parts:
         if anchor == "ewma":
@@ -136,6 +136,90 @@ def train_step(
     metrics["train_seconds"] = time.perf_counter() - started
     metrics["train_tokens_per_s"] = sums.inputs / metrics["train_seconds"]
     return StepResult(metrics=metrics, proof=proof)
+
+
+class StreamedStep:
+    """`train_step` for U = 1 whose groups come in parts, each trained as it comes.
+
+    The same update to rounding: gradients of sums are accumulated undivided, and divided by the
+    denominator of the whole batch at its end. The law is checked before each part and counted
+    again over all of them. Left half-way, it has changed nothing but gradients.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        step: int,
+        held: Version,
+        config: LearnerConfig,
+        path: LivePath,
+        max_staleness_steps: float,
+        ratio_law: RatioLaw = "temperature",
+        reference: PreTrainedModel | None = None,
+    ) -> None:
+        """As `train_step`; `LearnerConfig` refuses what looks at the whole batch at once."""
+        self._policy, self._config, self._step, self._held = policy, config, step, held
+        self._path, self._bound = path, max_staleness_steps
+        self._law: RatioLaw = ratio_law
+        self._reference = reference
+        self._groups: list[TrajectoryGroup] = []
+        self._samples: list[Sample] = []
+        self._denominators: list[float] = []
+        self._weighted = 0
+        self._sums, self._seconds = Sums(), 0.0
+        policy.clear_gradients()
+
+    def add(self, groups: Sequence[TrajectoryGroup]) -> None:
+        """Accumulate the gradients of some groups of the batch.
+
+        Raises:
+            TrainingFailed, CorruptData: as `train_step`.
+        """
+        began_s = time.perf_counter()
+        self._groups += groups
+        if samples := samples_of(groups, self._config.objective):
+            line_up = functools.partial(
+                collate, held=self._held, dtype=self._policy.loss_dtype, law=self._law
+            )
+            part = _part(samples, len(groups), self._config, line_up)
+            self._weighted += _prove([part], self._step, self._bound, self._path).trained_tokens
+            anchor = self._config.objective.anchor(1)
+            if anchor == "ewma":
+                with self._policy.averaged():
+                    part.proximal[:] = [score_frozen(self._policy.model, b) for b in part.batches]
+            undivided = replace(part, denominator=1.0)
+            args = (self._config.objective, self._reference, self._sums, self._step)
+            _accumulate(self._policy, undivided, *args)
+            self._samples += part.samples
+            self._denominators.append(part.denominator)
+        self._seconds += time.perf_counter() - began_s
+
+    def close(self) -> StepResult:
+        """Update the policy with what was added.
+
+        Raises:
+            TrainingFailed: as `train_step`.
+        """
+        began_s, config = time.perf_counter(), self._config
+        whole = _Part(samples=self._samples, batches=[], denominator=1.0, proximal=[])
+        proof = _prove([whole], self._step, self._bound, self._path, self._weighted)
+        denominator = sum(self._denominators)
+        if config.objective.aggregation == "prompt":  # num_prompts x the largest budget of all
+            most = max(sample.trajectory.sampling.max_new_tokens for sample in self._samples)
+            denominator = float(len(self._groups) * most)
+        for parameter in self._policy.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad /= denominator
+        self._sums.loss /= denominator
+        rate = config.optimizer.rate_at(self._step)
+        norm = _checked_norm(self._policy, self._step)
+        self._policy.update(rate, norm)
+        metrics = step_metrics(self._sums, self._groups, 1)
+        metrics |= {"grad_norm": float(norm), "learning_rate": rate}
+        metrics["train_seconds"] = self._seconds + time.perf_counter() - began_s
+        metrics["train_tokens_per_s"] = self._sums.inputs / metrics["train_seconds"]
+        return StepResult(metrics=metrics, proof=proof)
 
 
 def _part(
@@ -166,8 +250,11 @@ def _part(
     )
 
 
-def _prove(parts: list[_Part], step: int, bound: float, path: LivePath) -> ProofLine:
-    """The law's view of exactly the tokens that are about to carry weight.
+def _prove(
+    parts: list[_Part], step: int, bound: float, path: LivePath, weighted: int | None = None
+) -> ProofLine:
+    """The law's view of exactly the tokens that are about to carry weight, or (`weighted` of them)
+    have just been counted.
 
     Raises:
         TrainingFailed: there are none, or one of them may not be trained at this step.
@@ -180,7 +267,8 @@ def _prove(parts: list[_Part], step: int, bound: float, path: LivePath) -> Proof
     if not trained:
         raise TrainingFailed(f"step {step}: its batch has no token to train on")
     proof = proof_line(trained, step=step, max_staleness_steps=bound, path=path)
-    weighted = sum(int((b.weights_T != 0).sum()) for part in parts for b in part.batches)
+    if weighted is None:
+        weighted = sum(int((b.weights_T != 0).sum()) for part in parts for b in part.batches)
     if proof.violations or proof.trained_tokens != weighted:
         raise TrainingFailed(
             f"step {step}: {proof.violations} of {weighted} tokens with weight break the staleness "

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..buffer.errors import ConfigError
 from ..buffer.mailbox import publish_file
 from ..buffer.messages import Batch
-from ..buffer.records import Version, WeightsManifest
+from ..buffer.records import TrajectoryGroup, Version, WeightsManifest
 from ..buffer.staleness import LivePath
 from ..kernels import streambp
 from ..kernels.models import (
@@ -42,7 +42,7 @@ from .config import LearnerSpec
 from .objective import find_surrogate
 from .policy import Policy, probe, weights_digest
 from .sft import read_examples, run_sft
-from .step import StepResult, train_step
+from .step import StepResult, StreamedStep, train_step
 
 
 class Trainer:
@@ -69,6 +69,7 @@ class Trainer:
         self.saved = False
         """Whether a checkpoint of the held version is on disk, or being written."""
         self.journal_sequence = 0
+        self._streamed: StreamedStep | None = None
         self._copies: dict[str, dict[str, Tensor]] = {}
 
     def prepare(self, stop: threading.Event) -> None:
@@ -182,24 +183,37 @@ class Trainer:
         step = self.held.step
         return step % self.spec.config.checkpoint.every_steps == 0 or step == self.spec.config.steps
 
+    def add(self, step: int, groups: Sequence[TrajectoryGroup]) -> None:
+        """Train a part of a step's batch; `train` gets the last one."""
+        if self._streamed is None:
+            self._streamed = StreamedStep(self.policy, **self._law(step))
+        self._streamed.add(groups)
+
+    def _law(self, step: int) -> dict[str, Any]:
+        """What a step needs to know besides its groups."""
+        return {
+            "step": step,
+            "held": self.held,
+            "config": self.spec.config,
+            "path": self.path,
+            "max_staleness_steps": self.spec.max_staleness_steps,
+            "ratio_law": self.spec.ratio_law,
+            "reference": self.reference,
+        }
+
     @property
     def resumable_step(self) -> int:
         """The oldest checkpoint whose rollouts the buffer has to keep."""
         return resumable_step(self.root, self.spec.config.checkpoint.keep_last)
 
     def train(self, batch: Batch) -> StepResult:
-        """One step; afterwards the policy is at the next version."""
-        result = train_step(
-            self.policy,
-            batch.groups,
-            step=batch.step,
-            held=self.held,
-            config=self.spec.config,
-            path=self.path,
-            max_staleness_steps=self.spec.max_staleness_steps,
-            ratio_law=self.spec.ratio_law,
-            reference=self.reference,
-        )
+        """One step, or the rest of it; afterwards the policy is at the next version."""
+        if self.spec.config.stream:
+            self.add(batch.step, batch.groups)
+            assert self._streamed is not None
+            result, self._streamed = self._streamed.close(), None
+        else:
+            result = train_step(self.policy, batch.groups, **self._law(batch.step))
         self._hold(self.policy, batch.step)
         self.journal_sequence = batch.journal_sequence
         return result

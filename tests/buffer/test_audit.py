@@ -156,12 +156,13 @@ def test_what_no_resume_can_need_is_removed_and_the_books_stay_exact(
     assert 0 < report.compacted_steps <= 4
     assert (report.trained, report.taken, report.max_lag) == (12, 4, 0)
 
+    last = tmp_path / "segments" / kept[-1]
+    last.rename(tmp_path / "away")
+    assert "unreadable" in audit(tmp_path, range(16)).line
+    (tmp_path / "away").rename(last)
     with pytest.raises(CorruptData, match=r"from step 3 needs rollouts that were removed"):
         Coordinator(make_spec(branch=1, resume_from=(0, 3)), 0.0)
     resumed = Coordinator(make_spec(branch=1, resume_from=(0, 4)), 0.0)
     counts, dropped = resumed.replay.state.counts, resumed.replay.state.dropped
     assert (counts["READY"], counts["WAITING"], dropped["lost"]) == (2, 6, 0)
     resumed.close()
-
-    (tmp_path / "segments" / kept[-1]).unlink()
-    assert "unreadable" in audit(tmp_path, range(16)).line

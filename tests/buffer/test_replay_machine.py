@@ -67,6 +67,8 @@ class ReplayMachine(RuleBasedStateMachine):
     """Steps after which the invariants were looked at, of all machines."""
     compacted = 0
     """Checkpoints after which segments were removed."""
+    parts = 0
+    """Batches of which a part was handed out before the rest."""
 
     @initialize(
         bound=st.sampled_from([0, 0.5, 1, 2]),
@@ -76,6 +78,7 @@ class ReplayMachine(RuleBasedStateMachine):
         order=st.sampled_from(["oldest", "oldest", *take_module.ORDERS]),
         max_uses=st.sampled_from([1, 1, 3]),
         compact=st.booleans(),
+        stream=st.booleans(),
     )
     def start(
         self,
@@ -86,6 +89,7 @@ class ReplayMachine(RuleBasedStateMachine):
         order: str = "oldest",
         max_uses: int = 1,
         compact: bool = False,
+        stream: bool = False,
     ) -> None:
         self.bound, self.max_uses = bound, max_uses
         self.patient = order == "oldest" and (wait_s == FOREVER or stale == "wait")
@@ -104,7 +108,9 @@ class ReplayMachine(RuleBasedStateMachine):
             max_waiting_prompts=6,
             keep_rollouts_gb=0,
         )
-        self.compact = compact
+        self.compact, self.stream = compact, stream
+        self.begun = False
+        """Whether a part of the next batch is TAKEN."""
         self.now, self.branch = 0.0, 0
         self.parents: dict[int, tuple[int, int]] = {}
         self.log: list[bytes] = []
@@ -289,18 +295,24 @@ class ReplayMachine(RuleBasedStateMachine):
     @rule(publish=st.sampled_from([True, True, False]))
     def learn(self, publish: bool) -> None:
         step = self.newest.step + 1
-        if step not in self.lineage:
-            plan = self.replay.plan_take(step, self.now)
+        if step not in self.lineage or self.begun:
+            if self.begun:
+                with pytest.raises(Refused, match="another request"):
+                    self.replay.plan_take(step, self.now, "another")
+            part = self.stream and self.random.random() < 0.8
+            plan = self.replay.plan_take(step, self.now, "request", part=part)
             if isinstance(plan, TakePlan):
                 self.train(plan)
-        if step in self.lineage and publish:
+        if step in self.lineage and not self.begun and publish:
             self.replay.publish(manifest(step, self.branch))
         self.commit()
 
     def train(self, plan: TakePlan) -> None:
         """Note every token that gets weight, from the stored trajectories."""
         batch: Batch = {}
-        assert len(plan.groups) == P
+        before = self.lineage.get(plan.step, {})
+        assert plan.groups
+        assert plan.completes == (len(before) + len(plan.groups) == P)
         for uid, decisions in plan.groups:
             group = self.replay.state.groups[uid]
             assert sum(d.trained for d in decisions) >= min(2, G)
@@ -320,8 +332,13 @@ class ReplayMachine(RuleBasedStateMachine):
                     assert not decision.stale_prefix, "waiting long enough, nothing gets stale"
                     assert decision.drop_reason != "stale"
             batch[uid] = weighted
-        self.replay.commit_take(plan, "request", NO_PROOF)
-        self.lineage[plan.step] = batch
+        self.begun = not plan.completes
+        if plan.completes:
+            self.replay.commit_take(plan, "request", NO_PROOF)
+        else:
+            ReplayMachine.parts += 1
+            self.replay.commit_part(plan, "request")
+        self.lineage[plan.step] = before | batch
 
     def trained_before(self) -> set[int]:
         return {uid for batch in self.lineage.values() for uid in batch}
@@ -345,7 +362,7 @@ class ReplayMachine(RuleBasedStateMachine):
         assert fresh.state.leases == live.leases
         assert +fresh.state.counts == +live.counts
         assert fresh.state.requests == live.requests
-        for counts in ("dropped", "dropped_since", "rewards_since", "finished", "trained"):
+        for counts in ("begun", "dropped", "dropped_since", "rewards_since", "finished", "trained"):
             assert getattr(fresh.state, counts) == getattr(live, counts)
         self.replay = fresh
 
@@ -358,7 +375,7 @@ class ReplayMachine(RuleBasedStateMachine):
             self.torn.add(self.random.randrange(len(self.stored)))
         self.branch += 1
         self.parents[self.branch] = parent
-        self.lineage = dict(self.saved[parent])
+        self.lineage, self.begun = dict(self.saved[parent]), False
         attempts = {
             uid: [sample.attempt for sample in group.samples]
             for uid, group in self.replay.state.groups.items()
@@ -446,7 +463,7 @@ class ReplayMachine(RuleBasedStateMachine):
     ],
 )
 def test_the_law_and_the_books_hold_under_any_interleaving(steps: int) -> None:
-    ReplayMachine.checked = ReplayMachine.compacted = 0
+    ReplayMachine.checked = ReplayMachine.compacted = ReplayMachine.parts = 0
     run_state_machine_as_test(
         ReplayMachine,
         settings=settings(
@@ -458,6 +475,7 @@ def test_the_law_and_the_books_hold_under_any_interleaving(steps: int) -> None:
     )
     assert ReplayMachine.checked >= steps
     assert ReplayMachine.compacted > 0
+    assert ReplayMachine.parts > 0
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -473,6 +491,7 @@ def test_the_law_and_the_books_hold_over_long_runs(seed: int) -> None:
         order=choice.choice(["oldest", *take_module.ORDERS]),
         max_uses=choice.choice([1, 1, 3]),
         compact=choice.choice([True, False]),
+        stream=choice.choice([True, False]),
     )
     for _ in range(250):
         act_at_random(machine, choice)

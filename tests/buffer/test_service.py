@@ -28,6 +28,7 @@ from slipstream.buffer.messages import (
     GetStats,
     Hello,
     NotYet,
+    Part,
     PublishVersion,
     PutEvaluation,
     PutPrompts,
@@ -76,6 +77,42 @@ async def test_a_prompt_travels_from_feeder_to_batch(make_spec: SpecMaker) -> No
         assert stats.capacity_groups == 4
     lines = (spec.run_dir / "proof.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1]
+
+
+async def test_a_step_is_handed_out_in_parts_that_repeats_and_restarts_do_not_change(
+    make_spec: SpecMaker,
+) -> None:
+    spec = make_spec()
+    client = BufferClient(spec.endpoint, spec.run_id, "learner", timeout_s=30)
+    with service_process(spec):
+        await client.connect()
+        await client.put_prompts([ticket(uid) for uid in range(3)])
+        await client.publish(manifest(0))
+        first, second, _ = (await client.claim(version(0), 64)).claims
+        await finish_all(client, Claims(claims=(second,)))
+        reply = await client.take_part(1, 0, wait_s=5)
+        assert isinstance(reply, Part)
+        assert [group.prompt.uid for group in reply.groups] == [1]
+        again = await client.take_part(1, 0, wait_s=5)  # as if its answer had been lost
+        assert isinstance(again, Part)
+        assert codec.encode(again.groups)[1:] == codec.encode(reply.groups)[1:]
+        waiting = await client.take_part(1, 1, wait_s=0)
+        assert isinstance(waiting, NotYet)
+        assert "0 of 1 groups READY besides the 1 handed out" in waiting.waiting_on
+        with pytest.raises(Refused, match="another request"):
+            await client.take(1, wait_s=0, request_id="somebody else")
+    assert audit(spec.run_dir, range(3)).ok, "half a step is no fault while it is the last"
+    with service_process(spec):  # after kill -9, on the same branch
+        await finish_all(client, Claims(claims=(first,)))
+        batch = await client.take_part(1, 1, wait_s=5)
+        assert isinstance(batch, Batch)
+        assert [group.prompt.uid for group in batch.groups] == [0]
+        assert (batch.proof.trained_trajectories, batch.proof.lag_counts) == (4, {0: 12})
+        whole = await client.take(1, wait_s=5)
+        assert isinstance(whole, Batch)
+        assert [group.prompt.uid for group in whole.groups] == [0, 1]
+        assert whole.proof == batch.proof
+        await client.close()
 
 
 async def test_a_probed_group_waits_for_its_sizer_and_is_then_topped_up(

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
-from slipstream.buffer.messages import Batch, NotYet
+from slipstream.buffer.messages import Batch, NotYet, Part
 from slipstream.buffer.records import (
     Message,
     Prompt,
@@ -201,6 +202,7 @@ class FakeBuffer:
         self.published: list[WeightsManifest] = []
         self.saved: list[Version] = []
         self.resumable: list[int] = []
+        self.parts = 0
         self.on_take = lambda step: None
 
     async def publish(self, manifest: WeightsManifest) -> None:
@@ -209,6 +211,15 @@ class FakeBuffer:
     async def checkpoint_saved(self, version: Version, resumable_step: int = 0) -> None:
         self.saved.append(version)
         self.resumable.append(resumable_step)
+
+    async def take_part(self, step: int, received: int, *, wait_s: float) -> Part | Batch | NotYet:
+        """One group after the other."""
+        batch = await self.take(step, wait_s=wait_s)
+        if isinstance(batch, NotYet) or received == len(batch.groups) - 1:
+            last = {"groups": batch.groups[-1:]} if isinstance(batch, Batch) else {}
+            return msgspec.structs.replace(batch, **last)
+        self.parts += 1
+        return Part(step=step, groups=batch.groups[received : received + 1])
 
     async def take(self, step: int, *, wait_s: float) -> Batch | NotYet:
         self.on_take(step)

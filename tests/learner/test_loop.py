@@ -214,3 +214,19 @@ def test_a_model_that_cannot_be_streamed_is_refused_with_key_and_reason(make_spe
     trainer = Trainer(spec.model_copy(update={"config": config}))
     with pytest.raises(ConfigError, match=r'learner\.activations = "stream": GPT2Model cannot be'):
         trainer.prepare(threading.Event())
+
+
+def test_a_run_that_trains_parts_as_they_come_publishes_what_whole_batches_make(
+    make_spec, fake_buffer, run_loop, rows_of
+):
+    losses = []
+    for stream in (False, True):
+        spec, buffer = make_spec(steps=3), fake_buffer()
+        spec = spec.model_copy(update={"config": spec.config.model_copy(update={"stream": stream})})
+        spec = spec.model_copy(update={"run_dir": spec.run_dir / f"stream-{stream}"})
+        spec.run_dir.mkdir()
+        run_loop(spec, buffer)
+        assert [str(m.version) for m in buffer.published] == ["0.0", "0.1", "0.2", "0.3"]
+        losses.append([row["loss"] for row in rows_of(spec.run_dir).values()])
+        assert buffer.parts == (3 if stream else 0)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)

@@ -13,7 +13,7 @@ from slipstream.learner import batch as batch_module
 from slipstream.learner import objective
 from slipstream.learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
 from slipstream.learner.policy import Policy
-from slipstream.learner.step import train_step
+from slipstream.learner.step import StreamedStep, train_step
 
 HELD = Version(branch=0, step=0)
 
@@ -326,3 +326,51 @@ def test_gradient_is_exactly_zero_where_no_policy_token_is_predicted(build_polic
     moved = states.grad.abs().sum(-1) > 0
     predicts = np.append(mask[1:], False)[: moved.shape[1]]
     assert (moved.numpy() == predicts).all()
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "prompt", "prompt_token"])
+@pytest.mark.parametrize("arrival", [[[3], [0, 2], [1]], [[0, 1, 2, 3]], [[2, 3], [1, 0]]])
+def test_groups_trained_as_they_arrive_make_the_update_of_the_full_batch(
+    make, build_policy, monkeypatch, aggregation, arrival
+):
+    gradients = []
+    update = Policy.update
+
+    def spy(policy, *arguments):
+        gradients.append({name: p.grad.clone() for name, p in policy.parameters.items()})
+        update(policy, *arguments)
+
+    monkeypatch.setattr(Policy, "update", spy)
+    settings = config(
+        aggregation=aggregation, micro=64, kl_coefficient=0.1, entropy_coefficient=0.1
+    )
+    groups, reference = make.groups(4, 3), build_policy(seed=1)
+    result = train(build_policy(), groups, settings, reference=reference)
+    law = {"step": 1, "held": HELD, "config": settings, "path": LivePath(0)}
+    policy = Policy(build_policy(), settings.optimizer)
+    stream = StreamedStep(policy, **law, max_staleness_steps=1.0, reference=reference)
+    for uids in arrival:
+        stream.add([groups[uid] for uid in uids])
+    streamed = stream.close()
+    assert streamed.proof == result.proof
+    for key in ("loss", "entropy", "kl_reference", "tokens_trained"):
+        assert streamed.metrics[key] == pytest.approx(result.metrics[key], rel=1e-10)
+    for name, gradient in gradients[1].items():  # the model's norms round to float32
+        torch.testing.assert_close(gradient, gradients[0][name], rtol=0, atol=1e-8)
+
+
+def test_a_part_over_the_bound_stops_the_step_before_the_weights_move(make, build_policy):
+    model, settings = build_policy(), config()
+    before = weights_of(model)
+    stream = StreamedStep(
+        Policy(model, settings.optimizer),
+        step=3,
+        held=HELD,
+        config=settings,
+        path=LivePath(0),
+        max_staleness_steps=1.0,
+    )
+    with pytest.raises(TrainingFailed, match="break the staleness bound"):
+        stream.add(make.groups(1, 2))  # written by version 0: lag 2
+    for name, weight in weights_of(model).items():
+        assert torch.equal(weight, before[name])
