@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 import msgspec
+import xxhash
 
 from . import messages
 from .config import ServiceSpec
@@ -230,7 +231,7 @@ class Coordinator:
         )
 
     def _put_prompts(self, request: messages.PutPrompts, final: bool) -> Reply | None:
-        count = 0
+        count, remembers = 0, self.spec.config.demonstrations_per_step > 0
         for ticket in request.tickets if not self.closing else ():
             prompt = ticket.prompt
             if not self.replay.put(
@@ -239,6 +240,7 @@ class Coordinator:
                 lambda t=ticket: self.journal.append(t),
                 prompt.task if prompt.task in self.spec.config.task_max_staleness_steps else "",
                 staged=ticket.sizing.staged,
+                source=xxhash.xxh3_64_intdigest(prompt.source_id.encode()) if remembers else 0,
             ):
                 break
             if self.replay.state.groups[prompt.uid].state == "WAITING":
@@ -350,6 +352,7 @@ class Coordinator:
                 return self._part(step, groups)
             before = self._load_all(step, handed_out)
             proof = self._prove(step, before, groups)
+            self.replay.demonstrate(step, self.journal.intact)
             self.replay.commit_take(plan, name, proof)
             self._proofs.append(proof)
             return self._batch(step, groups if part else before + groups, proof)
@@ -368,9 +371,15 @@ class Coordinator:
     ) -> messages.Batch:
         for uid in self.replay.state.taken[step]:
             self._tickets.pop(uid, None)
-        in_order = tuple(sorted(groups, key=lambda group: group.prompt.uid))
+        shown = [
+            s for s in self.replay.state.wanted.values() if s.shown == (self.spec.branch, step)
+        ]
         return messages.Batch(
-            step=step, groups=in_order, proof=proof, journal_sequence=self.sequence
+            step=step,
+            groups=tuple(sorted(groups, key=lambda group: group.prompt.uid)),
+            proof=proof,
+            journal_sequence=self.sequence,
+            demonstrations=tuple(self.journal.read(s.payload, Trajectory) for s in shown),
         )
 
     def _part(self, step: int, groups: Sequence[TrajectoryGroup]) -> messages.Part:

@@ -63,6 +63,8 @@ class Put(Event, frozen=True, tag="put"):
     task: str = ""
     staged: bool = False
     """As `SizingDecision.staged`."""
+    source: int = 0
+    """xxh3-64 of the prompt's `source_id`, when a success of it is of use to a later group."""
 
 
 class Extended(Event, frozen=True, tag="extend"):
@@ -142,6 +144,17 @@ class Taken(Event, frozen=True, tag="take"):
     decisions: tuple[Decision, ...]
 
 
+class Demonstrated(Event, frozen=True, tag="show"):
+    """A step trains an earlier success of a prompt whose group had none; outside the law."""
+
+    uid: int
+    """Of the group without a success."""
+    step: int
+    success: tuple[int, int]
+    """(uid, index) of the sample that is shown."""
+    payload: Ref
+
+
 class StepBegun(Event, frozen=True, tag="begin"):
     """The first part of a step's batch is TAKEN; a request alone gets the others."""
 
@@ -195,6 +208,7 @@ AnyEvent = (
     | Dropped
     | Reopened
     | Taken
+    | Demonstrated
     | StepBegun
     | StepTaken
     | Published

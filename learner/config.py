@@ -95,6 +95,8 @@ class ObjectiveConfig(Settings):
     run started from when above 0."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    demonstration_coefficient: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the demonstrations' mean -log pi, see `buffer.demonstrations_per_step`."""
 
     @model_validator(mode="before")
     @classmethod

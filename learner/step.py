@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..buffer.errors import TrainingFailed
 from ..buffer.messages import ProofLine
-from ..buffer.records import TrainingSample, TrajectoryGroup, Version
+from ..buffer.records import TrainingSample, Trajectory, TrajectoryGroup, Version
 from ..buffer.staleness import LivePath, proof_line
 from ..kernels import dispatch
 from . import objective
@@ -30,6 +30,7 @@ from .batch import (
     updates_of,
 )
 from .config import LearnerConfig, ObjectiveConfig
+from .imitation import imitate
 from .metrics import Sums, step_metrics
 from .policy import Policy, fused_loss, score_frozen, whole_loss
 
@@ -65,6 +66,7 @@ def train_step(
     max_staleness_steps: float,
     ratio_law: RatioLaw = "temperature",
     reference: PreTrainedModel | None = None,
+    demonstrations: Sequence[Trajectory] = (),
 ) -> StepResult:
     """Train one batch. The exact order of operations, for whoever reproduces it:
 
@@ -102,6 +104,7 @@ def train_step(
         max_staleness_steps: S, for the proof.
         ratio_law: the law of all log-probabilities, the engine's included.
         reference: frozen policy for the KL term; needed when its coefficient is above 0.
+        demonstrations: join the first update, see `imitation.imitate`.
     Returns:
         Metrics (`loss` is the minimised total, the mean over updates) and the proof line.
     Raises:
@@ -123,15 +126,17 @@ def train_step(
         for part in parts:
             part.proximal[:] = [score_frozen(policy.model, batch) for batch in part.batches]
     rate = config.optimizer.rate_at(step)
-    sums, norms = Sums(), []
+    sums, norms, shown = Sums(), [], {}
     for part in parts:
         if anchor == "ewma":
             with policy.averaged():
                 part.proximal[:] = [score_frozen(policy.model, batch) for batch in part.batches]
         _accumulate(policy, part, config.objective, reference, sums, step)
+        if part is parts[0]:
+            shown = imitate(policy, demonstrations, config, held=held, step=step)
         norms.append(_checked_norm(policy, step))
         policy.update(rate, norms[-1])
-    metrics = step_metrics(sums, groups, len(parts))
+    metrics = step_metrics(sums, groups, len(parts)) | shown
     metrics |= {"grad_norm": float(max(norms)), "learning_rate": rate}
     metrics["train_seconds"] = time.perf_counter() - started
     metrics["train_tokens_per_s"] = sums.inputs / metrics["train_seconds"]
@@ -195,8 +200,8 @@ class StreamedStep:
             self._denominators.append(part.denominator)
         self._seconds += time.perf_counter() - began_s
 
-    def close(self) -> StepResult:
-        """Update the policy with what was added.
+    def close(self, demonstrations: Sequence[Trajectory] = ()) -> StepResult:
+        """Update the policy with what was added, and with demonstrations.
 
         Raises:
             TrainingFailed: as `train_step`.
@@ -212,10 +217,11 @@ class StreamedStep:
             if parameter.grad is not None:
                 parameter.grad /= denominator
         self._sums.loss /= denominator
+        shown = imitate(self._policy, demonstrations, config, held=self._held, step=self._step)
         rate = config.optimizer.rate_at(self._step)
         norm = _checked_norm(self._policy, self._step)
         self._policy.update(rate, norm)
-        metrics = step_metrics(self._sums, self._groups, 1)
+        metrics = step_metrics(self._sums, self._groups, 1) | shown
         metrics |= {"grad_norm": float(norm), "learning_rate": rate}
         metrics["train_seconds"] = self._seconds + time.perf_counter() - began_s
         metrics["train_tokens_per_s"] = self._sums.inputs / metrics["train_seconds"]

@@ -211,9 +211,11 @@ class Trainer:
         if self.spec.config.stream:
             self.add(batch.step, batch.groups)
             assert self._streamed is not None
-            result, self._streamed = self._streamed.close(), None
+            result, self._streamed = self._streamed.close(batch.demonstrations), None
         else:
-            result = train_step(self.policy, batch.groups, **self._law(batch.step))
+            law = self._law(batch.step)
+            shown = batch.demonstrations
+            result = train_step(self.policy, batch.groups, **law, demonstrations=shown)
         self._hold(self.policy, batch.step)
         self.journal_sequence = batch.journal_sequence
         return result
