@@ -54,6 +54,9 @@ class BufferConfig(Settings):
     keep_rollouts_gb: Annotated[float, Field(ge=0)] = 20.0
     """Above so many 10^9 bytes the oldest stored rollouts are removed, of steps before every
     checkpoint a resume may start from; `slipstream show` and the audit's recount lose those."""
+    copy_to: Path | None = None
+    """A folder, on shared storage for instance, that gets a copy of the run folder with every
+    checkpoint. To go on from it, copy it to a local disk and `slipstream resume` it there."""
     take_deadline_s: Annotated[float, Field(gt=0)] = 600.0
     """A learner step that waits longer for its batch fails and says who waited on whom: the run
     goes back to its checkpoint, and ends after `cluster.restarts` of these."""

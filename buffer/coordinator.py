@@ -49,6 +49,8 @@ class Coordinator:
         self.mailbox = Mailbox()
         self.evaluations = Evaluations(self.mailbox)
         self.closing = ""
+        self.copy_due, self.copy_problem = False, ""
+        """Whether there is a checkpoint to be copied, and why the last copy failed."""
         self.refused = 0
         self.poisoned: list[int] = []
         """Prompts quarantined because workers died over them."""
@@ -209,6 +211,7 @@ class Coordinator:
             case messages.CheckpointSaved(version=version, resumable_step=step):
                 self.replay.checkpoint(version)
                 self.replay.compact(self.journal.segments.sizes(), min(step, version.step))
+                self.copy_due = self.spec.config.copy_to is not None
             case messages.PutEvaluation():
                 self.evaluations.put(request)
             case messages.FinishEvaluation():
@@ -487,7 +490,12 @@ class Coordinator:
             oldest_inflight_s=max(ages, default=0.0),
             capacity_groups=capacity(state.newest.step, *law) if state.newest else 0,
             workers=self._stats,
-            waits=[*waiting, *self._often_issued(), *map(_poisoned_words, self.poisoned)],
+            waits=[
+                *waiting,
+                *self._often_issued(),
+                *map(_poisoned_words, self.poisoned),
+                *([self.copy_problem] if self.copy_problem else []),
+            ],
             evaluation=self.evaluations.describe(),
         )
 

@@ -328,14 +328,15 @@ class State:
     def _settle(self, group: Group) -> None:
         """Derive the state of a group that is not final from its samples."""
         words = {sample.state for sample in group.samples}
+        complete = words <= {"READY", "DROPPED"}
         self.staged.pop(group.uid, None)
-        if group.complete and not (group.staged and "READY" in words):
+        if complete and not (group.staged and "READY" in words):
             state: GroupWord = "READY"
         elif words & {"READY", "INFLIGHT"}:
             state = "INFLIGHT"
         else:
             state = "WAITING"
-        if group.complete and group.staged and state == "INFLIGHT":
+        if complete and group.staged and state == "INFLIGHT":
             self.staged[group.uid] = None
         if state != group.state:
             self._move(group, state)
