@@ -22,7 +22,8 @@ from slipstream.rollout.config import (
 )
 from slipstream.rollout.history import Known
 from slipstream.rollout.prompts import PromptSource
-from slipstream.rollout.sizing import Controller, TicketMaker, length_limit
+from slipstream.rollout.sizing import Controller
+from slipstream.rollout.tickets import TicketMaker, length_limit
 
 WINDOWS = 1500
 GROUPS = 32
