@@ -59,6 +59,10 @@ def warm_start(prompts: PromptsConfig, sft: SftConfig, seed: int) -> dict[str, t
     return {name: tensor.clone() for name, tensor in models.policy_weights(model).items()}
 
 
+MOST_ROUNDS = 50
+"""Of refilling one batch."""
+
+
 @dataclass
 class Loop:
     """One run; `steps` and `evaluate` are called in turn."""
@@ -112,9 +116,11 @@ class Loop:
         """One step: a batch of groups, one update, the next version."""
         wanted = self.learner.prompts_per_step
         groups: list[TrajectoryGroup] = []
-        while len(groups) < wanted:
+        for _ in range(MOST_ROUNDS):  # a policy without any signal would be refilled for ever
             drawn = await self._groups(wanted - len(groups))
             groups += [group for group in drawn if not self.refill or _mixed(group)]
+            if len(groups) == wanted:
+                break
         held = self.engine.serving
         assert held is not None
         self.step += 1
