@@ -74,3 +74,49 @@ def test_the_documented_biases_of_cutting_and_shaping_are_the_exact_ones():
     assert {rule: [round(value, 2) for value in values] for rule, values in exact.items()} == rows
     assert exact["neither"][0] == pytest.approx(1)
     assert exact["cut"][1] < exact["neither"][1], "cutting teaches short answers"
+
+
+SPARE = 1
+
+
+def cut_off(chosen: list[int]) -> np.ndarray:
+    """[samples] weights on the scores of a group of G + SPARE of which the G first to finish
+    are trained and the others cut: the fastest are the shortest, equal ones by index."""
+    fast = sorted(range(len(chosen)), key=lambda i: (LENGTH_K[chosen[i]], i))[:G]
+    weights = np.zeros(len(chosen))
+    rewards = CORRECT_K[[chosen[i] for i in fast]]
+    weights[fast] = group_advantages(rewards.tolist(), "leave_one_out") / G
+    return weights
+
+
+def whole(chosen: list[int]) -> np.ndarray:
+    """The same with nobody cut."""
+    advantages = group_advantages(CORRECT_K[chosen].tolist(), "leave_one_out")
+    return advantages / len(chosen)
+
+
+def expected(rule: Callable[[list[int]], np.ndarray]) -> np.ndarray:
+    total, scores_KK = np.zeros(len(PI_K)), np.eye(len(PI_K)) - PI_K
+    for outcome in itertools.product(range(len(PI_K)), repeat=G + SPARE):
+        chosen = list(outcome)
+        total += PI_K[chosen].prod() * rule(chosen) @ scores_KK[chosen]
+    return total
+
+
+def test_cutting_stragglers_is_biased_by_as_much_as_documented_and_waiting_at_times_is_not():
+    """Waiting for the stragglers with probability e, the difference to the cut group weighed 1/e:
+    E = cut + e (whole - cut)/e = whole."""
+    page = (Path(__file__).parents[2] / "docs" / "sizing.md").read_text()
+    (row,) = [line.split("|") for line in page.splitlines() if line.startswith("| stragglers cut")]
+    true_K, length_K = gradient(CORRECT_K), gradient(LENGTH_K.astype(float))
+    biased = expected(cut_off)
+    found = [biased @ true_K / (true_K @ true_K), biased @ length_K]
+    assert [round(value, 2) for value in found] == [float(cell) for cell in row[2:4]]
+    assert found[1] < 0.9 * true_K @ length_K, "it teaches short answers"
+    share = 0.25
+
+    def waited(chosen: list[int]) -> np.ndarray:
+        return (whole(chosen) - cut_off(chosen)) / share + cut_off(chosen)
+
+    mixed = (1 - share) * biased + share * expected(waited)
+    assert mixed == pytest.approx(true_K, abs=1e-12)
