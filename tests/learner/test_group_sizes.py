@@ -32,7 +32,7 @@ def update(groups, learner: LearnerConfig, uid: int, p: float) -> float:
     samples = samples_of(groups, learner.objective)
     part = _part(samples, len(groups), learner, lambda rows: rows)  # type: ignore
     return sum(
-        s.weight * s.advantage / part.denominator
+        s.weight * float(s.advantage) / part.denominator
         * (1 / p if s.trajectory.score.value else -1 / (1 - p))
         for s in part.samples if s.trajectory.uid == uid
     )  # fmt: skip
