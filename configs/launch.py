@@ -9,6 +9,7 @@
 The command line calls the same functions.
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -20,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..buffer.errors import ConfigError, SlipstreamError
+from ..buffer.journal import Journal
 from ..learner.checkpoint import complete_folders, find_checkpoint
 from .claim import running_supervisor, supervising
 from .closing import resume_line, seeds_table
@@ -203,7 +205,8 @@ def _next_branch(run_dir: Path, branches: Sequence[Branch], console: Console) ->
         _forget_journal(run_dir)
         console.print(f"{run_dir.name} has no checkpoint yet: it starts over", highlight=False)
         return Branch(branch=number, started_s=time.time())
-    checkpoint, problems = find_checkpoint(root)
+    with contextlib.closing(Journal(run_dir, writable=False)) as journal:
+        checkpoint, problems = find_checkpoint(root, ledger_sequence=journal.sequence)
     for problem in problems:
         console.print(f"passed over: {problem}", style="yellow", markup=False, highlight=False)
     parent = (checkpoint.version.branch, checkpoint.version.step)

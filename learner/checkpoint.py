@@ -196,13 +196,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def find_checkpoint(
-    root: Path, wanted: tuple[int, int] | None = None
+    root: Path, wanted: tuple[int, int] | None = None, ledger_sequence: int | None = None
 ) -> tuple[Checkpoint, list[str]]:
     """The checkpoint to continue from, and what was wrong with newer ones.
 
     Args:
         root: the run's `checkpoints` folder.
         wanted: (branch, step); None for the newest that verifies.
+        ledger_sequence: what the ledger ends with; a checkpoint of steps that it has not seen (in a
+            copy that was cut short) would train them again.
     Raises:
         CorruptData: the wanted one is damaged, or all are; says how and what to do.
         ConfigError: there is none.
@@ -211,9 +213,13 @@ def find_checkpoint(
     problems: list[str] = []
     for folder in folders or complete_folders(root):
         try:
-            return read_checkpoint(folder), problems
+            found = read_checkpoint(folder)
         except CorruptData as error:
             problems.append(str(error))
+            continue
+        if ledger_sequence is None or found.journal_sequence <= ledger_sequence:
+            return found, problems
+        problems.append(f"{folder} is newer than the ledger beside it")
     if problems:
         raise CorruptData(
             f"no usable checkpoint in {root}: {'; '.join(problems)}. Restore the files from a "

@@ -11,6 +11,7 @@ from slipstream.buffer import copies
 from slipstream.buffer.audit import audit
 from slipstream.buffer.coordinator import Coordinator
 from slipstream.buffer.copies import copy_run
+from slipstream.buffer.journal import Journal
 from slipstream.buffer.messages import CheckpointSaved, PublishVersion
 
 from .conftest import SpecMaker, running
@@ -103,6 +104,9 @@ def test_a_copy_that_is_cut_short_leaves_the_one_before_it_usable(
         saved = sorted(json.loads(path.read_text())["step"] for path in manifests)
         assert saved == [2] if done else 1 in saved
         assert audit(trial, range(4 if done else 2)).ok
+        journal = Journal(trial, writable=False)
+        assert (journal.sequence >= at[1]) == done, "old with old: never a new checkpoint alone"
+        journal.close()
         if done:
             break
     else:

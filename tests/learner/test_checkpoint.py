@@ -29,7 +29,7 @@ def save(root, step, branch=0, keep_last=2, content=BYTES, keep=lambda step: Fal
         root,
         Version(branch=branch, step=step, digest=f"d{step}"),
         {name: (lambda path, b=b: path.write_bytes(b)) for name, b in content.items()},
-        journal_sequence=7,
+        journal_sequence=step,
         info={"run_id": "r"},
         keep_last=keep_last,
         keep=keep,
@@ -89,6 +89,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, dama
     assert words in problems[0]
     with pytest.raises(CorruptData, match="no usable checkpoint"):
         find_checkpoint(tmp_path, (0, 4))
+
+
+def test_a_checkpoint_of_steps_that_the_ledger_has_not_seen_is_passed_over(tmp_path):
+    older, newer = save(tmp_path, 2), save(tmp_path, 4)
+    found, problems = find_checkpoint(tmp_path, ledger_sequence=newer.journal_sequence)
+    assert (found, problems) == (newer, [])
+    found, problems = find_checkpoint(tmp_path, ledger_sequence=newer.journal_sequence - 1)
+    assert found == older
+    assert "is newer than the ledger beside it" in problems[0]
 
 
 POINTS = [
