@@ -286,8 +286,8 @@ def check_objective(experiment: Experiment) -> Iterator[str]:
 
 
 CHECKS = (
-    check_batch, check_ranks, check_sizing, check_sampling, check_staleness, check_prompts, check_launch,
-    check_objective,
+    check_batch, check_ranks, check_sizing, check_sampling, check_staleness, check_prompts,
+    check_launch, check_objective,
 )  # fmt: skip
 
 

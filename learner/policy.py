@@ -30,7 +30,7 @@ R = TypeVar("R")
 
 RNG_NAME = "rng.torch"
 AVERAGE_WEIGHT_NAME = "average.weight"
-PROBE_ROWS, PROBE_TOKENS = 2, 12
+PROBE_ROWS, PROBE_TOKENS = 1, 8
 """Few: training stands still meanwhile."""
 BLOCK_8BIT = 256
 

@@ -63,7 +63,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_of(tensor: Tensor) -> Part:
-    """This rank's rows of a tensor, without a copy; merged adapters are moved to where it is theirs."""
+    """This rank's rows of a tensor, without a copy; merged adapters may be sharded otherwise, and
+    are then moved."""
     first = 0
     if isinstance(tensor, DTensor):
         mesh, placements = tensor.device_mesh, (Shard(0),)
