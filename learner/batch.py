@@ -6,9 +6,9 @@ one after the other.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from .advantage import batch_advantages, gigpo_advantages, staged_advantages
 from .config import ObjectiveConfig
 from .rows import MAX_SHARED_INPUTS, Layout, Piece, lay_out, row_width
 
+R = TypeVar("R")
 RatioLaw = Literal["temperature", "kept_set"]
 
 MAX_PADDING = 0.05
@@ -315,6 +316,18 @@ def collate(
         num_inputs=sum(map(_width, rows)),
         filler=not any(sample.weight for sample in samples),
     )
+
+
+def moved(value: R, device: torch.device) -> R:
+    """Rows or a micro-batch with all tensors on a device; where they are already, themselves."""
+    if isinstance(value, Tensor):
+        return value.to(device)  # pyright: ignore
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(moved(each, device) for each in value))
+    if is_dataclass(value):
+        of = {field.name: moved(getattr(value, field.name), device) for field in fields(value)}
+        return replace(value, **of)  # pyright: ignore
+    return value
 
 
 def _temperature(trajectory: Trajectory) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..buffer.errors import TrainingFailed
 from ..buffer.records import Trajectory, Version
-from .batch import Sample, collate, own_share, plan_micro_batches
+from .batch import Sample, collate, moved, own_share, plan_micro_batches
 from .config import LearnerConfig
 from .policy import Policy, score
 
@@ -53,7 +53,7 @@ def imitate(
         samples, config.micro_batch_tokens, share_prompts=False, num_ranks=ranks.size
     )
     for rows in own_share(plan, ranks.rank, ranks.size):
-        batch = collate(rows, held, policy.loss_dtype)
+        batch = moved(collate(rows, held, policy.loss_dtype), ranks.device)
         logprobs_T, _ = score(policy.model, batch)
         loss = -(logprobs_T * batch.weights_T).sum() / total
         (config.objective.demonstration_coefficient * loss).backward()

@@ -25,6 +25,7 @@ from .batch import (
     RatioLaw,
     Sample,
     collate,
+    moved,
     own_share,
     plan_micro_batches,
     samples_of,
@@ -267,7 +268,8 @@ def _part(
         share_prompts=config.share_prompts,
         num_ranks=ranks.size,
     )
-    batches = [line_up(rows) for rows in own_share(plan, ranks.rank, ranks.size)]
+    own = own_share(plan, ranks.rank, ranks.size)
+    batches = [moved(line_up(rows), ranks.device) for rows in own]
     return _Part(
         samples=samples, batches=batches, denominator=denominator, proximal=[None] * len(batches)
     )

@@ -46,7 +46,7 @@ from .checkpoint import (
 from .config import LearnerSpec
 from .objective import find_surrogate
 from .policy import Policy, probe, weights_digest
-from .ranks import Ranks, shard
+from .ranks import Ranks, compile_layers, shard
 from .sft import read_examples, run_sft
 from .step import StepResult, StreamedStep, train_step
 
@@ -98,7 +98,7 @@ class Trainer:
         torch.set_num_threads(spec.config.threads)
         find_surrogate(spec.config.objective.surrogate)
         meeting = spec.run_dir / "processes" / f"learner.b{spec.branch}.meet"
-        self.ranks = Ranks.join(spec.rank, spec.ranks, meeting, spec.endpoint)
+        self.ranks = Ranks.join(spec.rank, spec.ranks, meeting, spec.endpoint, spec.config.device)
         try:
             with self.ranks.watched():
                 if spec.resume_from is None:
@@ -185,6 +185,8 @@ class Trainer:
                 checkpoint_layers(model)
         except ValueError as error:
             raise ConfigError(f'learner.activations = "{kind}": {error}') from error
+        if spec.config.compile:
+            compile_layers(model)
         shard(model, self.ranks)
         return model
 

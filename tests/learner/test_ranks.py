@@ -11,21 +11,28 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import fields
 
+import msgspec
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from slipstream.buffer.errors import ConfigError
+from slipstream.buffer.records import Version
 from slipstream.kernels.models import assign_weights
 from slipstream.learner import loop as loop_module
 from slipstream.learner import shards
+from slipstream.learner.batch import collate, moved, samples_of
 from slipstream.learner.checkpoint import find_checkpoint
 from slipstream.learner.config import LoraConfig, ObjectiveConfig
 from slipstream.learner.ranks import LOOPBACK, Ranks, own_address
 from slipstream.learner.trainer import Trainer
+from torch._dynamo.utils import counters
 
 WAIT_S = 60.0
 PROBE = "probe.safetensors"
+HELD = Version(branch=0, step=0)
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -72,12 +79,12 @@ def run_ranks(run_loop, fake_buffer):
     """`run_ranks(spec, size)`: all ranks of a learner around a fake buffer, each in a fork, because
     a process can join only once."""
 
-    def run(spec, size: int, codes: list[int] | None = None) -> None:
+    def run(spec, size: int, codes: list[int] | None = None, buffer=fake_buffer) -> None:
         (spec.run_dir / "processes").mkdir(exist_ok=True)
         specs = [spec.model_copy(update={"rank": r, "ranks": size}) for r in range(size)]
 
         def first() -> None:
-            run_loop(specs[0], fake_buffer()).end()
+            run_loop(specs[0], buffer()).end()
 
         children = [forked(first)] + [forked(lambda s=s: follower(s)) for s in specs[1:]]
         assert ended(children) == (codes or [0] * size)
@@ -128,12 +135,12 @@ def test_losses_gradients_and_weights_do_not_depend_on_the_number_of_ranks(
     ("changes", "dtype", "tolerance"),
     [
         ({"lora": LoraConfig(rank=3)}, "float64", 1e-9),
-        ({"activations": "checkpoint"}, "float64", 1e-9),
+        ({"activations": "checkpoint", "stream": True}, "float64", 1e-9),
         slow({"objective": ObjectiveConfig(preset="gspo")}, "float64", 1e-9),
         slow({"objective": ObjectiveConfig(proximal="ewma")}, "float64", 1e-9),
         slow({}, "float32", 1e-5),
     ],
-    ids=["lora", "checkpoint", "sequence", "ewma", "float32"],
+    ids=["lora", "checkpoint-stream", "sequence", "ewma", "float32"],
 )
 def test_what_works_on_one_rank_works_on_several(
     make_spec, run_loop, run_ranks, fake_buffer, rows_of, build_policy, changes, dtype, tolerance
@@ -282,3 +289,58 @@ def test_a_rank_that_dies_is_a_lost_peer_to_the_others(make_spec, fake_buffer, r
     assert ended(children) == [1, -signal.SIGKILL]
     assert "PeerLost: learner rank 0 lost another rank" in capfd.readouterr().err
     assert find_checkpoint(spec.run_dir / "checkpoints")[0].version.step == 0
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_whole_graphs_and_change_no_step_beyond_rounding(
+    make_spec, run_loop, run_ranks, fake_buffer, rows_of, monkeypatch
+):
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    spec = make_spec(dtype="float32")
+    run_loop(spec, fake_buffer())
+    counters.clear()
+    compiled = elsewhere(with_config(spec, compile=True), "compiled")
+    run_loop(compiled, fake_buffer())
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+    assert_alike(spec, compiled, rows_of, 1e-5)
+    sharded = elsewhere(compiled, "sharded")
+    run_ranks(sharded, 2)
+    assert_alike(spec, sharded, rows_of, 1e-5)
+
+
+def test_demonstrations_are_dealt_to_ranks_like_a_batch(
+    make_spec, run_loop, run_ranks, fake_buffer, make, rows_of
+):
+    class Showing(fake_buffer):
+        async def take(self, step, *, wait_s):
+            batch = await super().take(step, wait_s=wait_s)
+            shown = make.groups(1, 3, seed=77)[0].samples
+            return msgspec.structs.replace(batch, demonstrations=tuple(s.trajectory for s in shown))
+
+    spec = with_config(make_spec(steps=2), micro_batch_tokens=24)
+    run_loop(spec, Showing())
+    other = elsewhere(spec, "ranks")
+    run_ranks(other, 2, buffer=Showing)
+    assert_alike(spec, other, rows_of, 1e-9, steps=(1, 2))
+    shown = rows_of(other.run_dir)[2]["demonstration_loss"]
+    assert shown == pytest.approx(rows_of(spec.run_dir)[2]["demonstration_loss"])
+    assert shown > 0
+
+
+def test_everything_of_a_micro_batch_moves_to_the_device(make):
+    rows = [[sample] for sample in samples_of(make.groups(2, 2), ObjectiveConfig())]
+    batch = collate(rows, HELD, torch.float32)
+    there = moved(batch, torch.device("meta"))
+    assert there.layout.input_ids_BL.device.type == "meta"
+    tensors = [f.name for f in fields(batch) if isinstance(getattr(batch, f.name), torch.Tensor)]
+    assert len(tensors) >= 8
+    assert {getattr(there, name).device.type for name in tensors} == {"meta"}
+    assert there.num_inputs == batch.num_inputs
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ConfigError, match=r'learner\.device = "cuda".*use "cpu"'):
+        Ranks.join(0, 1, tmp_path / "meet", "ipc:///nowhere", "cuda")
