@@ -30,7 +30,7 @@ from slipstream.learner.ranks import LOOPBACK, Ranks, own_address
 from slipstream.learner.trainer import Trainer
 from torch._dynamo.utils import counters
 
-WAIT_S = 60.0
+WAIT_S = 240.0
 PROBE = "probe.safetensors"
 HELD = Version(branch=0, step=0)
 
@@ -292,21 +292,22 @@ def test_a_rank_that_dies_is_a_lost_peer_to_the_others(make_spec, fake_buffer, r
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what torch's own compiler warns itself of
 def test_compiled_layers_are_whole_graphs_and_change_no_step_beyond_rounding(
     make_spec, run_loop, run_ranks, fake_buffer, rows_of, monkeypatch
 ):
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     spec = make_spec(dtype="float32")
     run_loop(spec, fake_buffer())
+    sharded = elsewhere(with_config(spec, compile=True), "sharded")
+    run_ranks(sharded, 2)  # before this process compiles: its threads would be missing in a fork
+    assert_alike(spec, sharded, rows_of, 1e-5)
     counters.clear()
-    compiled = elsewhere(with_config(spec, compile=True), "compiled")
+    compiled = elsewhere(sharded, "compiled")
     run_loop(compiled, fake_buffer())
     assert counters["stats"]["unique_graphs"] > 0
     assert not counters["graph_break"]
     assert_alike(spec, compiled, rows_of, 1e-5)
-    sharded = elsewhere(compiled, "sharded")
-    run_ranks(sharded, 2)
-    assert_alike(spec, sharded, rows_of, 1e-5)
 
 
 def test_demonstrations_are_dealt_to_ranks_like_a_batch(
