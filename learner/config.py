@@ -196,6 +196,11 @@ class LearnerConfig(Settings):
     stream: bool = False
     """Train a step's groups as they become READY, before its batch is full: the same update to
     rounding. Needs one update per step, and an objective that looks at one group at a time."""
+    compile: bool = False
+    """Compile each decoder layer (torch.compile, without graph breaks, one graph for all shapes):
+    minutes at the start. Needs a C++ compiler; not together with `activations = "stream"`."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """`cuda`: one device per learner rank, NCCL between them; not run so far."""
     threads: Annotated[int, Field(ge=1)] = 1
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -238,11 +243,16 @@ class LearnerConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _lora_fits(self) -> Self:
+    def _layers_fit(self) -> Self:
         if self.lora.rank and self.activations == "stream":
             raise ValueError(
                 'learner.activations = "stream" knows the layers\' own weights alone, not the '
                 'adapters of learner.lora; use "checkpoint"'
+            )
+        if self.compile and self.activations == "stream":
+            raise ValueError(
+                'learner.compile and learner.activations = "stream" both replace the forward pass '
+                'of the layers; use "checkpoint" or compile = false'
             )
         if "lm_head" in self.lora.targets:
             raise ValueError(
@@ -290,6 +300,9 @@ class LearnerSpec(Settings):
     max_staleness_steps: float
     ratio_law: Literal["temperature", "kept_set"]
     take_deadline_s: float
+    rank: int = 0
+    ranks: int = 1
+    """How many processes like this share the learner's work."""
     branch: int
     branch_parents: dict[int, tuple[int, int]] = {}
     resume_from: tuple[int, int] | None = None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..buffer.errors import TrainingFailed
 from ..buffer.records import Trajectory, Version
-from .batch import Sample, collate, plan_micro_batches
+from .batch import Sample, collate, moved, own_share, plan_micro_batches
 from .config import LearnerConfig
 from .policy import Policy, score
 
@@ -46,13 +46,19 @@ def imitate(
     ]
     total = sum(sample.num_trained for sample in samples)
     value = 0.0
-    for rows in plan_micro_batches(samples, config.micro_batch_tokens, share_prompts=False):
-        logprobs_T, _ = score(policy.model, collate(rows, held, policy.loss_dtype))
-        loss = -logprobs_T.sum() / total
-        if not math.isfinite(part := float(loss.detach())):
-            raise TrainingFailed(f"step {step}: the loss of its demonstrations is {part}")
-        (config.objective.demonstration_coefficient * loss).backward()
-        value += part
+    ranks = policy.ranks
     if not samples:
         return {}
+    plan = plan_micro_batches(
+        samples, config.micro_batch_tokens, share_prompts=False, num_ranks=ranks.size
+    )
+    for rows in own_share(plan, ranks.rank, ranks.size):
+        batch = moved(collate(rows, held, policy.loss_dtype), ranks.device)
+        logprobs_T, _ = score(policy.model, batch)
+        loss = -(logprobs_T * batch.weights_T).sum() / total
+        (config.objective.demonstration_coefficient * loss).backward()
+        value += float(loss.detach())
+    value = ranks.total([value])[0]
+    if not math.isfinite(value):
+        raise TrainingFailed(f"step {step}: the loss of its demonstrations is {value}")
     return {"demonstrations": float(len(samples)), "demonstration_loss": value}

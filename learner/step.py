@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from .batch import (
     RatioLaw,
     Sample,
     collate,
+    moved,
+    own_share,
     plan_micro_batches,
     samples_of,
     updates_of,
@@ -33,6 +35,7 @@ from .config import LearnerConfig, ObjectiveConfig
 from .imitation import imitate
 from .metrics import Sums, step_metrics
 from .policy import Policy, fused_loss, score_frozen, whole_loss
+from .ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,7 @@ class _Part:
 
     samples: list[Sample]
     batches: list[MicroBatch]
+    """This rank's."""
     denominator: float
     proximal: list[Tensor | None]
     """Per micro-batch; None: derived from the current policy while the loss is computed."""
@@ -94,6 +98,9 @@ def train_step(
        parameters together; then AdamW (torch; decay on every parameter; bias-corrected) with rate
        learning_rate * min(1, step / warmup_steps).
 
+    With several ranks each gets the whole batch and plans the same micro-batches, of which it takes
+    its share; denominators, norms and metrics are those of all ranks.
+
     Args:
         policy: trained in place.
         groups: the batch, as the buffer handed it out.
@@ -112,15 +119,17 @@ def train_step(
             that is not finite; the weights are then as the last update left them.
         CorruptData: a record that cannot be trained on.
     """
-    started = time.perf_counter()
+    started, ranks = time.perf_counter(), policy.ranks
     samples = samples_of(groups, config.objective)
     parts = [
-        _part(own, len(uids), config, lambda r: collate(r, held, policy.loss_dtype, ratio_law))
+        _part(
+            own, len(uids), config, lambda r: collate(r, held, policy.loss_dtype, ratio_law), ranks
+        )
         for part in updates_of(groups, config.updates_per_step)
         if (uids := {group.prompt.uid for group in part})
         if (own := [s for s in samples if s.trajectory.uid in uids])
     ]
-    proof = _prove(parts, step, max_staleness_steps, path)
+    proof = _prove(parts, step, max_staleness_steps, path, ranks)
     anchor = config.objective.anchor(config.updates_per_step)
     if anchor == "recomputed" and len(parts) > 1:
         for part in parts:
@@ -136,6 +145,7 @@ def train_step(
             shown = imitate(policy, demonstrations, config, held=held, step=step)
         norms.append(_checked_norm(policy, step))
         policy.update(rate, norms[-1])
+    sums = Sums.merged(ranks.exchange(asdict(sums)))
     metrics = step_metrics(sums, groups, len(parts)) | shown
     metrics |= {"grad_norm": float(max(norms)), "learning_rate": rate}
     metrics["train_seconds"] = time.perf_counter() - started
@@ -187,8 +197,10 @@ class StreamedStep:
             line_up = functools.partial(
                 collate, held=self._held, dtype=self._policy.loss_dtype, law=self._law
             )
-            part = _part(samples, len(groups), self._config, line_up)
-            self._weighted += _prove([part], self._step, self._bound, self._path).trained_tokens
+            ranks = self._policy.ranks
+            part = _part(samples, len(groups), self._config, line_up, ranks)
+            proof = _prove([part], self._step, self._bound, self._path, ranks)
+            self._weighted += proof.trained_tokens
             anchor = self._config.objective.anchor(1)
             if anchor == "ewma":
                 with self._policy.averaged():
@@ -208,7 +220,8 @@ class StreamedStep:
         """
         began_s, config = time.perf_counter(), self._config
         whole = _Part(samples=self._samples, batches=[], denominator=1.0, proximal=[])
-        proof = _prove([whole], self._step, self._bound, self._path, self._weighted)
+        ranks = self._policy.ranks
+        proof = _prove([whole], self._step, self._bound, self._path, ranks, self._weighted)
         denominator = sum(self._denominators)
         if config.objective.aggregation == "prompt":  # num_prompts x the largest budget of all
             most = max(sample.trajectory.sampling.max_new_tokens for sample in self._samples)
@@ -221,6 +234,7 @@ class StreamedStep:
         rate = config.optimizer.rate_at(self._step)
         norm = _checked_norm(self._policy, self._step)
         self._policy.update(rate, norm)
+        self._sums = Sums.merged(ranks.exchange(asdict(self._sums)))
         metrics = step_metrics(self._sums, self._groups, 1) | shown
         metrics |= {"grad_norm": float(norm), "learning_rate": rate}
         metrics["train_seconds"] = self._seconds + time.perf_counter() - began_s
@@ -233,6 +247,7 @@ def _part(
     num_prompts: int,
     config: LearnerConfig,
     line_up: Callable[[Sequence[Sequence[Sample]]], MicroBatch],
+    ranks: Ranks = ALONE,
 ) -> _Part:
     """Weigh the samples of one update and cut them into micro-batches."""
     aggregation = config.objective.aggregation
@@ -248,16 +263,25 @@ def _part(
         weights, denominator = objective.token_weights(lengths, aggregation)
     samples = [replace(s, weight=w) for s, w in zip(samples, weights, strict=True)]
     plan = plan_micro_batches(
-        samples, config.micro_batch_tokens, share_prompts=config.share_prompts
+        samples,
+        config.micro_batch_tokens,
+        share_prompts=config.share_prompts,
+        num_ranks=ranks.size,
     )
-    batches = [line_up(rows) for rows in plan]
+    own = own_share(plan, ranks.rank, ranks.size)
+    batches = [moved(line_up(rows), ranks.device) for rows in own]
     return _Part(
         samples=samples, batches=batches, denominator=denominator, proximal=[None] * len(batches)
     )
 
 
 def _prove(
-    parts: list[_Part], step: int, bound: float, path: LivePath, weighted: int | None = None
+    parts: list[_Part],
+    step: int,
+    bound: float,
+    path: LivePath,
+    ranks: Ranks,
+    weighted: int | None = None,
 ) -> ProofLine:
     """The law's view of exactly the tokens that are about to carry weight, or (`weighted` of them)
     have just been counted.
@@ -273,8 +297,9 @@ def _prove(
     if not trained:
         raise TrainingFailed(f"step {step}: its batch has no token to train on")
     proof = proof_line(trained, step=step, max_staleness_steps=bound, path=path)
-    if weighted is None:
-        weighted = sum(int((b.weights_T != 0).sum()) for part in parts for b in part.batches)
+    if weighted is None:  # a sample that two ranks took, or none, would show here
+        own = sum(int((b.weights_T != 0).sum()) for part in parts for b in part.batches)
+        weighted = int(ranks.total([own])[0])
     if proof.violations or proof.trained_tokens != weighted:
         raise TrainingFailed(
             f"step {step}: {proof.violations} of {weighted} tokens with weight break the staleness "
@@ -298,6 +323,7 @@ def _accumulate(
     Raises:
         TrainingFailed: the loss is not finite.
     """
+    value = 0.0
     for batch, anchor_T in zip(part.batches, part.proximal, strict=True):
         reference_T = None
         if config.kl_coefficient > 0:
@@ -306,17 +332,20 @@ def _accumulate(
         terms = _TokenLoss(batch, config, anchor_T, reference_T, part.denominator)
         run = whole_loss if config.needs_whole_samples else fused_loss
         result = run(policy.model, batch, terms)
-        if not math.isfinite(value := float(result.loss.detach())):
-            raise TrainingFailed(
-                f"step {step}: the loss is {value}; the weights are as before this update. Resume "
-                "from the last checkpoint, with a lower learning rate if it comes again"
-            )
         result.loss.backward()
-        sums.loss += value
+        if batch.filler:
+            continue
+        value += float(result.loss.detach())
         # The gap to the engine is that of the held version: `ewma` anchors elsewhere.
         elsewhere = config.proximal == "ewma"
         held_T = result.logprobs_T if anchor_T is None or elsewhere else anchor_T
         sums.count(batch, held_T, result.seen_T)
+    if not math.isfinite(whole := policy.ranks.total([value])[0]):
+        raise TrainingFailed(
+            f"step {step}: the loss is {whole}; the weights are as before this update. Resume "
+            "from the last checkpoint, with a lower learning rate if it comes again"
+        )
+    sums.loss += value
 
 
 @dataclass(frozen=True, slots=True)

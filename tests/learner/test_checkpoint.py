@@ -1,9 +1,12 @@
 """A checkpoint counts when it is whole, and only then; `kill -9` at any moment leaves one."""
 
+import asyncio
 import json
 import os
+import random
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from safetensors.torch import load_file
 from slipstream.buffer.errors import ConfigError, CorruptData, TrainingFailed
 from slipstream.buffer.records import Version
 from slipstream.learner import checkpoint as module
-from slipstream.learner import trainer as trainer_module
+from slipstream.learner import shards
 from slipstream.learner.checkpoint import (
     complete_folders,
     find_checkpoint,
@@ -20,6 +23,7 @@ from slipstream.learner.checkpoint import (
 )
 from slipstream.learner.config import CheckpointConfig
 from slipstream.learner.policy import weights_digest
+from slipstream.learner.trainer import Trainer
 
 BYTES = {"weights.safetensors": b"w" * 1000, "optimizer.safetensors": b"o" * 500}
 
@@ -192,18 +196,15 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_copied_
     make_spec, fake_buffer, run_loop, monkeypatch
 ):
     spec, buffer, next_step = make_spec(steps=4), fake_buffer(), threading.Event()
-    ordinary, waited = trainer_module.file_writer, []
+    ordinary, waited = shards.write_parts, []
     buffer.on_take = lambda step: next_step.set() if step == 3 else None
 
-    def slow_writer(tensors):
-        def write(path):
-            if path.parent.name == "step-000002.b0":
-                waited.append(next_step.wait(timeout=20))
-            ordinary(tensors)(path)
+    def slow_writer(path, parts):
+        if path.parent.name == "step-000002.b0":
+            waited.append(next_step.wait(timeout=20))
+        ordinary(path, parts)
 
-        return write
-
-    monkeypatch.setattr(trainer_module, "file_writer", slow_writer)
+    monkeypatch.setattr(shards, "write_parts", slow_writer)
     run_loop(spec, buffer)
     assert waited
     assert all(waited), "step 3 was taken only after the checkpoint of step 2 was written"
@@ -216,13 +217,14 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_copied_
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_says_so(
     make_spec, fake_buffer, run_loop, monkeypatch
 ):
-    spec, ordinary = make_spec(steps=6), trainer_module.file_writer
+    spec, ordinary = make_spec(steps=6), shards.write_parts
 
-    def writer(tensors):
-        full = lambda path: into_a_full_disk(path) if "000004" in str(path) else None  # noqa: E731
-        return lambda path: full(path) or ordinary(tensors)(path)
+    def writer(path, parts):
+        if "000004" in str(path):
+            into_a_full_disk(path)
+        ordinary(path, parts)
 
-    monkeypatch.setattr(trainer_module, "file_writer", writer)
+    monkeypatch.setattr(shards, "write_parts", writer)
     with pytest.raises(TrainingFailed, match=r"step-000004.* cannot be written: .*No space"):
         run_loop(spec, fake_buffer())
     assert find_checkpoint(spec.run_dir / "checkpoints")[0].version.step == 2
@@ -282,3 +284,53 @@ def test_a_checkpoint_holds_what_was_published_and_the_random_state(
     assert all(torch.equal(saved[name], sent[name]) for name in saved)
     assert "rng.torch" in load_file(found.folder / "optimizer.safetensors")
     assert [v.step for v in buffer.saved] == [0, 2]
+
+
+@pytest.mark.slow
+def test_of_fifty_saving_processes_killed_at_random_each_leaves_the_newest_complete_checkpoint(
+    make_spec, fake_buffer, record_property
+):
+    """Each resumes from what the one before left, trains and saves without pause, and is killed."""
+    spec = make_spec(dtype="float32", max_staleness_steps=10**6)
+    rng, newest, reached = random.Random(0), (0, 0), []
+    Trainer(spec).prepare(threading.Event())
+    root = spec.run_dir / "checkpoints"
+    parents: dict[int, tuple[int, int]] = {}
+    for kill in range(1, 51):
+        parents[kill] = newest
+        branch = {"branch": kill, "branch_parents": dict(parents), "resume_from": newest}
+        resumed = spec.model_copy(update=branch)
+        go, told = os.pipe()
+        if (child := os.fork()) == 0:
+            save_without_pause(resumed, fake_buffer(), told)
+        os.close(told)
+        assert os.read(go, 1) == b"."  # it is about to save for the first time
+        os.close(go)
+        time.sleep(rng.uniform(0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        whole = [f for f in complete_folders(root) if f.name.endswith(f".b{kill}")]
+        found, problems = find_checkpoint(root)
+        assert problems == []  # none that counts is damaged
+        if whole:
+            assert found.folder == whole[0]
+        weights = load_file(found.folder / "weights.safetensors")
+        assert weights_digest(weights) == found.version.digest
+        newest = (found.version.branch, found.version.step)
+        reached.append(newest[1])
+    assert reached == sorted(reached)  # no checkpoint that was complete is lost
+    assert len(set(reached)) > 10
+    record_property("steps reached", reached)
+
+
+def save_without_pause(spec, buffer, told):
+    """Never returns; its error would show as an end other than by the kill."""
+    try:
+        trainer = Trainer(spec)
+        trainer.prepare(threading.Event())
+        os.write(told, b".")
+        while True:
+            trainer.train(asyncio.run(buffer.take(trainer.held.step + 1, wait_s=0)))
+            trainer.save()
+    finally:
+        os._exit(3)
