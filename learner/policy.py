@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -14,9 +15,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
 from ..buffer.errors import ConfigError, CorruptData
+from ..buffer.weight_files import Piece
 from ..kernels import dispatch
 from ..kernels.definition import FullLoss, Head, TokenLoss
-from ..kernels.models import assign_weights
+from ..kernels.models import DTYPE_NAMES, assign_weights
 from . import lora
 from .batch import Rows
 from .config import OptimizerConfig
@@ -271,12 +273,24 @@ def hidden_states(model: PreTrainedModel, layout: Layout) -> Tensor:
     return output.last_hidden_state
 
 
+def pieces(weights: Mapping[str, Tensor]) -> dict[str, Piece]:
+    """Weights as `Outbox.publish` takes them; no copies of what is contiguous."""
+    return {
+        name: Piece(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), _bytes(tensor))
+        for name, tensor in weights.items()
+    }
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+
+
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
     """xxh3-128 hex of names, dtypes, shapes and bytes in name order: the digest of a version."""
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensor).data)
     return digest.hexdigest()
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..buffer.errors import ConfigError
-from ..buffer.mailbox import publish_file
 from ..buffer.messages import Batch
 from ..buffer.records import TrajectoryGroup, Version, WeightsManifest
 from ..buffer.staleness import LivePath
+from ..buffer.weight_files import Outbox
 from ..kernels import streambp
 from ..kernels.models import (
     ModelError,
@@ -40,7 +40,7 @@ from .checkpoint import (
 )
 from .config import LearnerSpec
 from .objective import find_surrogate
-from .policy import Policy, probe, weights_digest
+from .policy import Policy, pieces, probe, weights_digest
 from .sft import read_examples, run_sft
 from .step import StepResult, StreamedStep, train_step
 
@@ -220,11 +220,14 @@ class Trainer:
         self.journal_sequence = batch.journal_sequence
         return result
 
+    @functools.cached_property
+    def outbox(self) -> Outbox:
+        """Where versions are published."""
+        return Outbox(self.spec.weights_dir)
+
     def write_weights(self) -> WeightsManifest:
         """Put the held version where engines can load it."""
-        manifest = publish_file(
-            self.spec.weights_dir, self.held, file_writer(self.policy.weights())
-        )
+        manifest = self.outbox.publish(self.held, pieces(self.policy.weights()))
         crash_point("publish.file_written")
         return manifest
 

@@ -17,6 +17,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from ...buffer.errors import ConfigError, CorruptData
+from ...buffer.mailbox import confirm
 from ...buffer.records import Version, WeightsManifest
 from ...kernels.models import ModelError, empty_model, load_tokenizer
 from ..config import KvPolicy, RatioLaw, SpeculationConfig
@@ -166,9 +167,11 @@ class NativeEngine:
         """Verify weights and lay them out, while tokens are made."""
         with torch.inference_mode():
             try:
-                return self._decoder.prepare(read_verified(manifest))
+                weights = self._decoder.prepare(read_verified(manifest))
             except ModelError as error:
                 raise CorruptData(f"weights of version {manifest.version}: {error}") from error
+        confirm(manifest)
+        return weights
 
     async def close(self) -> None:
         """End samples in flight as `abort`, and the thread; returns when it has ended."""
