@@ -54,6 +54,10 @@ class BufferConfig(Settings):
     keep_rollouts_gb: Annotated[float, Field(ge=0)] = 20.0
     """Above so many 10^9 bytes the oldest stored rollouts are removed, of steps before every
     checkpoint a resume may start from; `slipstream show` and the audit's recount lose those."""
+    weights: Literal["auto", "files", "zmq"] = "auto"
+    """How new weights reach the engines. `files`: memory-mapped files, which every node must see;
+    `zmq`: in chunks, each verified, that hosts relay to one another; `auto`: files on one machine,
+    chunks between machines."""
     take_deadline_s: Annotated[float, Field(gt=0)] = 600.0
     """A learner step that waits longer for its batch fails and says who waited on whom: the run
     goes back to its checkpoint, and ends after `cluster.restarts` of these."""

@@ -144,12 +144,13 @@ class Mailbox:
 
 
 def check_present(manifest: WeightsManifest) -> None:
-    """Refuse a manifest whose files are not there; digests are the loader's business.
+    """Refuse a manifest whose files are not there; digests are the loader's business, and what is
+    served by somebody need not be visible here.
 
     Raises:
         Refused: a shard is missing or has another size.
     """
-    for shard in manifest.shards:
+    for shard in (each for each in manifest.shards if not each.holder):
         path = Path(shard.path)
         if not path.is_file() or path.stat().st_size != shard.num_bytes:
             raise Refused(f"weights {manifest.version}: {shard.path} is missing or incomplete")

@@ -24,6 +24,7 @@ import xxhash
 
 from .filesystem import naming_a_full_disk
 from .records import Shard, Version, WeightsManifest
+from .weight_holder import Holder, Offer
 
 PIECE_BYTES = 1 << 20
 """Copied, then digested while it is still in the processor's cache."""
@@ -52,18 +53,22 @@ def retire(path: Path) -> None:
 class Outbox:
     """The files of one publisher; the folder is the supervisor's."""
 
-    def __init__(self, directory: Path, name: str = "weights") -> None:
+    def __init__(
+        self, directory: Path, name: str = "weights", holder: Holder | None = None
+    ) -> None:
         """Remove what an earlier process of that name left; the folder is made when missing.
 
         Args:
             directory: on tmpfs when the weights fit.
             name: of this publisher, unique in the folder.
+            holder: who serves them to other hosts.
         """
+        self.holder = holder
         self._directory, self._name = directory.resolve(), name
         self._maps: dict[int, np.ndarray] = {}
         """By inode, which no other file gets while it is mapped: mapping a file again costs more
         than writing it."""
-        self._paths: dict[Version, Path] = {}
+        self._shards: dict[Version, Shard] = {}
         self._directory.mkdir(parents=True, exist_ok=True)
         stem = re.escape(name)
         ours = re.compile(rf"{stem}-\d+\.\d+\.safetensors|{stem}\.(partial|spare)")
@@ -93,14 +98,22 @@ class Outbox:
                 hasher.update(target_N[start : start + part.nbytes].data)
                 start += part.nbytes
         os.replace(temporary, path)
-        self._paths[version] = path
-        shard = Shard(path=str(path), num_bytes=num_bytes, digest=hasher.hexdigest())
+        address = self.holder.address if self.holder else ""
+        shard = Shard(
+            path=str(path), num_bytes=num_bytes, digest=hasher.hexdigest(), holder=address
+        )
+        if self.holder:
+            self.holder.offers[shard.digest] = Offer(target_N)
+        self._shards[version] = shard
         return WeightsManifest(version=version, shards=(shard,))
 
     def keep(self, held: Collection[Version]) -> None:
         """Retire all versions but these."""
-        for version in [version for version in self._paths if version not in held]:
-            retire(self._paths.pop(version))
+        for version in [version for version in self._shards if version not in held]:
+            shard = self._shards.pop(version)
+            if self.holder and shard.digest not in {own.digest for own in self._shards.values()}:
+                self.holder.offers.pop(shard.digest, None)
+            retire(Path(shard.path))
 
     def _take_spare(self, path: Path, num_bytes: int) -> np.ndarray:
         """[num_bytes] uint8, shared with the file at `path`: the spare's pages, or new ones."""
@@ -108,18 +121,11 @@ class Outbox:
             os.replace(path.with_suffix(".spare"), path)
         except FileNotFoundError:
             path.unlink(missing_ok=True)
-        with naming_a_full_disk(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                inode = os.fstat(descriptor).st_ino
-                kept_N = self._maps.pop(inode, None)
-                if kept_N is None or kept_N.nbytes != num_bytes:
-                    os.ftruncate(descriptor, num_bytes)
-                    if hasattr(os, "posix_fallocate"):  # else a full tmpfs kills us as we write
-                        os.posix_fallocate(descriptor, 0, num_bytes)
-                    kept_N = np.frombuffer(mmap.mmap(descriptor, num_bytes), np.uint8)
-            finally:
-                os.close(descriptor)
+        path.touch(0o600)
+        inode = path.stat().st_ino
+        kept_N = self._maps.pop(inode, None)
+        if kept_N is None or kept_N.nbytes != num_bytes:
+            kept_N = map_file(path, num_bytes)
         known = {file.stat().st_ino for file in self._files()}
         self._maps = {key: own_N for key, own_N in self._maps.items() if key in known}
         self._maps[inode] = kept_N
@@ -128,6 +134,20 @@ class Outbox:
     def _files(self) -> list[Path]:
         return [*self._directory.glob(f"{self._name}-*.safetensors"),
                 *self._directory.glob(f"{self._name}.*")]  # fmt: skip
+
+
+def map_file(path: Path, num_bytes: int) -> np.ndarray:
+    """[num_bytes] uint8, shared with a file, which is made when missing, and allocated.
+
+    Raises:
+        DiskFull: it does not fit.
+    """
+    path.touch(0o600)
+    with naming_a_full_disk(path), path.open("r+b") as file:
+        os.ftruncate(file.fileno(), num_bytes)
+        if hasattr(os, "posix_fallocate"):  # else a full tmpfs kills us as we write
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        return np.frombuffer(mmap.mmap(file.fileno(), num_bytes), np.uint8)
 
 
 def _header(pieces: Mapping[str, Piece]) -> bytes:

@@ -278,6 +278,8 @@ class LearnerSpec(Settings):
     endpoint: str
     weights_dir: Path
     """Where published weights lie: tmpfs when they fit, else the run folder."""
+    serve_weights: bool = False
+    """Whether workers fetch them in chunks; false: they see `weights_dir`."""
     seed: int
     model_dir: Path
     """A Hugging Face folder; without weight files the policy is initialised from the seed."""

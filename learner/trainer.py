@@ -18,6 +18,7 @@ from ..buffer.messages import Batch
 from ..buffer.records import TrajectoryGroup, Version, WeightsManifest
 from ..buffer.staleness import LivePath
 from ..buffer.weight_files import Outbox
+from ..buffer.weight_holder import Holder, own_endpoint
 from ..kernels import streambp
 from ..kernels.models import (
     ModelError,
@@ -223,7 +224,9 @@ class Trainer:
     @functools.cached_property
     def outbox(self) -> Outbox:
         """Where versions are published."""
-        return Outbox(self.spec.weights_dir)
+        far = self.spec.serve_weights
+        holder = Holder(own_endpoint(self.spec.endpoint, "learner")) if far else None
+        return Outbox(self.spec.weights_dir, holder=holder)
 
     def write_weights(self) -> WeightsManifest:
         """Put the held version where engines can load it."""

@@ -282,6 +282,9 @@ class WorkerSpec(EngineSpec):
     run_id: str
     run_dir: Path
     endpoint: str
+    fetched_dir: Path | None = None
+    """Where weights lie that were fetched in chunks, on this host; None: the learner's files are
+    seen from here."""
 
 
 class WeightsFiles(Settings):
