@@ -9,6 +9,7 @@ does not grow with the number of receivers (Source: the tracker and rarest-first
 BEP 3; here the tracker picks, because it knows who has what).
 """
 
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 
@@ -160,7 +161,7 @@ class Tracker:
         """Up to so many chunks that it lacks: those nobody has first, then the rarest."""
         asker, chosen = self._receivers[receiver], []
         # Each begins elsewhere, so that receivers that start together fetch different chunks.
-        first = hash(receiver) % max(1, len(self.copies))
+        first = zlib.crc32(receiver.encode()) % max(1, len(self.copies))
         lacking = [
             number
             for number in (*range(first, len(self.copies)), *range(first))

@@ -55,15 +55,18 @@ MAX_REFUSALS = 5
 class Inbox:
     """Brings manifests' shards to this host, and serves on what it has of them."""
 
-    def __init__(self, folder: Path, endpoint: str, *, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(
+        self, folder: Path, endpoint: str, *, always: bool = True, deadline_s: float = DEADLINE_S
+    ) -> None:
         """Serve on an endpoint; the folder is shared by the run's processes on this host.
 
         Args:
             folder: made when missing, see `remove_unused`.
             endpoint: of our `Holder`.
+            always: fetch what the publisher's own file shows, too.
             deadline_s: of the publisher's silence.
         """
-        self._folder, self._deadline_s = folder, deadline_s
+        self._folder, self._always, self._deadline_s = folder, always, deadline_s
         self._users = use(folder)
         self.holder = Holder(endpoint)
         self.resumed, self.refused, self.lost = 0, 0, 0
@@ -82,7 +85,11 @@ class Inbox:
             PeerLost: a publisher was silent for the deadline.
             CorruptData: a publisher no longer has it, or sends what is not what was published.
         """
-        shards = tuple(self._fetch(shard) if shard.holder else shard for shard in manifest.shards)
+        shards = tuple(
+            self._fetch(shard) if shard.holder and (self._always or not Path(shard.path).exists())
+            else shard
+            for shard in manifest.shards
+        )  # fmt: skip
         self._forget(len(shards) * (KEPT_VERSIONS + 1))  # one may be evaluated
         return WeightsManifest(version=manifest.version, shards=shards)
 
@@ -247,13 +254,15 @@ class Fetch:
             try:
                 yield address, codec.decode(frames, Answer)
             except WireError as error:
-                raise CorruptData(f"weights {self._shard.path}: from {address}: {error}") from error
-        for source, asked_s in list(self._coming.values()):
-            if source in self._sockets and source != publisher:
-                if now - asked_s > min(RELAY_DEADLINE_S, self._deadline_s):
-                    self._lose(source)
-        owed = self._offer is None or self._asking or any(
-            source == publisher for source, _ in self._coming.values()
+                raise CorruptData(f"weights {self._shard.path}, {address}: {error}") from error
+        patience_s = min(RELAY_DEADLINE_S, self._deadline_s)
+        late = {s for s, asked_s in self._coming.values() if now - asked_s > patience_s}
+        for source in late - {publisher}:
+            self._lose(source)
+        owed = (
+            self._offer is None
+            or self._asking
+            or any(source == publisher for source, _ in self._coming.values())
         )
         if not owed:
             self._heard_s = now

@@ -1,4 +1,4 @@
-"""Serving weights: a socket and a thread that answer for the shards a process has, whole or in part.
+"""Serving weights: a socket and a thread that answer for the shards that a process has (of).
 
 Outside the file system it is a CURVE socket with a key of its own, which travels in manifests and
 so only inside the run: who has not been told it is not answered.

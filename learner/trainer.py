@@ -17,6 +17,7 @@ from ..buffer.errors import ConfigError
 from ..buffer.messages import Batch
 from ..buffer.records import TrajectoryGroup, Version, WeightsManifest
 from ..buffer.staleness import LivePath
+from ..buffer.weight_fetch import use
 from ..buffer.weight_files import Outbox
 from ..buffer.weight_holder import Holder, own_endpoint
 from ..kernels import streambp
@@ -224,8 +225,10 @@ class Trainer:
     @functools.cached_property
     def outbox(self) -> Outbox:
         """Where versions are published."""
-        far = self.spec.serve_weights
-        holder = Holder(own_endpoint(self.spec.endpoint, "learner")) if far else None
+        holder = None
+        if self.spec.serve_weights:
+            holder = Holder(own_endpoint(self.spec.endpoint, "learner"))
+            self._used = use(self.spec.weights_dir)
         return Outbox(self.spec.weights_dir, holder=holder)
 
     def write_weights(self) -> WeightsManifest:

@@ -285,6 +285,8 @@ class WorkerSpec(EngineSpec):
     fetched_dir: Path | None = None
     """Where weights lie that were fetched in chunks, on this host; None: the learner's files are
     seen from here."""
+    fetch_always: bool = False
+    """Also what is seen from here."""
 
 
 class WeightsFiles(Settings):

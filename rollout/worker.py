@@ -289,7 +289,8 @@ async def work(spec: WorkerSpec) -> None:
     inbox: Inbox | None = None
     try:
         if spec.fetched_dir is not None:
-            inbox = Inbox(spec.fetched_dir, own_endpoint(spec.endpoint, spec.name))
+            endpoint = own_endpoint(spec.endpoint, spec.name)
+            inbox = Inbox(spec.fetched_dir, endpoint, always=spec.fetch_always)
         await client.connect()
         engine, _ = await asyncio.gather(asyncio.to_thread(make_engine, spec), rewards.start())
         await Worker(spec, engine, rewards, client, inbox).run()
