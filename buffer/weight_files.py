@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import xxhash
 
@@ -114,6 +115,21 @@ class Outbox:
             if self.holder and shard.digest not in {own.digest for own in self._shards.values()}:
                 self.holder.offers.pop(shard.digest, None)
             retire(Path(shard.path))
+
+    @property
+    def files(self) -> dict[Version, Path]:
+        """Where the versions lie that are not retired."""
+        return {version: Path(shard.path) for version, shard in self._shards.items()}
+
+    def adopt(self, manifest: WeightsManifest) -> WeightsManifest:
+        """Treat a version of one file that was written by others as one of ours."""
+        (shard,) = manifest.shards
+        if self.holder:
+            bytes_N = np.memmap(shard.path, np.uint8, "r")
+            self.holder.offers[shard.digest] = Offer(bytes_N)
+            shard = msgspec.structs.replace(shard, holder=self.holder.address)
+        self._shards[manifest.version] = shard
+        return msgspec.structs.replace(manifest, shards=(shard,))
 
     def _take_spare(self, path: Path, num_bytes: int) -> np.ndarray:
         """[num_bytes] uint8, shared with the file at `path`: the spare's pages, or new ones."""

@@ -197,6 +197,11 @@ class LearnerConfig(Settings):
     """Train a step's groups as they become READY, before its batch is full: the same update to
     rounding. Needs one update per step, and an objective that looks at one group at a time."""
     threads: Annotated[int, Field(ge=1)] = 1
+    logprob_band: dict[Literal["max", "mean", "kl"], Annotated[float, Field(gt=0)]] = {}
+    """How far apart log-probabilities of engine and learner may be, in nats, over the tokens of one
+    version: the largest difference, the mean one, the estimated KL. A step outside looks for the
+    cause and says so (`certificate` in metrics.jsonl). What is not given goes by `dtype`: 1e-3,
+    1e-4 and 1e-6 in float32; 2, 0.05 and 5e-3 in bfloat16."""
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()

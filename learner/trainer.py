@@ -30,6 +30,7 @@ from ..kernels.models import (
     read_weights,
 )
 from . import lora
+from .certificate import BANDS, certify
 from .checkpoint import (
     ADAPTER,
     Checkpoint,
@@ -218,9 +219,24 @@ class Trainer:
             law = self._law(batch.step)
             shown = batch.demonstrations
             result = train_step(self.policy, batch.groups, **law, demonstrations=shown)
+        result.metrics["certificate"] = self._certificate(result, batch)
         self._hold(self.policy, batch.step)
         self.journal_sequence = batch.journal_sequence
         return result
+
+    def _certificate(self, result: StepResult, batch: Batch) -> str:
+        """Why the step's log-prob gap is outside its band; empty when it is not."""
+        spec = self.spec
+        return certify(
+            result.metrics,
+            batch.groups,
+            self.held,
+            files=self.outbox.files,
+            model_dir=spec.model_dir,
+            dtype=spec.dtype,
+            kept_law=spec.ratio_law == "kept_set",
+            band=BANDS[spec.dtype]._replace(**spec.config.logprob_band),
+        )
 
     @functools.cached_property
     def outbox(self) -> Outbox:
