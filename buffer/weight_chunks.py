@@ -51,6 +51,8 @@ class AskSources(Record, tag=True):
     """Where the asker serves what it has, see `Holder.address`."""
     verified: tuple[int, ...]
     """Chunks that it has since it last asked."""
+    begins: bool
+    """What was known of this receiver is of an earlier fetch, whose file may be gone."""
     corrupt: tuple[tuple[int, str], ...]
     """(chunk, source) that were refused."""
     silent: tuple[str, ...]
@@ -141,6 +143,9 @@ class Tracker:
 
     def heard(self, ask: AskSources, now: float) -> None:
         """Take in a report."""
+        if ask.begins:
+            self._forget(ask.receiver)
+            self._give_up(ask.receiver)
         receiver = self._receivers.setdefault(ask.receiver, _Receiver(heard_s=now))
         receiver.heard_s = now
         for number in self._known(ask.verified):
@@ -204,6 +209,6 @@ class Tracker:
             having.discard(source)
 
     def _give_up(self, name: str) -> None:
-        receiver = self._receivers.pop(name)
-        for number in list(receiver.given):
+        receiver = self._receivers.pop(name, None)
+        for number in list(receiver.given) if receiver else ():
             self._settle(receiver, number)

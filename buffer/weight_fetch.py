@@ -97,16 +97,21 @@ class Inbox:
         path = self._folder / f"{shard.digest}.safetensors"
         with _locked(self._folder / "lock"):
             if not path.exists():
-                Fetch(self, shard, path.with_suffix(".partial")).run(self._deadline_s)
-                os.replace(path.with_suffix(".partial"), path)
+                partial = path.with_suffix(".partial")
+                if fresh := not partial.exists():
+                    with contextlib.suppress(FileNotFoundError):  # pages that need not be made
+                        os.replace(self._folder / "spare", partial)
+                Fetch(self, shard, partial, fresh).run(self._deadline_s)
+                os.replace(partial, path)
             os.utime(path)
         return msgspec.structs.replace(shard, path=str(path), holder="")
 
     def _forget(self, num_kept: int) -> None:
-        """Remove all but the files that were used last."""
+        """Remove all but the files that were used last; one is kept for its pages."""
         files = {f: f.stat().st_mtime_ns for f in self._folder.glob("*.safetensors")}
         for file in sorted(files, key=lambda f: files[f])[:-num_kept]:
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(file, self._folder / "spare")
         kept = {file.stem for file in self._folder.glob("*.*")}
         for digest in [digest for digest in self.holder.offers if digest not in kept]:
             del self.holder.offers[digest]
@@ -115,9 +120,9 @@ class Inbox:
 class Fetch:
     """One shard on its way here."""
 
-    def __init__(self, inbox: Inbox, shard: Shard, path: Path) -> None:
-        """Nothing is asked before `run`."""
-        self._inbox, self._shard, self._path = inbox, shard, path
+    def __init__(self, inbox: Inbox, shard: Shard, path: Path, fresh: bool) -> None:
+        """Nothing is asked before `run`; a file that is not fresh may hold chunks already."""
+        self._inbox, self._shard, self._path, self._fresh = inbox, shard, path, fresh
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._sockets: dict[str, zmq.Socket] = {}
@@ -128,6 +133,7 @@ class Fetch:
         self._corrupt: list[tuple[int, str]] = []
         self._silent: set[str] = set()
         self._refusals: Counter[int] = Counter()
+        self._begins = True
         self._asking, self._ask_at_s, self._heard_s = False, 0.0, time.monotonic()
 
     def run(self, deadline_s: float) -> None:
@@ -140,6 +146,10 @@ class Fetch:
                     self._ask()
                 for source, answer in self._receive():
                     self._take(source, answer)
+            while self._news or self._asking:  # so that others are sent to us for the last, too
+                self._ask(wanted=0)
+                for source, answer in self._receive():
+                    self._take(source, answer)
         finally:
             for own in self._sockets.values():
                 own.close()
@@ -150,10 +160,9 @@ class Fetch:
         expected = (num_chunks(self._shard.num_bytes), 16)
         if plan.num_bytes != self._shard.num_bytes or plan.digests.shape != expected:
             raise CorruptData(f"weights {self._path}: the publisher's plan is not of this shard")
-        began = self._path.exists()
         bytes_N = map_file(self._path, plan.num_bytes)
         self._offer = Offer(bytes_N, plan.digests)
-        for number in range(len(plan.digests) if began else 0):
+        for number in range(0 if self._fresh else len(plan.digests)):
             self._verify(number, bytes_N[chunk_slice(number, plan.num_bytes)])
         self._inbox.resumed += len(self._offer.verified)
         self._inbox.holder.offers[self._shard.digest] = self._offer
@@ -166,11 +175,11 @@ class Fetch:
         self._news.append(number)
         return True
 
-    def _ask(self) -> None:
+    def _ask(self, wanted: int = WINDOW) -> None:
         """Report and ask for more, when there is room and no such question is open."""
         now = time.monotonic()
-        room = WINDOW - len(self._coming)
-        if self._asking or now < self._ask_at_s or (room < WINDOW // 2 and not self._silent):
+        room = max(0, wanted - len(self._coming))
+        if self._asking or now < self._ask_at_s or (2 * room < wanted and not self._silent):
             return
         self._asking = True
         self._send(
@@ -179,12 +188,13 @@ class Fetch:
                 digest=self._shard.digest,
                 receiver=self._inbox.holder.address,
                 verified=tuple(self._news),
+                begins=self._begins,
                 corrupt=tuple(self._corrupt),
                 silent=tuple(self._silent),
                 wanted=room,
             ),
         )
-        self._news, self._corrupt, self._silent = [], [], set()
+        self._news, self._corrupt, self._silent, self._begins = [], [], set(), False
 
     def _take(self, source: str, answer: Answer) -> None:
         match answer:
@@ -192,7 +202,7 @@ class Fetch:
                 self._begin(answer)
             case Sources(chunks=chunks):
                 self._asking = False
-                self._ask_at_s = time.monotonic() + (0 if chunks else AGAIN_S)
+                self._ask_at_s = 0 if chunks or self._coming else time.monotonic() + AGAIN_S
                 for number, named in chunks:
                     where = named or self._shard.holder
                     self._coming[number] = (where, time.monotonic())

@@ -159,7 +159,9 @@ class NativeEngine:
             self._loading = True
             try:
                 weights = await asyncio.to_thread(self._prepare, manifest)
-                await self._call(lambda: self._swap(manifest.version, weights))
+                old: list[Weights | None] = []
+                await self._call(lambda: old.append(self._swap(manifest.version, weights)))
+                await asyncio.to_thread(old.clear)
             finally:
                 self._loading = False
 
@@ -255,11 +257,12 @@ class NativeEngine:
         for output in outputs:
             self._streams.pop(output.request_id).put(output)
 
-    def _swap(self, version: Version, weights: Weights) -> None:
+    def _swap(self, version: Version, weights: Weights) -> Weights | None:
         started_s = time.perf_counter()
-        self._decoder.swap(version, weights)
+        old = self._decoder.swap(version, weights)
         self._swaps += 1
         self._last_swap_s = time.perf_counter() - started_s
+        return old
 
     def _stop(self) -> None:
         self._closing = True

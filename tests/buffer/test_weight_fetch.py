@@ -85,6 +85,17 @@ def test_a_host_that_has_verified_a_chunk_serves_it_on(publisher, inbox):
     assert total == 5 * manifest.shards[0].num_bytes
 
 
+def test_a_receiver_that_lost_its_file_gets_it_again_under_the_same_address(
+    publisher, tmp_path: Path
+) -> None:
+    manifest = publisher.publish(version(1), pieces())
+    for _ in range(2):
+        receiver = Inbox(tmp_path / "a", f"ipc://{tmp_path}/a.sock")
+        verify(receiver.local(manifest))
+        receiver.close()
+        assert not (tmp_path / "a").exists()
+
+
 def test_a_corrupt_chunk_of_a_relay_is_refused_and_fetched_elsewhere(publisher, inbox):
     manifest = publisher.publish(version(1), pieces())
     relay, receiver = inbox("a"), inbox("b")
@@ -220,7 +231,7 @@ def test_a_killed_relay_is_done_without(publisher, inbox, peer, tmp_path, monkey
 
 
 def report(receiver: str, *verified: int, **changes) -> AskSources:
-    fields = {"corrupt": (), "silent": (), "wanted": 1} | changes
+    fields = {"begins": False, "corrupt": (), "silent": (), "wanted": 1} | changes
     return AskSources(digest="d", receiver=receiver, verified=verified, **fields)
 
 
