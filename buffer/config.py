@@ -57,6 +57,10 @@ class BufferConfig(Settings):
     copy_to: Path | None = None
     """A folder, on shared storage for instance, that gets a copy of the run folder with every
     checkpoint. To go on from it, copy it to a local disk and `slipstream resume` it there."""
+    weights: Literal["auto", "files", "zmq"] = "auto"
+    """How new weights reach the engines. `files`: memory-mapped files, which every node must see;
+    `zmq`: in chunks, each verified, that hosts relay to one another; `auto`: files on one machine,
+    chunks between machines."""
     take_deadline_s: Annotated[float, Field(gt=0)] = 600.0
     """A learner step that waits longer for its batch fails and says who waited on whom: the run
     goes back to its checkpoint, and ends after `cluster.restarts` of these."""

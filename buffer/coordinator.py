@@ -183,7 +183,8 @@ class Coordinator:
                 return self._finish_many(request, now)
             case _:
                 self._carry_out(request, now)
-                return Done(journal_sequence=self.sequence)
+                held = self.mailbox.held if isinstance(request, messages.PublishVersion) else ()
+                return Done(journal_sequence=self.sequence, held=held)
 
     def _carry_out(self, request: Request, now: float) -> None:
         """The requests that are answered at once with `Done`."""

@@ -1,8 +1,8 @@
-"""Published weights: written once, digested, verified by whoever loads them, deleted when retired.
+"""Published weights: written once, digested, verified by whoever loads them, retired when old.
 
-The learner calls `publish_file`, sends the manifest to the buffer service, and engines `verify` and
-map the files. The service keeps the two newest versions and those pinned by evaluations; a file is
-deleted by unlinking, so an engine that has it mapped is not disturbed.
+The learner publishes (`weight_files.py`), sends the manifest to the buffer service, and engines map
+the files, verify them, copy what they want and `confirm`. The service keeps the two newest versions
+and those pinned by evaluations.
 """
 
 import os
@@ -13,6 +13,7 @@ import xxhash
 
 from .errors import CorruptData, Refused
 from .records import Shard, Version, WeightsManifest
+from .weight_files import retire
 
 KEPT_VERSIONS = 2
 """The newest, and the one before: an engine may be loading it right now."""
@@ -64,23 +65,42 @@ def verify(manifest: WeightsManifest) -> None:
         CorruptData: a shard is missing or its bytes differ.
     """
     for shard in manifest.shards:
-        found = file_digest(Path(shard.path))
-        if found != (shard.num_bytes, shard.digest):
-            raise CorruptData(
-                f"weights {manifest.version}: {shard.path} has {found[0]} bytes, digest "
-                f"{found[1]}; published were {shard.num_bytes} bytes, {shard.digest}"
-            )
+        check_shard(shard, *file_digest(Path(shard.path)), manifest.version)
+
+
+def check_shard(shard: Shard, num_bytes: int, digest: str, version: Version) -> None:
+    """Compare what was found of a shard with what was published.
+
+    Raises:
+        CorruptData: they differ.
+    """
+    if (num_bytes, digest) != (shard.num_bytes, shard.digest):
+        raise CorruptData(
+            f"weights {version}: {shard.path} has {num_bytes} bytes, digest {digest}; published "
+            f"were {shard.num_bytes} bytes, {shard.digest}"
+        )
+
+
+def confirm(manifest: WeightsManifest) -> None:
+    """To be called once what was verified has been copied, too: until now no byte was overwritten.
+
+    Raises:
+        CorruptData: a shard was retired meanwhile.
+    """
+    for shard in manifest.shards:
+        if not Path(shard.path).exists():
+            raise CorruptData(f"weights {manifest.version}: {shard.path} was retired while read")
 
 
 class Mailbox:
-    """The manifests that can still be loaded, and the deletion of the others."""
+    """The manifests that can still be loaded, and the end of the others."""
 
     def __init__(self) -> None:
         self._held: dict[Version, WeightsManifest] = {}
         self._pins: dict[str, Version] = {}
 
     def add(self, manifest: WeightsManifest) -> None:
-        """Hold a new version; what it retires is deleted."""
+        """Hold a new version, and retire what it makes old."""
         self._held[manifest.version] = manifest
         self._retire()
 
@@ -115,18 +135,22 @@ class Mailbox:
         kept = set(list(self._held)[-KEPT_VERSIONS:]) | set(self._pins.values())
         for version in [held for held in self._held if held not in kept]:
             for shard in self._held.pop(version).shards:
-                path = Path(shard.path)
-                if path.suffix == ".safetensors":  # a manifest cannot make us delete other things
-                    path.unlink(missing_ok=True)
+                retire(Path(shard.path))
+
+    @property
+    def held(self) -> tuple[Version, ...]:
+        """What can still be loaded."""
+        return tuple(self._held)
 
 
 def check_present(manifest: WeightsManifest) -> None:
-    """Refuse a manifest whose files are not there; digests are the loader's business.
+    """Refuse a manifest whose files are not there; digests are the loader's business, and what is
+    served by somebody need not be visible here.
 
     Raises:
         Refused: a shard is missing or has another size.
     """
-    for shard in manifest.shards:
+    for shard in (each for each in manifest.shards if not each.holder):
         path = Path(shard.path)
         if not path.is_file() or path.stat().st_size != shard.num_bytes:
             raise Refused(f"weights {manifest.version}: {shard.path} is missing or incomplete")

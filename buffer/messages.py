@@ -315,6 +315,8 @@ class Done(Record, tag=True):
     journal_sequence: int = 0
     refused: dict[int, str] = {}
     """Position in a `FinishSamples` -> why that one was refused."""
+    held: tuple[Version, ...] = ()
+    """Answer to `PublishVersion`: the versions that engines may still ask for."""
 
 
 class RefusedReply(Record, tag=True):

@@ -269,6 +269,9 @@ class Shard(Record):
     num_bytes: int
     digest: str
     """xxh3-128 hex of the file's bytes."""
+    holder: str = ""
+    """Who serves it to hosts that do not see `path` (`weight_holder.Holder.address`); "": nobody,
+    all of them do."""
 
 
 class WeightsManifest(Record):

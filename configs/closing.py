@@ -54,6 +54,8 @@ def what_happened(result: Result) -> Iterator[str]:
             f"log-prob gap between rollout and learner: at most {result.logprob_gap_max:.1e} on "
             "tokens of one version"
         )
+    if result.logprob_certificate:
+        yield f"log-prob certificate: {result.logprob_certificate}"
     if result.audit is not None:
         yield f"audit: {'ok' if result.audit.ok else 'FAILED'}, {result.audit.line}"
 

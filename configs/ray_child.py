@@ -20,6 +20,7 @@ from ray.util import get_node_ip_address
 
 from ..buffer.errors import SlipstreamError
 from .child import Child
+from .scratch import host_dir, sweep
 
 ANSWER_S = 30.0
 """An actor that does not answer for so long is lost with its node."""
@@ -57,6 +58,7 @@ class ProcessActor:
         """Wait for the process's end; its exit code."""
         while (code := self._child.poll()) is None:
             time.sleep(0.05)
+        sweep(host_dir("", "").parent)
         return code
 
     def send(self, number: int) -> bool:

@@ -28,7 +28,7 @@ from ..buffer.errors import ConfigError
 from .child import Child
 from .placement import Placement
 from .ray_child import RayChild
-from .scratch import Scratch, scratch
+from .scratch import Scratch, host_dir, scratch
 from .specs import Launch, ProcessPlan, user_module_path
 
 CONNECT_S = 5.0
@@ -52,9 +52,11 @@ def ray_launcher(
             facts = placement.check_nodes(launch.run_dir)
             here = get_node_ip_address()
             far = launch.experiment.cluster.tcp or any(each["address"] != here for each in facts)
-            with scratch(launch.run_dir, launch.run.run_id, bytes_per_version) as places:
+            fetch = launch.experiment.buffer.weights == "zmq"
+            run_id = launch.run.run_id
+            with scratch(launch.run_dir, run_id, bytes_per_version, fetch=fetch) as places:
                 if far:
-                    places = _reachable(places, here, launch.run_dir)
+                    places = _reachable(places, here, launch)
                 with _keys(new_keys() if far else {}) as keys:
                     yield places, lambda plan: start_on_ray(plan, launch, placement, keys)
         finally:
@@ -64,13 +66,20 @@ def ray_launcher(
         ray.shutdown()
 
 
-def _reachable(places: Scratch, address: str, run_dir: Path) -> Scratch:
-    """The same places for processes on other machines: a port, and weights in the run folder."""
+def _reachable(places: Scratch, address: str, launch: Launch) -> Scratch:
+    """The same places for processes on other machines: a port, and weights where the learner is or,
+    as files, in the run folder."""
     with socket.create_server((address, 0)) as server:
         port = server.getsockname()[1]
-    weights = run_dir / "weights"
+    places = dataclasses.replace(places, endpoint=f"tcp://{address}:{port}")
+    if launch.experiment.buffer.weights != "files":
+        published, fetched = (
+            host_dir(launch.run.run_id, kind) for kind in ("published", "fetched")
+        )
+        return dataclasses.replace(places, weights_dir=published, fetched_dir=fetched)
+    weights = launch.run_dir / "weights"
     weights.mkdir(mode=0o700, exist_ok=True)
-    return dataclasses.replace(places, endpoint=f"tcp://{address}:{port}", weights_dir=weights)
+    return dataclasses.replace(places, weights_dir=weights)
 
 
 @contextmanager

@@ -65,6 +65,8 @@ class Result(msgspec.Struct, kw_only=True, frozen=True):
     """Mean tokens trained / issued."""
     logprob_gap_max: float | None = None
     """Largest |behaviour - learner| log-prob over tokens of one and the same version."""
+    logprob_certificate: str = ""
+    """Why the gap left its band, in the last step in which it did."""
     first_step_seconds: float | None = None
     """From the command to the end of the first learner step."""
     total_seconds: float = 0.0
@@ -120,6 +122,7 @@ def summarise(
     rows = latest_by_step(lines)
     first, final = _evaluations(read_rows(run_dir / "eval.jsonl"))
     gaps = [row["logprob_gap_max"] for row in rows if row.get("logprob_gap_max") is not None]
+    certificates = [row["certificate"] for row in rows if row.get("certificate")]
     trained = _total(rows, "trained_trajectories")
     return Result(
         status=status,
@@ -137,6 +140,7 @@ def summarise(
         dropped=_dropped(rows),
         length_bias=_proof(rows[-1]).get("length_bias") if rows else None,
         logprob_gap_max=max(gaps, default=None),
+        logprob_certificate=certificates[-1] if certificates else "",
         first_step_seconds=_first_step(lines, created_s),
         total_seconds=seconds,
         tokens_trained=_total(rows, "trained_tokens"),

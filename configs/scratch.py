@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..buffer.errors import ConfigError
+from ..buffer.weight_fetch import remove_unused
 from .claim import process_start_time
 from .sizes import MAILBOX_VERSIONS
 
@@ -28,25 +29,42 @@ class Scratch:
     endpoint: str
     """`ipc://...`, in a folder only this user can enter."""
     weights_dir: Path
+    fetched_dir: Path | None = None
+    """Where each host keeps the weights that it fetched in chunks; None: files are seen by all."""
 
 
 @contextmanager
-def scratch(run_dir: Path, run_id: str, bytes_per_version: int) -> Iterator[Scratch]:
+def scratch(
+    run_dir: Path, run_id: str, bytes_per_version: int, *, fetch: bool = False
+) -> Iterator[Scratch]:
     """Make the places, and remove them whatever happens inside.
 
     Args:
         run_dir: where weights go when tmpfs is too small.
         run_id: names the tmpfs folder.
         bytes_per_version: size of one published version.
+        fetch: weights go in chunks even on this machine.
     """
+    fetched = host_dir(run_id, "fetched")
     sweep(TMPFS, Path(tempfile.gettempdir()))
     socket_dir = _socket_dir()
     weights_dir = _weights_dir(run_dir, run_id, MAILBOX_VERSIONS * bytes_per_version)
     try:
-        yield Scratch(endpoint=f"ipc://{socket_dir}/buffer", weights_dir=weights_dir)
+        yield Scratch(
+            endpoint=f"ipc://{socket_dir}/buffer",
+            weights_dir=weights_dir,
+            fetched_dir=fetched if fetch else None,
+        )
     finally:
         shutil.rmtree(socket_dir, ignore_errors=True)
         shutil.rmtree(weights_dir, ignore_errors=True)
+        remove_unused(fetched)
+
+
+def host_dir(run_id: str, kind: str) -> Path:
+    """A folder of one run on whichever host, removed with its last user (`weight_fetch.use`)."""
+    place = TMPFS if TMPFS.is_dir() else Path(tempfile.gettempdir())
+    return place / f"{_prefix()}{run_id}-{kind}"
 
 
 def _socket_dir() -> Path:
@@ -81,6 +99,9 @@ def _own(folder: Path) -> None:
 def sweep(*places: Path) -> None:
     """Remove what a supervisor left that was killed too hard to do it: its weights hold memory."""
     for left in (folder for place in places for folder in place.glob(f"{_prefix()}*")):
+        if (left / "users").exists() and not (left / "owner").exists():
+            remove_unused(left)
+            continue
         try:
             pid, started = (left / "owner").read_text().split()
         except (OSError, ValueError):

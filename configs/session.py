@@ -159,7 +159,9 @@ def _launcher(launch: Launch) -> Iterator[tuple[Scratch, Start]]:
             yield both
         return
     working_dir = Path(launch.run.working_dir)
-    with scratch(launch.run_dir, launch.run.run_id, _version_bytes(launch)) as places:
+    fetch = launch.experiment.buffer.weights == "zmq"
+    size = _version_bytes(launch)
+    with scratch(launch.run_dir, launch.run.run_id, size, fetch=fetch) as places:
         yield places, lambda plan: plan.start(launch.run_dir, working_dir)
 
 

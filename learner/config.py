@@ -202,6 +202,11 @@ class LearnerConfig(Settings):
     device: Literal["cpu", "cuda"] = "cpu"
     """`cuda`: one device per learner rank, NCCL between them; not run so far."""
     threads: Annotated[int, Field(ge=1)] = 1
+    logprob_band: dict[Literal["max", "mean", "kl"], Annotated[float, Field(gt=0)]] = {}
+    """How far apart log-probabilities of engine and learner may be, in nats, over the tokens of one
+    version: the largest difference, the mean one, the estimated KL. A step outside looks for the
+    cause and says so (`certificate` in metrics.jsonl). What is not given goes by `dtype`: 1e-3,
+    1e-4 and 1e-6 in float32; 2, 0.05 and 5e-3 in bfloat16."""
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
@@ -288,6 +293,8 @@ class LearnerSpec(Settings):
     endpoint: str
     weights_dir: Path
     """Where published weights lie: tmpfs when they fit, else the run folder."""
+    serve_weights: bool = False
+    """Whether workers fetch them in chunks; false: they see `weights_dir`."""
     seed: int
     model_dir: Path
     """A Hugging Face folder; without weight files the policy is initialised from the seed."""

@@ -34,7 +34,7 @@ import msgspec
 from ..buffer import codec
 from ..buffer.client import BufferClient
 from ..buffer.errors import PeerLost, Refused, TrainingFailed
-from ..buffer.messages import Batch, NotYet, Part
+from ..buffer.messages import Batch, Done, NotYet, Part
 from ..buffer.process import run_process
 from ..buffer.records import Version, WeightsManifest
 from ..buffer.waits import waiting
@@ -110,7 +110,7 @@ class Buffer(Protocol):
         self, step: int, received: int, *, wait_s: float
     ) -> Part | Batch | NotYet: ...
 
-    async def publish(self, manifest: WeightsManifest) -> object: ...
+    async def publish(self, manifest: WeightsManifest) -> Done: ...
 
     async def checkpoint_saved(self, version: Version, resumable_step: int = 0) -> object: ...
 
@@ -229,7 +229,7 @@ class LearnerLoop:
     async def _publish(self) -> None:
         manifest = await self._in_thread(self.trainer.write_weights)
         async with self._patience():
-            await self.client.publish(manifest)
+            self.trainer.outbox.keep((await self.client.publish(manifest)).held)
 
     async def _checkpoint(self) -> None:
         """Copy the held version, and write it beside training; one at a time."""

@@ -50,7 +50,8 @@ class Sums:
 
     def count(self, batch: MicroBatch, proximal_T: Tensor, seen_T: dict[str, Tensor]) -> None:
         """Add a micro-batch: what the loss saw of each token, and the gap to the engine's view."""
-        gap_T = (proximal_T - batch.behaviour_T).abs()
+        apart_T = proximal_T - batch.behaviour_T
+        gap_T, clean_apart_T = apart_T.abs(), apart_T[batch.clean_T]
         clean_gap_T = gap_T[batch.clean_T]
         self.tokens += len(gap_T)
         self.inputs += batch.num_inputs
@@ -61,6 +62,8 @@ class Sums:
                 **seen_T,
                 "clean": batch.clean_T,
                 "gap": clean_gap_T,
+                # Of behaviour to learner, by the samples of the former: never negative.
+                "gap_kl": clean_apart_T.expm1() - clean_apart_T,
                 "mixed": batch.mixed_T,
                 "mixed_gap": gap_T[batch.mixed_T],
             }
@@ -90,6 +93,7 @@ def step_metrics(sums: Sums, groups: Sequence[TrajectoryGroup], num_updates: int
         "logprob_gap_tokens": int(sums.by_token["clean"]),
         "logprob_gap_max": sums.gap_max if sums.by_token["clean"] else None,
         "logprob_gap_mean": sums.mean("gap", per="clean") if sums.by_token["clean"] else None,
+        "logprob_gap_kl": sums.mean("gap_kl", per="clean") if sums.by_token["clean"] else None,
         "kv_mixture": sums.mean("mixed"),
         "kv_mixture_gap_mean": sums.mean("mixed_gap", per="mixed"),
     }

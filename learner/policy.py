@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -16,9 +17,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
 from ..buffer.errors import ConfigError, CorruptData
+from ..buffer.weight_files import Piece
 from ..kernels import dispatch
 from ..kernels.definition import FullLoss, Head, TokenLoss
-from ..kernels.models import assign_weights
+from ..kernels.models import DTYPE_NAMES, assign_weights
 from . import lora
 from .batch import Rows
 from .config import OptimizerConfig
@@ -335,6 +337,14 @@ def hidden_states(model: PreTrainedModel, layout: Layout) -> Tensor:
         use_cache=False,
     )
     return output.last_hidden_state
+
+
+def pieces(weights: Mapping[str, Tensor]) -> dict[str, Piece]:
+    """Weights as `Outbox.publish` takes them; no copies of what is contiguous."""
+    return {
+        name: Piece(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), np.asarray(as_bytes(tensor)))
+        for name, tensor in weights.items()
+    }
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:

@@ -3,13 +3,12 @@
 import contextlib
 import functools
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -17,10 +16,13 @@ from transformers import PreTrainedModel
 
 from ..buffer import codec
 from ..buffer.errors import ConfigError, TrainingFailed
-from ..buffer.mailbox import publish_file
+from ..buffer.mailbox import file_digest
 from ..buffer.messages import Batch, Part
 from ..buffer.records import TrajectoryGroup, Version, WeightsManifest
 from ..buffer.staleness import LivePath
+from ..buffer.weight_fetch import use
+from ..buffer.weight_files import Outbox
+from ..buffer.weight_holder import Holder, own_endpoint
 from ..kernels import streambp
 from ..kernels.models import (
     ModelError,
@@ -32,6 +34,7 @@ from ..kernels.models import (
     read_weights,
 )
 from . import lora, shards
+from .certificate import BANDS, certify
 from .checkpoint import (
     ADAPTER,
     Checkpoint,
@@ -45,7 +48,7 @@ from .checkpoint import (
 )
 from .config import LearnerSpec
 from .objective import find_surrogate
-from .policy import Policy, probe, weights_digest
+from .policy import Policy, pieces, probe, weights_digest
 from .ranks import Ranks, compile_layers, shard
 from .sft import read_examples, run_sft
 from .step import StepResult, StreamedStep, train_step
@@ -85,6 +88,9 @@ class Trainer:
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="copy")
         self._file = self.spec.weights_dir / "none"
         """The held version's weights: the one copy that is published, saved and evaluated."""
+        self._file_digest = ""
+        self._copied_from: BinaryIO | None = None
+        """The file of weights that a checkpoint is copied from; closed when it has been."""
 
     def prepare(self, stop: threading.Event) -> None:
         """Bring the policy to where the run starts: a checkpoint, or its (warm-started) beginning.
@@ -204,6 +210,12 @@ class Trainer:
         """
         self._forget_file()
         self._file = self.spec.weights_dir / f"weights-{self.spec.branch}.{step}{_HELD}"
+        if self.ranks.size == 1:
+            weights = self.policy.weights()
+            # What a checkpoint is still copied from must not be written over.
+            fresh = self._copied_from is not None and not self._copied_from.closed
+            self._file_digest = self.outbox.write(self._file, pieces(weights), fresh=fresh)
+            return weights_digest(weights)
         parts = shards.parts_of(self.policy.weights())
         try:
             if self.ranks.first:
@@ -214,7 +226,10 @@ class Trainer:
         except OSError as error:
             raise TrainingFailed(f"weights {self._file} cannot be written: {error}") from error
         self.ranks.exchange(None)
-        digest = weights_digest(read_weights([self._file])) if self.ranks.first else ""
+        digest = ""
+        if self.ranks.first:
+            digest = weights_digest(read_weights([self._file]))
+            self._file_digest = file_digest(self._file)[1]
         return self.ranks.exchange(digest)[0]
 
     def _forget_file(self) -> None:
@@ -293,15 +308,38 @@ class Trainer:
                 law = self._law(batch.step)
                 shown = batch.demonstrations
                 result = train_step(self.policy, batch.groups, **law, demonstrations=shown)
+            if self.ranks.first:
+                result.metrics["certificate"] = self._certificate(result, batch)
             self._hold(self.policy, batch.step)
         self.journal_sequence = batch.journal_sequence
         return result
 
+    def _certificate(self, result: StepResult, batch: Batch) -> str:
+        """Why the step's log-prob gap is outside its band; empty when it is not."""
+        spec = self.spec
+        return certify(
+            result.metrics,
+            batch.groups,
+            self.held,
+            files=self.outbox.files,
+            model_dir=spec.model_dir,
+            dtype=spec.dtype,
+            kept_law=spec.ratio_law == "kept_set",
+            band=BANDS[spec.dtype]._replace(**spec.config.logprob_band),
+        )
+
+    @functools.cached_property
+    def outbox(self) -> Outbox:
+        """Where versions are published."""
+        holder = None
+        if self.spec.serve_weights:
+            holder = Holder(own_endpoint(self.spec.endpoint, "learner"))
+            self._used = use(self.spec.weights_dir)
+        return Outbox(self.spec.weights_dir, holder=holder)
+
     def write_weights(self) -> WeightsManifest:
         """Put the held version where engines can load it."""
-        manifest = publish_file(
-            self.spec.weights_dir, self.held, lambda path: os.replace(self._file, path)
-        )
+        manifest = self.outbox.announce(self.held, self._file, self._file_digest)
         self._file = Path(manifest.shards[0].path)
         crash_point("publish.file_written")
         return manifest
@@ -331,7 +369,8 @@ class Trainer:
             f"optimizer{of}.safetensors": lambda path: shards.write_parts(path, copied.result())
         }
         if self.ranks.first:
-            writers = {"weights.safetensors": _copy_of(self._file), **writers}
+            self._copied_from = self._file.open("rb")
+            writers = {"weights.safetensors": _copy_of(self._copied_from), **writers}
             for file, tensors in small.items():
                 parts = shards.parts_of(tensors)
                 writers[file] = functools.partial(shards.write_parts, parts=parts)
@@ -385,9 +424,8 @@ class Trainer:
         return self.spec.config.checkpoint.keep_best and step == best_step(self.spec.run_dir)
 
 
-def _copy_of(file: Path) -> Callable[[Path], None]:
-    """A function that copies a file, even when it has been removed by then."""
-    source = file.open("rb")
+def _copy_of(source: BinaryIO) -> Callable[[Path], None]:
+    """A function that copies a file, even when it has been removed by then, and closes it."""
 
     def write(path: Path) -> None:
         with source, path.open("wb") as target:

@@ -300,6 +300,11 @@ class WorkerSpec(EngineSpec):
     run_id: str
     run_dir: Path
     endpoint: str
+    fetched_dir: Path | None = None
+    """Where weights lie that were fetched in chunks, on this host; None: the learner's files are
+    seen from here."""
+    fetch_always: bool = False
+    """Also what is seen from here."""
 
 
 class WeightsFiles(Settings):

@@ -4,12 +4,12 @@ Apart from the training engine, because that one changes its weights whenever ne
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from ..buffer.errors import Refused
 from ..buffer.messages import EvaluationClaim
-from ..buffer.records import Message, Score
+from ..buffer.records import Message, Score, WeightsManifest
 from .engine import Engine, GenerationOutput, GenerationRequest
 from .environments.conversation import Episode
 from .environments.episode import EpisodeFailed, Player
@@ -36,6 +36,7 @@ class Evaluator:
         client: gets the results.
         seed: of the run.
         player: plays the samples as episodes, when there is an environment.
+        local: brings a manifest's files here, when they are not seen from here.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class Evaluator:
         client: Results,
         seed: int,
         player: Player | None = None,
+        local: Callable[[WeightsManifest], Awaitable[WeightsManifest]] | None = None,
     ) -> None:
+        self._local = local
         self._make_engine, self._render = make_engine, render
         self._rewards, self._client, self._seed = rewards, client, seed
         self._player = player
@@ -88,7 +91,8 @@ class Evaluator:
         """Generate, score and hand in the samples of claims that share a version."""
         if self._engine is None:
             self._engine = await asyncio.to_thread(self._make_engine)
-        await self._engine.load(claims[0].manifest)
+        manifest = claims[0].manifest
+        await self._engine.load(await self._local(manifest) if self._local else manifest)
         samples = {
             name: (claim, index, request)
             for claim in claims

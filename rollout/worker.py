@@ -18,8 +18,10 @@ from ..buffer.client import BufferClient
 from ..buffer.errors import CorruptData, Refused
 from ..buffer.messages import Claim, Claims
 from ..buffer.process import run_process
-from ..buffer.records import Message
+from ..buffer.records import Message, WeightsManifest
 from ..buffer.waits import progressed, waiting
+from ..buffer.weight_fetch import Inbox
+from ..buffer.weight_holder import own_endpoint
 from ..kernels.models import load_tokenizer, render_prompt
 from .config import EngineSpec, WorkerSpec
 from .engine import Engine, GenerationRequest
@@ -44,14 +46,20 @@ class Worker:
     """The loop, given its engine, reward pool and buffer client."""
 
     def __init__(
-        self, spec: WorkerSpec, engine: Engine, rewards: RewardPool, client: BufferClient
+        self,
+        spec: WorkerSpec,
+        engine: Engine,
+        rewards: RewardPool,
+        client: BufferClient,
+        inbox: Inbox | None = None,
     ) -> None:
-        """Prepare; `run` starts.
+        """Prepare; `run` starts. Without an inbox the learner's files are seen from here.
 
         Raises:
             ConfigError: see `NativeEngine`.
         """
         self._spec, self._engine, self._rewards, self._client = spec, engine, rewards, client
+        self._inbox = inbox
         self._tokenizer = load_tokenizer(spec.model_dir)
         self._player = Player(spec.environment, self._tokenizer) if spec.environment else None
         self._evaluator = Evaluator(
@@ -61,6 +69,7 @@ class Worker:
             client,
             spec.seed,
             self._player,
+            self._local,
         )
         self._hand_in = HandIn(client, rewards, spec.name)
         rows = spec.rollout.max_concurrent_samples
@@ -120,7 +129,7 @@ class Worker:
                 continue
             try:
                 with waiting(self._spec.name, f"its engine to load {newest.manifest.version}"):
-                    await self._engine.load(newest.manifest)
+                    await self._engine.load(await self._local(newest.manifest))
                 failures = 0
                 self._loaded.set()
             except CorruptData:
@@ -128,6 +137,12 @@ class Worker:
                 if failures == LOAD_ATTEMPTS:
                     raise
                 await asyncio.sleep(0.1 * failures)
+
+    async def _local(self, manifest: WeightsManifest) -> WeightsManifest:
+        """The version in files that are seen from here."""
+        if self._inbox is None:
+            return manifest
+        return await asyncio.to_thread(self._inbox.local, manifest)
 
     async def _claim_training(self) -> None:
         """Keep the engine's rows filled, and a few samples queued behind them.
@@ -283,15 +298,21 @@ async def work(spec: WorkerSpec) -> None:
     client = BufferClient(spec.endpoint, spec.run_id, spec.name)
     rewards = RewardPool(spec.reward)
     engine: NativeEngine | None = None
+    inbox: Inbox | None = None
     try:
+        if spec.fetched_dir is not None:
+            endpoint = own_endpoint(spec.endpoint, spec.name)
+            inbox = Inbox(spec.fetched_dir, endpoint, always=spec.fetch_always)
         await client.connect()
         engine, _ = await asyncio.gather(asyncio.to_thread(make_engine, spec), rewards.start())
-        await Worker(spec, engine, rewards, client).run()
+        await Worker(spec, engine, rewards, client, inbox).run()
     finally:
         if engine is not None:
             await engine.close()
         await rewards.close()
         await client.close()
+        if inbox is not None:
+            inbox.close()
 
 
 def main() -> None:

@@ -127,14 +127,16 @@ class Decoder:
         """
         return self._forward.prepare(tensors)
 
-    def swap(self, version: Version, weights: Weights) -> None:
-        """Go on with new weights between two steps, samples in flight included."""
-        self._forward.weights = weights
+    def swap(self, version: Version, weights: Weights) -> Weights | None:
+        """Go on with new weights between two steps, samples in flight included; the old ones are
+        returned, because giving their memory back takes longer than all of the rest."""
+        old, self._forward.weights = self._forward.weights, weights
         self._versions.append(version)
         if self._kv == "recompute":
             self._kept.clear()
             if self._slots.count:
                 self._recompute()
+        return old
 
     def submit(self, requests: Sequence[GenerationRequest]) -> list[GenerationOutput]:
         """Queue samples; returns the outputs of those that cannot be generated."""

@@ -17,6 +17,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from ...buffer.errors import ConfigError, CorruptData
+from ...buffer.mailbox import confirm
 from ...buffer.records import Version, WeightsManifest
 from ...kernels.models import ModelError, empty_model, load_tokenizer
 from ..config import KvPolicy, RatioLaw, SpeculationConfig
@@ -158,7 +159,9 @@ class NativeEngine:
             self._loading = True
             try:
                 weights = await asyncio.to_thread(self._prepare, manifest)
-                await self._call(lambda: self._swap(manifest.version, weights))
+                old: list[Weights | None] = []
+                await self._call(lambda: old.append(self._swap(manifest.version, weights)))
+                await asyncio.to_thread(old.clear)
             finally:
                 self._loading = False
 
@@ -166,9 +169,11 @@ class NativeEngine:
         """Verify weights and lay them out, while tokens are made."""
         with torch.inference_mode():
             try:
-                return self._decoder.prepare(read_verified(manifest))
+                weights = self._decoder.prepare(read_verified(manifest))
             except ModelError as error:
                 raise CorruptData(f"weights of version {manifest.version}: {error}") from error
+        confirm(manifest)
+        return weights
 
     async def close(self) -> None:
         """End samples in flight as `abort`, and the thread; returns when it has ended."""
@@ -252,11 +257,12 @@ class NativeEngine:
         for output in outputs:
             self._streams.pop(output.request_id).put(output)
 
-    def _swap(self, version: Version, weights: Weights) -> None:
+    def _swap(self, version: Version, weights: Weights) -> Weights | None:
         started_s = time.perf_counter()
-        self._decoder.swap(version, weights)
+        old = self._decoder.swap(version, weights)
         self._swaps += 1
         self._last_swap_s = time.perf_counter() - started_s
+        return old
 
     def _stop(self) -> None:
         self._closing = True

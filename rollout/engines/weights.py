@@ -3,30 +3,63 @@
 Shape suffixes: E hidden size, F fused outputs, I intermediate size, V vocabulary.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import xxhash
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...buffer.errors import ConfigError, CorruptData
-from ...buffer.mailbox import verify
-from ...buffer.records import WeightsManifest
-from ...kernels.models import ModelError, check_fit, read_weights
+from ...buffer.mailbox import check_shard, file_digest
+from ...buffer.records import Shard, Version, WeightsManifest
+from ...kernels.models import DTYPE_NAMES, check_fit
 
 
-def read_verified(manifest: WeightsManifest) -> Mapping[str, Tensor]:
-    """The tensors of a manifest by name, memory-mapped.
+def read_verified(manifest: WeightsManifest) -> dict[str, Tensor]:
+    """The tensors of a manifest by name, memory-mapped: copy what is wanted, then `confirm`.
+
+    The bytes are verified through the very mapping that the tensors are views of.
 
     Raises:
         CorruptData: a shard is missing, or its size, digest or contents are not what was published.
     """
-    verify(manifest)
-    try:
-        return read_weights([shard.path for shard in manifest.shards])
-    except ModelError as error:
-        raise CorruptData(f"weights of version {manifest.version}: {error}") from error
+    tensors: dict[str, Tensor] = {}
+    for shard in manifest.shards:
+        try:
+            tensors |= _views(_mapped(shard, manifest.version))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise CorruptData(
+                f"weights of version {manifest.version}: {shard.path}: {error}"
+            ) from error
+    return tensors
+
+
+def _mapped(shard: Shard, version: Version) -> Tensor:
+    """[num_bytes] uint8, verified."""
+    path = Path(shard.path)
+    num_bytes = path.stat().st_size if path.is_file() else -1
+    if num_bytes != shard.num_bytes:  # what is empty or missing cannot be mapped
+        check_shard(shard, *file_digest(path), version)
+    bytes_N = torch.from_file(shard.path, shared=False, size=num_bytes, dtype=torch.uint8)
+    check_shard(shard, num_bytes, xxhash.xxh3_128(bytes_N.numpy().data).hexdigest(), version)
+    return bytes_N
+
+
+def _views(bytes_N: Tensor) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, as its header names them."""
+    start = 8 + int.from_bytes(bytes_N[:8].numpy().tobytes(), "little")
+    header = json.loads(bytes_N[8:start].numpy().tobytes())
+    header.pop("__metadata__", None)
+    dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+    tensors = {}
+    for name, entry in header.items():
+        first, end = (start + offset for offset in entry["data_offsets"])
+        tensors[name] = bytes_N[first:end].view(dtypes[entry["dtype"]]).view(entry["shape"])
+    return tensors
 
 
 class Linear(NamedTuple):
@@ -91,7 +124,8 @@ def fuse(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Weights:
         bias = [b for b in biases if b is not None]
         if bias and len(bias) < len(names):
             raise ConfigError(f"only some of {prefix}'s {names} have a bias: not supported")
-        return Linear(torch.cat(weights).T.contiguous(), torch.cat(bias) if bias else None)
+        together = torch.cat([weight.T for weight in weights], dim=1)  # one copy, [in, out]
+        return Linear(together, torch.cat(bias) if bias else None)
 
     try:
         layers = tuple(
@@ -113,10 +147,9 @@ def fuse(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Weights:
             f"the native engine does not support {type(model).__name__}: it has no weight {error}; "
             "use a Llama-like model (Llama, Qwen2, Qwen3, SmolLM)"
         ) from error
-    head = left.pop("lm_head.weight", embedding)
-    weights = Weights(
-        embedding, layers, norm, Linear(head.T.contiguous(), left.pop("lm_head.bias", None))
-    )
+    head = left.pop("lm_head.weight", embedding).T.clone(memory_format=torch.contiguous_format)
+    bias = left.pop("lm_head.bias").clone() if "lm_head.bias" in left else None
+    weights = Weights(embedding, layers, norm, Linear(head, bias))
     if left:
         raise ConfigError(
             f"the native engine does not support {type(model).__name__}: it would leave out "

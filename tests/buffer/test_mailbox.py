@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from slipstream.buffer.errors import CorruptData, Refused
-from slipstream.buffer.mailbox import Mailbox, check_present, publish_file, verify
+from safetensors.numpy import load_file
+from slipstream.buffer.errors import CorruptData, DiskFull, Refused
+from slipstream.buffer.mailbox import Mailbox, check_present, confirm, publish_file, verify
 from slipstream.buffer.records import Shard, WeightsManifest
+from slipstream.buffer.weight_files import PIECE_BYTES, Outbox, Piece
 
 from .make import version
 
@@ -38,15 +41,16 @@ def test_the_two_newest_versions_and_the_pinned_ones_are_kept(tmp_path: Path) ->
         if step == 1:
             mailbox.pin("evaluation", version(1))
     kept = sorted(path.name for path in tmp_path.iterdir())
-    assert kept == [f"weights-0.{step}.safetensors" for step in (1, 3, 4)]
+    assert kept == [*(f"weights-0.{step}.safetensors" for step in (1, 3, 4)), "weights.spare"]
+    assert mailbox.held == (version(1), version(3), version(4))
     assert mailbox.find(version(1)).version == version(1)
     mailbox.unpin("evaluation")
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
     with pytest.raises(Refused, match=r"0\.1 is not held \(any more\); held: 0\.3, 0\.4"):
         mailbox.find(version(1))
 
 
-def test_only_weights_are_ever_deleted(tmp_path: Path) -> None:
+def test_only_weights_are_ever_touched(tmp_path: Path) -> None:
     precious = tmp_path / "thesis.tex"
     precious.write_text("years of work")
     mailbox = Mailbox()
@@ -54,4 +58,57 @@ def test_only_weights_are_ever_deleted(tmp_path: Path) -> None:
     mailbox.add(WeightsManifest(version=version(0), shards=(shard,)))
     for step in (1, 2, 3):
         mailbox.add(publish(tmp_path, step))
-    assert precious.exists()
+    Outbox(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def weights(step: int) -> dict[str, Piece]:
+    """Two tensors that name their version; the second is longer than what is copied at once."""
+    long = np.full(PIECE_BYTES // 4 + 3, step, np.float32)
+    return {
+        "a": Piece("F32", (2, 3), np.arange(6, dtype=np.float32).view(np.uint8)),
+        "b": Piece("F32", long.shape, long.view(np.uint8)),
+    }
+
+
+def test_what_is_published_is_a_safetensors_file_of_those_tensors(tmp_path: Path) -> None:
+    manifest = Outbox(tmp_path).publish(version(3), weights(3))
+    verify(manifest)
+    found = load_file(manifest.shards[0].path)
+    assert found["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert found["b"].shape == weights(3)["b"].shape
+    assert (found["b"] == 3).all()
+
+
+def test_pages_are_used_again_and_no_path_ever_shows_other_bytes(tmp_path: Path) -> None:
+    outbox, mailbox, inodes = Outbox(tmp_path), Mailbox(), []
+    manifests = []
+    for step in range(8):
+        manifests.append(outbox.publish(version(step), weights(step)))
+        mailbox.add(manifests[-1])
+        inodes.append(Path(manifests[-1].shards[0].path).stat().st_ino)
+        outbox.keep(mailbox.held)
+        for manifest in manifests[-2:]:
+            verify(manifest)
+            confirm(manifest)
+        for manifest in manifests[:-2]:
+            with pytest.raises(CorruptData, match="retired while read"):
+                confirm(manifest)
+    assert len(set(inodes)) == 3
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_other_sizes_and_a_service_that_sees_no_files_leave_nothing_behind(tmp_path: Path) -> None:
+    outbox, held = Outbox(tmp_path), []
+    for step in range(6):
+        held = [*held[-1:], version(step)]
+        manifest = outbox.publish(version(step), {"a": weights(step)["ab"[step % 2]]})
+        outbox.keep(held)
+        verify(manifest)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_weights_that_do_not_fit_end_the_run_with_a_reason(tmp_path: Path) -> None:
+    huge = np.broadcast_to(np.uint8(0), 1 << 60)
+    with pytest.raises((DiskFull, ValueError, MemoryError), match=r"weights\.partial cannot grow"):
+        Outbox(tmp_path).publish(version(0), {"a": Piece("U8", huge.shape, huge)})

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from slipstream.buffer.messages import Batch, NotYet, Part
+from slipstream.buffer.messages import Batch, Done, NotYet, Part
 from slipstream.buffer.records import (
     Message,
     Prompt,
@@ -205,8 +205,9 @@ class FakeBuffer:
         self.parts = 0
         self.on_take = lambda step: None
 
-    async def publish(self, manifest: WeightsManifest) -> None:
+    async def publish(self, manifest: WeightsManifest) -> Done:
         self.published.append(manifest)
+        return Done(held=tuple(each.version for each in self.published))
 
     async def checkpoint_saved(self, version: Version, resumable_step: int = 0) -> None:
         self.saved.append(version)

@@ -161,6 +161,8 @@ class Pace:
 
     async def load(self, engine: NativeEngine, manifest: WeightsManifest) -> None:
         """Load weights in flight: an engine looks at its commands after each step."""
+        while not engine.stats().generated_tokens:
+            await asyncio.sleep(0.01)
         loading = asyncio.create_task(engine.load(manifest))
         while not loading.done():
             self.release()

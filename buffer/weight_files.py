@@ -1,0 +1,197 @@
+"""Publishing weights as files: copied and digested in one pass, into memory that is used again.
+
+    publish(0.1) -> weights-0.1.safetensors       new pages: costs several times the copying
+    publish(0.2) -> weights-0.2.safetensors       new pages
+    retire(0.1)  -> weights.spare                 its path is gone, its pages are kept
+    publish(0.3) -> weights-0.3.safetensors       over the pages of 0.1
+
+A version's path is used once, and is gone before its pages are written again. So a reader that has
+verified a file, has copied what it wants and then finds the path still there (`mailbox.confirm`)
+has copied what was published.
+"""
+
+import json
+import mmap
+import os
+import re
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import xxhash
+
+from .filesystem import naming_a_full_disk
+from .records import Shard, Version, WeightsManifest
+from .weight_holder import Holder, Offer
+
+PIECE_BYTES = 1 << 20
+"""Copied, then digested while it is still in the processor's cache."""
+ALIGNMENT = 8
+"""Of the first tensor's bytes, as safetensors wants it."""
+
+
+class Piece(NamedTuple):
+    """One tensor's part of a file."""
+
+    dtype: str
+    """safetensors' name: F32, BF16 ..."""
+    shape: tuple[int, ...]
+    bytes_N: np.ndarray
+    """[N] uint8."""
+
+
+def retire(path: Path) -> None:
+    """Make a version's file unreadable by its name; the newest of those is kept as a spare."""
+    if path.suffix == ".safetensors":  # a manifest cannot make us touch other things
+        spare = path.with_name(f"{path.name.rpartition('-')[0]}.spare")
+        with suppress(FileNotFoundError):  # retired by its publisher, or on another machine
+            os.replace(path, spare)
+
+
+class Outbox:
+    """The files of one publisher; the folder is the supervisor's."""
+
+    def __init__(
+        self, directory: Path, name: str = "weights", holder: Holder | None = None
+    ) -> None:
+        """Remove what an earlier process of that name left; the folder is made when missing.
+
+        Args:
+            directory: on tmpfs when the weights fit.
+            name: of this publisher, unique in the folder.
+            holder: who serves them to other hosts.
+        """
+        self.holder = holder
+        self._directory, self._name = directory.resolve(), name
+        self._maps: dict[int, np.ndarray] = {}
+        """By inode, which no other file gets while it is mapped: mapping a file again costs more
+        than writing it."""
+        self._shards: dict[Version, Shard] = {}
+        self._directory.mkdir(parents=True, exist_ok=True)
+        stem = re.escape(name)
+        ours = re.compile(rf"{stem}-\d+\.\d+\.safetensors|{stem}\.(partial|spare)")
+        for path in self._directory.iterdir():
+            if ours.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+    def publish(self, version: Version, pieces: Mapping[str, Piece]) -> WeightsManifest:
+        """Write one shard and rename it into place.
+
+        Args:
+            version: its digest is the tensors' own, the shard's is of the file's bytes.
+            pieces: by name.
+        Raises:
+            DiskFull: it does not fit.
+        """
+        temporary = self._directory / f"{self._name}.partial"
+        return self.announce(version, temporary, self.write(temporary, pieces))
+
+    def write(self, path: Path, pieces: Mapping[str, Piece], *, fresh: bool = False) -> str:
+        """Write a shard that is not published yet; its digest.
+
+        Args:
+            path: in the folder.
+            pieces: by name.
+            fresh: into new pages; the spare's are still being read.
+        Raises:
+            DiskFull: it does not fit.
+        """
+        head = _header(pieces)
+        num_bytes = len(head) + sum(piece.bytes_N.nbytes for piece in pieces.values())
+        target_N = self._take_spare(path, num_bytes, fresh=fresh)
+        hasher, start = xxhash.xxh3_128(), 0
+        for source in (np.frombuffer(head, np.uint8), *(p.bytes_N for p in pieces.values())):
+            for begin in range(0, source.nbytes, PIECE_BYTES):
+                part = source[begin : begin + PIECE_BYTES]
+                target_N[start : start + part.nbytes] = part
+                hasher.update(target_N[start : start + part.nbytes].data)
+                start += part.nbytes
+        return hasher.hexdigest()
+
+    def announce(self, version: Version, written: Path, digest: str) -> WeightsManifest:
+        """Rename a written shard to where a version is looked for.
+
+        Args:
+            version: its digest is the tensors' own.
+            written: by `write`, or by others.
+            digest: of the file's bytes.
+        """
+        path = self._directory / f"{self._name}-{version.branch}.{version.step}.safetensors"
+        os.replace(written, path)
+        shard = Shard(path=str(path), num_bytes=path.stat().st_size, digest=digest)
+        return self.adopt(WeightsManifest(version=version, shards=(shard,)))
+
+    def keep(self, held: Collection[Version]) -> None:
+        """Retire all versions but these."""
+        for version in [version for version in self._shards if version not in held]:
+            shard = self._shards.pop(version)
+            if self.holder and shard.digest not in {own.digest for own in self._shards.values()}:
+                self.holder.offers.pop(shard.digest, None)
+            retire(Path(shard.path))
+
+    @property
+    def files(self) -> dict[Version, Path]:
+        """Where the versions lie that are not retired."""
+        return {version: Path(shard.path) for version, shard in self._shards.items()}
+
+    def adopt(self, manifest: WeightsManifest) -> WeightsManifest:
+        """Hold a version of one file, whoever wrote it, and serve it."""
+        (shard,) = manifest.shards
+        if self.holder:
+            bytes_N = np.memmap(shard.path, np.uint8, "r")
+            self.holder.offers[shard.digest] = Offer(bytes_N)
+            shard = msgspec.structs.replace(shard, holder=self.holder.address)
+        self._shards[manifest.version] = shard
+        return msgspec.structs.replace(manifest, shards=(shard,))
+
+    def _take_spare(self, path: Path, num_bytes: int, *, fresh: bool) -> np.ndarray:
+        """[num_bytes] uint8, shared with the file at `path`: the spare's pages, or new ones."""
+        spare = self._directory / f"{self._name}.spare"
+        if fresh:
+            spare.unlink(missing_ok=True)
+        try:
+            os.replace(spare, path)
+        except FileNotFoundError:
+            path.unlink(missing_ok=True)
+        path.touch(0o600)
+        inode = path.stat().st_ino
+        kept_N = self._maps.pop(inode, None)
+        if kept_N is None or kept_N.nbytes != num_bytes:
+            kept_N = map_file(path, num_bytes)
+        known = {file.stat().st_ino for file in self._files()}
+        self._maps = {key: own_N for key, own_N in self._maps.items() if key in known}
+        self._maps[inode] = kept_N
+        return kept_N
+
+    def _files(self) -> list[Path]:
+        return [*self._directory.glob(f"{self._name}-*.safetensors"),
+                *self._directory.glob(f"{self._name}.*")]  # fmt: skip
+
+
+def map_file(path: Path, num_bytes: int) -> np.ndarray:
+    """[num_bytes] uint8, shared with a file, which is made when missing, and allocated.
+
+    Raises:
+        DiskFull: it does not fit.
+    """
+    path.touch(0o600)
+    with naming_a_full_disk(path), path.open("r+b") as file:
+        os.ftruncate(file.fileno(), num_bytes)
+        if hasattr(os, "posix_fallocate"):  # else a full tmpfs kills us as we write
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        return np.frombuffer(mmap.mmap(file.fileno(), num_bytes), np.uint8)
+
+
+def _header(pieces: Mapping[str, Piece]) -> bytes:
+    """What a safetensors file begins with: its length, then names, dtypes, shapes and places."""
+    table, start = {}, 0
+    for name, piece in pieces.items():
+        end = start + piece.bytes_N.nbytes
+        table[name] = {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": (start, end)}
+        start = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
