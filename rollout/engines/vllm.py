@@ -175,7 +175,7 @@ class VllmEngine:
         Raises:
             CorruptData: bytes differ from their digest or do not fit the model; the engine keeps
                 serving what it had.
-            RuntimeError: the engine is closed, or its core died again and again.
+            RuntimeError: the engine is closed, or one core after the other failed.
         """
         async with self._load_lock:
             if self._closed:
@@ -190,8 +190,8 @@ class VllmEngine:
                         return
                     _check_same(files)
                 raise RuntimeError(
-                    f"engine {self.engine_id}: {_START_ATTEMPTS} cores died while loading, the "
-                    f"last with {self._counts.failure}"
+                    f"engine {self.engine_id}: {_START_ATTEMPTS} cores could not load "
+                    f"{manifest.version}, the last because of {self._counts.failure}"
                 )
             finally:
                 self._loading = False

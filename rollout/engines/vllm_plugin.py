@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -82,6 +83,7 @@ class MailboxTransfer(WeightTransferEngine[MailboxInit, MailboxUpdate]):
 
     def start_weight_update(self) -> None:
         """Prepare the layers; from here to `finish_weight_update` the model is neither version."""
+        self._names = {name for name, _ in self.model.named_parameters()}  # tied ones once
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: MailboxUpdate) -> None:
@@ -96,12 +98,19 @@ class MailboxTransfer(WeightTransferEngine[MailboxInit, MailboxUpdate]):
         tensors = read_weights([str(file["path"]) for file in update_info.files])
         old, new = update_info.head_dims
         loaded = self.model.load_weights(widen_heads(tensors, old, new))
-        if missing := {name for name, _ in self.model.named_parameters()} - set(loaded):
+        if missing := self._names - set(loaded):
             raise ValueError(f"no weights for {sorted(missing)[:3]}")
 
     def finish_weight_update(self) -> None:
-        """Put what was loaded in the places that the kernels read."""
+        """Put what was loaded in the places that the kernels read.
+
+        On processors a head holds a packed copy of its weights, which vLLM's reload makes anew only
+        for heads that have weights of their own: of a tied one it would stay the old version's.
+        """
         finalize_layerwise_reload(self.model, self.model_config)
+        for name, module in self.model.named_modules():
+            if isinstance(module, ParallelLMHead) and f"{name}.weight" not in self._names:
+                module.quant_method.process_weights_after_loading(module)
 
     def shutdown(self) -> None:
         """Nothing is held."""
