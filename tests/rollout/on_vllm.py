@@ -393,6 +393,23 @@ async def test_a_dead_or_silent_core_gives_its_samples_back_and_serves_only_afte
     np.testing.assert_allclose(output.behaviour_logprobs, reference, rtol=0, atol=1e-4)
 
 
+async def test_a_core_that_dies_under_new_weights_is_replaced_by_one_that_gets_them(tiny, engine):
+    await engine.load(tiny.publish(tiny.policy(tiny.root / "llama", 1), 850))
+    model = tiny.policy(tiny.root / "llama", 2)
+    manifest = tiny.publish(model, 851)
+    (pid,) = engine.core_pids
+    os.kill(pid, signal.SIGSTOP)
+    loading = asyncio.create_task(engine.load(manifest))
+    await asyncio.sleep(0.5)
+    assert (engine.state, loading.done()) == ("LOADING", False)
+    os.kill(pid, signal.SIGKILL)
+    await asyncio.wait_for(loading, DEADLINE_S)
+    assert (engine.state, engine.serving) == ("SERVING", manifest.version)
+    output = (await tiny.outputs(engine, [tiny.request([4, 5], max_new_tokens=20)]))["0"]
+    reference = tiny.logprobs(model, [4, 5], output.token_ids)
+    np.testing.assert_allclose(output.behaviour_logprobs, reference, rtol=0, atol=1e-4)
+
+
 async def test_a_file_that_changes_between_verification_and_loading_is_not_served(
     tiny, engine, monkeypatch
 ):
