@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import threading
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from vllm.distributed.weight_transfer.base import (
@@ -41,7 +42,7 @@ def register() -> None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: "multiprocessing.process.BaseProcess") -> None:
+def _end_with(parent: BaseProcess) -> None:
     """vLLM's core outlives a killed parent, and would keep its memory for ever."""
     parent.join()
     os._exit(1)

@@ -92,7 +92,7 @@ async def test_behaviour_log_probs_equal_transformers_full_forward(tiny, engine,
             )
         )
     gaps = np.concatenate(gaps)
-    print(len(gaps), gaps.max())
+    print("measured", "gap", len(gaps), gaps.max())
     assert len(gaps) > 1000
     assert gaps.max() < 1e-4
 
@@ -168,7 +168,7 @@ async def test_every_stamp_matches_the_parity_its_version_writes(tiny, engine, k
             assert oldest == versions
         seen.update(steps)
         mixed += len(output.versions) > 1
-    print(kv, len(seen), mixed, len(finished), engine.stats())
+    print("measured", kv, len(seen), mixed, engine.stats().last_swap_s)
     assert len(seen) > 0.9 * swaps
     assert mixed > swaps
 
@@ -256,7 +256,7 @@ async def test_draws_follow_the_law_over_100_000_tokens(tiny, engine):
     pairs = np.concatenate([t[1:] == t[:-1] for t in tokens])
     repeats, expected = pairs.mean(), (law**2).sum()
     error = np.sqrt(expected * (1 - expected) / len(pairs))
-    print(len(draws), chi2, freedom, repeats, expected, error)
+    print("measured law", len(draws), chi2, freedom, repeats, expected, error)
     assert chi2 < freedom + 5 * np.sqrt(2 * freedom)
     assert abs(repeats - expected) < 5 * error
     logprobs = np.concatenate([output.behaviour_logprobs for output in outputs.values()])
@@ -378,14 +378,14 @@ async def test_a_dead_or_silent_core_gives_its_samples_back_and_serves_only_afte
     began = time.monotonic()
     os.kill(pid, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
     outputs = await asyncio.wait_for(task, 20)
-    print(fault, "noticed after", time.monotonic() - began)
+    print("measured", fault, "noticed", time.monotonic() - began)
     assert {output.finish_reason for output in outputs.values()} == {"abort"}
     assert not any(output.error for output in outputs.values())
     assert (engine.state, engine.serving) == ("COLD", None)
     idle = (await tiny.outputs(engine, [tiny.request([3])]))["0"]
     assert idle.finish_reason == "abort"  # no work for an engine that serves nothing
     await engine.load(manifest)
-    print("served again after", time.monotonic() - began)
+    print("measured", fault, "served", time.monotonic() - began)
     assert (engine.state, engine.serving) == ("SERVING", manifest.version)
     assert engine.core_pids != [pid]
     output = (await tiny.outputs(engine, [tiny.request([4, 5], max_new_tokens=20)]))["0"]
@@ -431,6 +431,46 @@ async def test_a_file_that_changes_between_verification_and_loading_is_not_serve
     monkeypatch.setattr(engine, "_verified", verified)
     await engine.load(other)
     assert engine.serving == other.version
+
+
+SPECULATION = {
+    "ngram": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4},
+    "siblings": {
+        "method": "custom_class",
+        "model": "slipstream.rollout.engines.vllm_drafter.SiblingsProposer",
+        "num_speculative_tokens": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("drafter", SPECULATION)
+async def test_greedy_text_is_the_same_with_speculation_and_drawn_samples_are_refused(
+    tiny, engine, drafter
+):
+    model = tiny.policy(tiny.root / "llama", 9)
+    manifest = tiny.publish(model, 950)
+    await engine.load(manifest)
+    requests = [
+        tiny.request(p, i, f"{drafter}-{i}", max_new_tokens=120, temperature=0.0)
+        for i, p in enumerate(prompts(8, seed=3) * 3)
+    ]
+    plain = await tiny.outputs(engine, requests)
+    settings = VllmConfig(kv_cache_gib=0.05, speculative_config=SPECULATION[drafter])
+    faster = await asyncio.to_thread(build, tiny.root / "llama", settings=settings)
+    try:
+        await faster.load(manifest)
+        found = await tiny.outputs(faster, requests)
+        stats = faster.stats()
+        refused = (await tiny.outputs(faster, [tiny.request([3], 1)]))["1"]
+    finally:
+        await faster.close()
+    print("measured", drafter, stats.accepted_tokens, "of", stats.drafted_tokens)
+    for request in requests:
+        assert found[request.request_id].token_ids.tolist() == (
+            plain[request.request_id].token_ids.tolist()
+        )
+    assert 0 < stats.accepted_tokens <= stats.drafted_tokens
+    assert "wrong law" in refused.error
 
 
 async def test_closing_ends_samples_in_flight_as_aborted_and_the_core(tiny, engine):
