@@ -19,29 +19,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
-from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from ...buffer.errors import ConfigError, CorruptData
-from ...buffer.records import Version, VersionSpan, WeightsManifest
-from ...kernels.models import (
-    ModelError,
-    check_fit,
-    empty_model,
-    end_token_ids,
-    load_tokenizer,
-)
+from ...buffer.records import Version, WeightsManifest
+from ...kernels.models import ModelError, check_fit, empty_model, end_token_ids, load_tokenizer
 from ..config import KvPolicy, VllmConfig
 from ..engine import EngineState, EngineStats, GenerationOutput, GenerationRequest
-from .text import Detokeniser
 from .vllm_plugin import file_identity
+from .vllm_samples import Samples, name_of, unfinished
 from .vllm_start import COUNTS, Counts, start
 from .weights import read_verified
 
@@ -86,11 +77,14 @@ class VllmEngine:
             raise ConfigError(str(error)) from error
         self._start = lambda: start(model_dir, dtype, max_concurrent, threads, settings)
         self._counts = Counts()
-        self._detokeniser = Detokeniser(tokenizer)
-        self._end_token_ids = end_token_ids(self._empty, tokenizer)
         self._llm, self._head_dims = self._started()
-        self._context = self._llm.model_config.max_model_len
-        self._vocabulary = self._empty.config.vocab_size
+        self._samples = Samples(
+            tokenizer,
+            end_token_ids(self._empty, tokenizer),
+            context=self._llm.model_config.max_model_len,
+            vocabulary=self._empty.config.vocab_size,
+            speculates=bool(settings.speculative_config),
+        )
         self._serving: Version | None = None
         self._swaps, self._last_swap_s = 0, 0.0
         self._deaths, self._failure = 0, "its process ended"
@@ -230,7 +224,7 @@ class VllmEngine:
         return False
 
     async def _swap(self, llm: AsyncLLM, version: Version, files: list[dict[str, Any]]) -> None:
-        started_s, name = time.perf_counter(), _name(version)
+        started_s, name = time.perf_counter(), name_of(version)
         update = WeightTransferUpdateRequest({"files": files, "head_dims": self._head_dims})
         await llm.pause_generation(mode="keep", clear_cache=self._kv == "recompute")
         await llm.start_weight_update()
@@ -289,110 +283,34 @@ class VllmEngine:
 
     async def _sample(self, request: GenerationRequest) -> GenerationOutput:
         """One sample from its request to its output, whatever happens to it."""
-        if reason := self._impossible(request):
-            return _unfinished(request, reason)
+        if reason := self._samples.impossible(request):
+            return unfinished(request, reason)
         serving = self.serving
         if serving is None:
-            return _unfinished(request)
+            return unfinished(request)
         if len(self._tasks) == 1 or not self._counts.running:
             self._counts.touch()  # the clock of an engine that had nothing to do
-        salt = _name(serving) if self._kv == "keep" else None
+        salt = name_of(serving) if self._kv == "keep" else None
         prompt = tokens_input(list(request.prompt_token_ids), cache_salt=salt)
         arrived_s, last = time.time(), None
         try:
             async for output in self._llm.generate(
-                prompt, self._params(request), request.request_id
+                prompt, self._samples.params(request), request.request_id
             ):
                 last = output
         except VLLMClientError as error:
-            return _unfinished(request, f"vLLM refuses the request: {error}")
+            return unfinished(request, f"vLLM refuses the request: {error}")
         except (EngineDeadError, EngineGenerateError):
-            return _unfinished(request)
+            return unfinished(request)
         except asyncio.CancelledError:
             if self._closed or self._dead:
-                return _unfinished(request)
+                return unfinished(request)
             raise
         assert last is not None
         self._deaths = 0
-        return self._finished(request, last, serving, arrived_s)
-
-    def _params(self, request: GenerationRequest) -> SamplingParams:
-        law = request.sampling
-        room = self._context - len(request.prompt_token_ids)
-        return SamplingParams(
-            temperature=law.temperature,
-            seed=request.sample_key & (2**63 - 1),  # what torch and msgpack take
-            max_tokens=min(law.max_new_tokens, room),
-            stop=list(law.stop) or None,
-            stop_token_ids=[*self._end_token_ids, *law.stop_token_ids],
-            ignore_eos=True,
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=bool(law.stop),
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-
-    def _finished(
-        self,
-        request: GenerationRequest,
-        output: RequestOutput,
-        submitted: Version,
-        arrived_s: float,
-    ) -> GenerationOutput:
-        answer = output.outputs[0]
-        if answer.finish_reason not in ("stop", "length"):
-            return _unfinished(request)
-        token_ids = np.array(answer.token_ids, dtype=np.int32)
-        logprobs = np.array(answer.logprobs.logprobs, dtype=np.float32)
-        spans = tuple(
-            VersionSpan(version=_version(span.version), length=span.end - span.start)
-            for span in answer.weight_versions
-        )
-        if not np.isfinite(logprobs).all() or sum(span.length for span in spans) != len(token_ids):
-            return _unfinished(request, f"log-probs are NaN under {spans[-1].version}")
-        text_ids = token_ids
-        if answer.finish_reason == "stop" and token_ids[-1] in self._stops(request):
-            text_ids = token_ids[:-1]
-        now_s = time.time()
-        first_s = output.metrics.first_token_latency if output.metrics else 0.0
         # Under `keep` the cache is salted with the version of submission: no key is older.
-        oldest = (VersionSpan(version=submitted, length=len(token_ids)),)
-        return GenerationOutput(
-            request_id=request.request_id,
-            token_ids=token_ids,
-            behaviour_logprobs=logprobs,
-            versions=spans,
-            kv_version_min=oldest if self._kv == "keep" else spans,
-            text=self._detokeniser.cut(text_ids, request.sampling.stop),
-            finish_reason=answer.finish_reason,
-            first_token_s=min(now_s, arrived_s + first_s),
-            finished_s=now_s,
-            removed_mass=np.zeros(len(token_ids), dtype=np.float32),
-        )
-
-    def _stops(self, request: GenerationRequest) -> tuple[int, ...]:
-        return (*self._end_token_ids, *request.sampling.stop_token_ids)
-
-    def _impossible(self, request: GenerationRequest) -> str:
-        """Why a sample cannot be generated; empty when it can."""
-        prompt, law = request.prompt_token_ids, request.sampling
-        if not prompt:
-            return "the prompt has no tokens"
-        if len(prompt) >= self._context:
-            return (
-                f"the prompt has {len(prompt)} tokens, which leaves none of the {self._context} of "
-                "rollout.vllm.max_model_len for the answer"
-            )
-        if min(prompt) < 0 or max(prompt) >= self._vocabulary:
-            odd = next(i for i in prompt if not 0 <= i < self._vocabulary)
-            return f"the prompt has token id {odd}, the model knows 0 to {self._vocabulary - 1}"
-        if law.max_new_tokens < 1:
-            return f"max_new_tokens is {law.max_new_tokens}, at least 1 is needed"
-        if law.truncates:
-            return "vLLM's kept sets are not available: its log-probs would follow another law"
-        if law.temperature and self._settings.speculative_config:
-            return "drawn samples have a wrong law under rollout.vllm.speculative_config"
-        return ""
+        oldest = serving if self._kv == "keep" else None
+        return self._samples.finished(request, last, arrived_s, oldest)
 
 
 def _check_same(files: list[dict[str, Any]]) -> None:
@@ -405,30 +323,3 @@ def _check_same(files: list[dict[str, Any]]) -> None:
         path = Path(file["path"])
         if not path.exists() or file_identity(path) != file:
             raise CorruptData(f"weights {path} have changed while they were loaded")
-
-
-def _name(version: Version) -> str:
-    return f"{version.branch}.{version.step}.{version.digest}"
-
-
-def _version(name: str) -> Version:
-    branch, step, digest = name.split(".", 2)
-    return Version(branch=int(branch), step=int(step), digest=digest)
-
-
-def _unfinished(request: GenerationRequest, error: str = "") -> GenerationOutput:
-    """An output without tokens: impossible, or ended before its time."""
-    now_s = time.time()
-    return GenerationOutput(
-        request_id=request.request_id,
-        token_ids=np.zeros(0, dtype=np.int32),
-        behaviour_logprobs=np.zeros(0, dtype=np.float32),
-        versions=(),
-        kv_version_min=(),
-        text="",
-        finish_reason="abort",
-        first_token_s=now_s,
-        finished_s=now_s,
-        removed_mass=np.zeros(0, dtype=np.float32),
-        error=error,
-    )

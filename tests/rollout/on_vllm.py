@@ -331,7 +331,7 @@ async def test_stop_strings_and_stop_tokens_end_a_sample(tiny, engine):
         assert (output.text, output.finish_reason) == (text[:end], "stop")
         tokens = plain[str(i)].token_ids
         lengths = range(1, len(tokens) + 1)
-        first = next(n for n in lengths if stop in engine._detokeniser.text(tokens[:n]))
+        first = next(n for n in lengths if stop in engine._samples._detokeniser.text(tokens[:n]))
         assert output.token_ids.tolist() == tokens[:first].tolist()
         request = tiny.request([9, 9, i], i, stop_token_ids=(int(tokens[4]), 1))
         output = (await tiny.outputs(engine, [request]))[str(i)]
