@@ -279,6 +279,8 @@ class VllmEngine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         async with self._load_lock:
+            if self._llm.output_handler is not None:
+                self._llm.output_handler.cancel()  # nobody waits, and an end on purpose is no error
             await asyncio.to_thread(self._llm.shutdown, _CLOSE_TIMEOUT_S)
 
     async def _sample(self, request: GenerationRequest) -> GenerationOutput:

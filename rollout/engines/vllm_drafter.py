@@ -73,4 +73,4 @@ class SiblingsProposer:
 
 
 def _digest(text: np.ndarray) -> int:
-    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(text))
+    return xxhash.xxh3_64_intdigest(text.tobytes())

@@ -30,7 +30,7 @@ class Samples:
         vocabulary: int,
         speculates: bool,
     ) -> None:
-        """Of a model with so many token ids, whose prompt and answer together are `context` long."""
+        """Of a model with so many token ids; prompt and answer have `context` tokens at most."""
         self._detokeniser = Detokeniser(tokenizer)
         self._end_token_ids = tuple(end_token_ids)
         self._context, self._vocabulary, self._speculates = context, vocabulary, speculates

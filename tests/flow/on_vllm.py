@@ -20,7 +20,7 @@ import torch
 from slipstream.buffer.mailbox import file_digest
 from slipstream.buffer.records import SamplingParams, Shard, Version, WeightsManifest
 from slipstream.configs.rollouts import read_rollouts
-from slipstream.kernels.models import load_tokenizer
+from slipstream.kernels.models import load_tokenizer, render_prompt
 from slipstream.rollout.config import RolloutConfig, SamplingConfig, VllmConfig
 from slipstream.rollout.engine import GenerationRequest
 from slipstream.rollout.engines.vllm import VllmEngine
@@ -188,15 +188,13 @@ async def test_an_export_writes_the_same_greedy_text_in_three_engines(system):
     tokenizer = load_tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": f"{n} + {n + 3} ="}],
-            add_generation_prompt=True, return_dict=False,
-        ) for n in range(20)
-    ]  # fmt: skip
+        render_prompt(tokenizer, [{"role": "user", "content": f"{n} + {n + 3} ="}])
+        for n in range(20)
+    ]
     greedy = SamplingParams(temperature=0.0, max_new_tokens=24)
     requests = [
         GenerationRequest(
-            request_id=str(i), prompt_token_ids=tuple(map(int, p)), sampling=greedy, sample_key=i
+            request_id=str(i), prompt_token_ids=tuple(p), sampling=greedy, sample_key=i
         )
         for i, p in enumerate(prompts)
     ]

@@ -170,7 +170,7 @@ async def test_every_stamp_matches_the_parity_its_version_writes(tiny, engine, k
         mixed += len(output.versions) > 1
     print("measured", kv, len(seen), mixed, engine.stats().last_swap_s)
     assert len(seen) > 0.9 * swaps
-    assert mixed > swaps
+    assert mixed > 0.8 * len(finished)
 
 
 @pytest.mark.parametrize("kv", ["keep", "recompute"])
