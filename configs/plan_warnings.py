@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from ..rollout.config import SourceConfig
+from ..rollout.config import SourceConfig, VllmConfig
 from .load import Loaded
 from .schema import Experiment
 from .sizes import ModelSize, bytes_text, machine_memory, memory_costs, total_bytes
@@ -125,6 +125,9 @@ def _without_effect(experiment: Experiment) -> Iterator[tuple[str, str]]:
         for key in ("stale", "straggler_wait_s"):
             yield f"buffer.{key}", "with S = 0 nothing is ever stale"
         yield "rollout.kv", "with S = 0 no weights arrive while samples are in flight"
+    if experiment.rollout.engine != "vllm":
+        for key in VllmConfig.model_fields:
+            yield f"rollout.vllm.{key}", 'rollout.engine is not "vllm"'
     if not experiment.eval.enabled:
         for key in ("every_steps", "samples_per_prompt", "temperature"):
             yield f"eval.{key}", "eval.enabled = false"

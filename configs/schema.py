@@ -25,6 +25,10 @@ MAX_KEPT_IDS = 512
 """Ids recorded per token under `ratio_law = "kept_set"`; more would cost more than the text."""
 
 
+VLLM_MIN_TEMPERATURE = 0.01
+"""vLLM raises lower ones to it."""
+
+
 class TrackConfig(Settings):
     """`[track]`: where metrics go besides `metrics.jsonl`."""
 
@@ -201,6 +205,38 @@ def check_sampling(experiment: Experiment) -> Iterator[str]:
         )
 
 
+def check_engine(experiment: Experiment) -> Iterator[str]:
+    """Yield what vLLM would not do, or do silently in another way."""
+    rollout, sampling = experiment.rollout, experiment.rollout.sampling
+    if rollout.engine != "vllm":
+        return
+    asked = 'rollout.engine = "vllm"'
+    if sampling.params().truncates:
+        yield (
+            f"{asked} with rollout.sampling.top_p, top_k or min_p: its kept sets are not available "
+            'here, so no ratio law would hold; remove them, or set rollout.engine = "native"'
+        )
+    if 0 < sampling.temperature < VLLM_MIN_TEMPERATURE:
+        yield (
+            f"{asked} samples at temperature {VLLM_MIN_TEMPERATURE} whenever rollout.sampling."
+            f"temperature is lower; it is {sampling.temperature:g}. Set {VLLM_MIN_TEMPERATURE} or "
+            "more"
+        )
+    if experiment.dtype == "float64":
+        yield f'{asked} does not compute in dtype = "float64"; set "float32" or "bfloat16"'
+    if rollout.speculation.drafter != "off":
+        yield (
+            f"rollout.speculation.drafter is the native engine's, not of {asked}; remove it, or "
+            "see rollout.vllm.speculative_config"
+        )
+    if rollout.vllm.speculative_config and experiment.eval.temperature != 0:
+        yield (
+            "rollout.vllm.speculative_config: what vLLM draws with speculation has a wrong law on "
+            "processors, and none that is proved on GPUs; it is for greedy evaluations: set "
+            "eval.temperature = 0, or remove it"
+        )
+
+
 def check_staleness(experiment: Experiment) -> Iterator[str]:
     """Yield what contradicts the bound, or synchronous training."""
     buffer, given = experiment.buffer, experiment.buffer.model_fields_set
@@ -286,7 +322,8 @@ def check_objective(experiment: Experiment) -> Iterator[str]:
 
 
 CHECKS = (
-    check_batch, check_ranks, check_sizing, check_sampling, check_staleness, check_prompts,
+    check_batch, check_ranks, check_sizing, check_sampling, check_engine, check_staleness,
+    check_prompts,
     check_launch, check_objective,
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ from .audit import audit_run
 from .child import Child
 from .closing import print_closing, resume_line
 from .doctor import Doctor, Stall
+from .engines import check_engine
 from .exporting import export_run
 from .observer import Observer
 from .ray_cluster import use_our_token
@@ -136,9 +137,10 @@ def check_launcher(experiment: Experiment) -> None:
     """See that the processes could be started at all.
 
     Raises:
-        ConfigError: Ray is asked for, and is not installed or not there.
+        ConfigError: Ray is asked for, and is not installed or not there; or the engine is not.
     """
     if experiment.launcher != "ray":
+        check_engine(experiment.rollout)
         return
     use_our_token()
     try:

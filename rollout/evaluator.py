@@ -7,6 +7,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
+import msgspec
+
 from ..buffer.errors import Refused
 from ..buffer.messages import EvaluationClaim
 from ..buffer.records import Message, Score, WeightsManifest
@@ -100,6 +102,7 @@ class Evaluator:
                 claim, self._render(claim.prompt.messages), self._seed
             ).items()
         }
+        lost: list[EvaluationClaim] = []
         async with asyncio.TaskGroup() as tasks:
             if self._player is not None:
                 for claim, index, request in samples.values():
@@ -108,7 +111,12 @@ class Evaluator:
             requests = [request for _, _, request in samples.values()]
             async for output in self._engine.generate(requests):
                 claim, index, _ = samples[output.request_id]
+                if output.finish_reason == "abort" and not output.error:
+                    lost.append(msgspec.structs.replace(claim, indices=(index,)))
+                    continue
                 tasks.create_task(self._hand_in(claim, index, output))
+        if lost:  # the engine died, and is started again to load
+            await self.evaluate(lost)
 
     async def _play(
         self, player: Player, claim: EvaluationClaim, index: int, request: GenerationRequest

