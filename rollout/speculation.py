@@ -1,14 +1,20 @@
 """Batched speculative decoding: who drafts, how deep, and what of a draft is accepted.
 
-A drafter proposes, for each sample, one token per place (a point draft). The engine feeds all
-drafts of a batch in one forward, draws the target's own token at every place with that place's own
-uniform number, and goes on for as long as the draft had guessed right. The uniform
-depends on (seed, prompt, attempt, sample, place) alone, so the output is the output without
-speculation, token for token, at any temperature, depth and batch: a draft decides only how much of
-a forward was useful. Nothing here knows an engine.
+A drafter proposes, for each sample, one token per place. The engine feeds all drafts of a batch in
+one forward, and goes on for as long as they were right. Two rules say what is right:
 
-Source: position-keyed coupling; the acceptance of a point draft equals that of rejection sampling
-(Leviathan et al., arXiv:2211.17192, with a deterministic draft). Depth: our own rule.
+Point drafts. The target's own token is drawn at every place with that place's own uniform number;
+a draft is right when it is that token. The uniform depends on (seed, prompt, attempt, sample, place)
+alone, so the output is the output without speculation, token for token, at any temperature, depth
+and batch: a draft decides only how much of a forward was useful.
+
+Drafts with their laws. A token drawn from a law q is taken with probability min(1, p / q), else
+another is drawn from what p has more than q. The law of the output is the target's, p; the output
+itself depends on where drafts were made, so a seed alone does not repeat it.
+
+Nothing here knows an engine. Source: Leviathan et al. (arXiv:2211.17192) for the second rule; the
+first, position-keyed coupling, accepts as often as the second does with a deterministic draft.
+Depth: our own rule.
 """
 
 from collections import OrderedDict
@@ -16,7 +22,9 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from torch import Tensor
 
+from ..buffer.records import SamplingParams
 from .config import SpeculationConfig
 
 _MIN_CONTEXT = 2
@@ -30,16 +38,36 @@ class Draft(NamedTuple):
 
     tokens: list[int]
     classes: list[int]
-    """Of each token: an index below `NUM_CLASSES`; the controller learns what a class is worth."""
+    """Of each token: an index below `NUM_CLASSES`; the controller learns what a class is worth. Where
+    laws are given it must depend on the law alone and not on the token drawn: a draft cut off for
+    what it drew would leave a biased rest."""
+    laws: list[Tensor] | None = None
+    """Of each token: [V] float64, the law it was drawn from; None: a point draft."""
+
+
+NO_DRAFT = Draft([], [])
+
+
+class Asked(NamedTuple):
+    """A sample that a draft is wanted for."""
+
+    sample: str
+    """Its name."""
+    prompt: tuple[int, ...]
+    written: np.ndarray
+    """[N] int: all it has so far."""
+    limit: int
+    """Most tokens to propose."""
+    law: SamplingParams
+    key: int
+    """Of its random numbers."""
 
 
 class Drafter(Protocol):
-    """Proposes tokens for samples, known by a name each."""
+    """Proposes tokens for samples."""
 
-    def propose(
-        self, sample: str, prompt: tuple[int, ...], written: np.ndarray, limit: int
-    ) -> Draft:
-        """At most `limit` tokens to come after `written`, all the sample has so far."""
+    def propose(self, asked: Sequence[Asked]) -> list[Draft]:
+        """For each of some samples, tokens to come after what it has written."""
         ...
 
     def finish(self, sample: str, prompt: tuple[int, ...], written: np.ndarray) -> None:
@@ -163,10 +191,13 @@ class LookupDrafter:
     def __init__(self) -> None:
         self._readers: dict[str, _Reader] = {}
 
-    def propose(
+    def propose(self, asked: Sequence[Asked]) -> list[Draft]:
+        """See `Drafter`."""
+        return [self._continue(*of[:4]) for of in asked]
+
+    def _continue(
         self, sample: str, prompt: tuple[int, ...], written: np.ndarray, limit: int
     ) -> Draft:
-        """See `Drafter`."""
         reader = self._readers.get(sample)
         if reader is None:
             reader = self._readers[sample] = self._open(prompt)
@@ -270,7 +301,8 @@ class DepthController:
         """The part of a draft that is likely enough to be reached and accepted."""
         reached = np.cumprod(self._hits[draft.classes] / self._tries[draft.classes])
         depth = int((reached >= least).sum())
-        return Draft(draft.tokens[:depth], draft.classes[:depth])
+        laws = None if draft.laws is None else draft.laws[:depth]
+        return Draft(draft.tokens[:depth], draft.classes[:depth], laws)
 
     def saw_step(self, num_tokens: int, num_written: int, seconds: float) -> None:
         """A step fed `num_tokens`, wrote `num_written` and took so long."""
@@ -305,23 +337,17 @@ class Speculation:
         self._controller = DepthController()
         self.drafted = self.accepted = self.forwards = 0
 
-    def propose(
-        self, samples: Sequence[tuple[str, tuple[int, ...], np.ndarray, int]]
-    ) -> list[Draft]:
-        """One draft a sample, most of them empty when they would not pay.
-
-        Args:
-            samples: name, prompt, tokens written, most tokens that may be drafted.
-        """
+    def propose(self, samples: Sequence[Asked]) -> list[Draft]:
+        """One draft a sample, most of them empty when they would not pay."""
         least, num_rows = self._controller.start(len(samples))
-        nothing = Draft([], [])
-        if not num_rows:
-            return [nothing] * len(samples)
+        drafts = [NO_DRAFT] * len(samples)
         first = self.forwards % len(samples) if num_rows < len(samples) else 0
-        drafts = [nothing] * len(samples)
-        for row in range(first, min(first + num_rows, len(samples))):
-            sample, prompt, written, room = samples[row]
-            draft = self.drafter.propose(sample, prompt, written, min(self._max_depth, room))
+        rows = range(first, min(first + num_rows, len(samples)))
+        asked = [
+            of._replace(limit=min(self._max_depth, of.limit))
+            for of in samples[rows.start : rows.stop]
+        ]
+        for row, draft in zip(rows, self.drafter.propose(asked) if asked else (), strict=True):
             drafts[row] = self._controller.trim(draft, least)
         return drafts
 

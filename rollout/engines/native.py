@@ -61,6 +61,8 @@ class NativeEngine:
         threads: int,
         engine_id: str,
         speculation: SpeculationConfig | None = None,
+        prefill_tokens: int = 512,
+        kv_memory_mb: int = 0,
     ) -> None:
         """Build the model without weights and start the thread.
 
@@ -80,6 +82,8 @@ class NativeEngine:
             kv=kv,
             ratio_law=ratio_law,
             speculation=make_speculation(speculation) if speculation else None,
+            prefill_tokens=prefill_tokens,
+            kv_memory_mb=kv_memory_mb,
         )
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._streams: dict[str, _Stream] = {}

@@ -157,7 +157,20 @@ class Pace:
 
     def __init__(self) -> None:
         self.release = (steps := threading.Semaphore(0)).release
-        self.take = lambda: steps.acquire(timeout=60)
+        self.taken = 0
+        self._acquire = lambda: steps.acquire(timeout=60)
+
+    def take(self) -> bool:
+        """Wait for leave to take a step."""
+        self.taken += 1
+        return self._acquire()
+
+    async def walk(self, count: int) -> None:
+        """Let so many steps be taken; returns when the last one is on its way."""
+        ahead = self.taken + count
+        self.release(count)
+        while self.taken < ahead:
+            await asyncio.sleep(0.001)
 
     async def load(self, engine: NativeEngine, manifest: WeightsManifest) -> None:
         """Load weights in flight: an engine looks at its commands after each step."""

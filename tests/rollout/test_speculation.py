@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slipstream.buffer.records import SamplingParams
 from slipstream.rollout.config import SpeculationConfig
 from slipstream.rollout.engines import decoder
 from slipstream.rollout.engines.decoder import Decoder
 from slipstream.rollout.speculation import (
+    Asked,
     DepthController,
     Draft,
     LookupDrafter,
@@ -44,7 +46,10 @@ class Oracle:
     def __init__(self, texts=None):
         self.texts, self.random = texts or {}, np.random.default_rng(0)
 
-    def propose(self, sample, prompt, written, limit):
+    def propose(self, asked):
+        return [self.guess(*of[:4]) for of in asked]
+
+    def guess(self, sample, prompt, written, limit):
         limit = int(self.random.integers(0, limit + 1))
         tokens = self.texts.get(sample, self.random.integers(0, 64, size=512))
         tokens = tokens[len(written) : len(written) + limit].copy()
@@ -142,7 +147,7 @@ async def test_weights_swapped_between_steps_are_stamped_on_the_tokens_they_wrot
     await engine.load(manifests[0])
     requests = [tiny.request([3, 9], i, max_new_tokens=200, temperature=0.8) for i in range(8)]
     task = asyncio.create_task(tiny.outputs(engine, requests))
-    paced.release(10)
+    await paced.walk(10)
     await paced.load(engine, manifests[1])
     paced.release(10_000)
     outputs = await task
@@ -178,14 +183,18 @@ def test_the_automaton_holds_exactly_the_substrings_of_what_it_read(texts, data)
     assert (state is not None) == (asked in substrings)
 
 
+def asked(name, prompt, written, limit):
+    return Asked(name, prompt, np.array(written), limit, SamplingParams(), 0)
+
+
 def test_a_drafter_proposes_what_most_often_followed_the_longest_known_context():
     drafter = SiblingsDrafter(1000)
     for written in ([7, 8, 9, 1], [7, 8, 9, 2], [7, 8, 5, 3], [4, 8, 6]):
         drafter.finish("past", (3,), np.array(written))
-    assert drafter.propose("a", (3,), np.array([7, 8]), 1).tokens == [9]
-    assert drafter.propose("b", (3,), np.array([1, 7, 8]), 1).tokens == [9]
-    assert drafter.propose("c", (3,), np.array([4, 8]), 5).tokens == [6]
-    assert drafter.propose("d", (2,), np.array([7, 8]), 5).tokens == []
+    assert drafter.propose([asked("a", (3,), [7, 8], 1)])[0].tokens == [9]
+    assert drafter.propose([asked("b", (3,), [1, 7, 8], 1)])[0].tokens == [9]
+    assert drafter.propose([asked("c", (3,), [4, 8], 5)])[0].tokens == [6]
+    assert drafter.propose([asked("d", (2,), [7, 8], 5)])[0].tokens == []
 
 
 def test_history_keeps_to_its_bound_and_forgets_the_oldest_prompt():
@@ -258,7 +267,7 @@ def test_the_law_of_texts_is_the_targets_and_a_wrong_acceptance_rule_is_seen(
         texts = longer
 
     class Likeliest(Oracle):
-        def propose(self, sample, prompt, written, limit):
+        def guess(self, sample, prompt, written, limit):
             return Draft([likeliest[tuple(written.tolist())]][:limit], [0][:limit])
 
     engine = tiny.engine(folder, dtype="float64", max_concurrent=64)
