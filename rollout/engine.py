@@ -69,6 +69,14 @@ class EngineStats(Record):
     accepted_tokens: int = 0
     kept_tokens: int = 0
     """Prompt tokens that needed no forward: an earlier turn's keys and values were kept."""
+    prefilled_tokens: int = 0
+    """Prompt tokens computed; a group's prompt counts once."""
+    forwards: int = 0
+    """Decode steps: each wrote a token for every sample in flight, and accepted drafts."""
+    paused: int = 0
+    """Times a sample in flight had to wait because others grew longer than predicted."""
+    kv_bytes: int = 0
+    """Taken by keys and values now."""
 
 
 class Engine(Protocol):

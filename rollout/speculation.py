@@ -4,9 +4,9 @@ A drafter proposes, for each sample, one token per place. The engine feeds all d
 one forward, and goes on for as long as they were right. Two rules say what is right:
 
 Point drafts. The target's own token is drawn at every place with that place's own uniform number;
-a draft is right when it is that token. The uniform depends on (seed, prompt, attempt, sample, place)
-alone, so the output is the output without speculation, token for token, at any temperature, depth
-and batch: a draft decides only how much of a forward was useful.
+a draft is right when it is that token. The uniform depends on (seed, prompt, attempt, sample,
+place) alone, so the output is the output without speculation, token for token, at any temperature,
+depth and batch: a draft decides only how much of a forward was useful.
 
 Drafts with their laws. A token drawn from a law q is taken with probability min(1, p / q), else
 another is drawn from what p has more than q. The law of the output is the target's, p; the output
@@ -38,9 +38,9 @@ class Draft(NamedTuple):
 
     tokens: list[int]
     classes: list[int]
-    """Of each token: an index below `NUM_CLASSES`; the controller learns what a class is worth. Where
-    laws are given it must depend on the law alone and not on the token drawn: a draft cut off for
-    what it drew would leave a biased rest."""
+    """Of each token: an index below `NUM_CLASSES`; the controller learns what a class is worth.
+    Where laws are given it must depend on the law alone and not on the token drawn: a draft cut off
+    for what it drew would leave a biased rest."""
     laws: list[Tensor] | None = None
     """Of each token: [V] float64, the law it was drawn from; None: a point draft."""
 

@@ -105,7 +105,8 @@ class Decoder:
         self._memory = Memory(self._limits.most_tokens, self._slots, self._waiting, self._kept)
         self._versions: list[Version] = []
         self._logprob_dtype = np.float64 if model.dtype == torch.float64 else np.float32
-        self.generated_tokens = self.kept_tokens = self.prefilled_tokens = self.paused = 0
+        self.generated_tokens = self.kept_tokens = self.prefilled_tokens = 0
+        self.forwards = self.paused = self.kv_bytes = 0
 
     @property
     def serving(self) -> Version | None:
@@ -121,11 +122,6 @@ class Decoder:
     def queued(self) -> int:
         """Samples that wait for a free row, for memory, or for their prompt to be computed."""
         return self._waiting.num_samples
-
-    @property
-    def kv_bytes(self) -> int:
-        """Taken by keys and values."""
-        return self._limits.bytes_per_token * (self._cache.num_tokens + self._memory.outside_rows)
 
     def prepare(self, tensors: Mapping[str, Tensor]) -> Weights:
         """Lay new weights out, beside those in use; may run in another thread.
@@ -179,7 +175,11 @@ class Decoder:
             self._admit()
             self._fill(self._prefill_tokens if self._slots.count else _PREFILL_TOKENS)
             outputs = self._start()
-        return outputs + (self._decode() if self._slots.count else [])
+        if self._slots.count:
+            outputs += self._decode()
+        tokens = self._cache.num_tokens + self._memory.outside_rows
+        self.kv_bytes = self._limits.bytes_per_token * tokens
+        return outputs
 
     def _decode(self) -> list[GenerationOutput]:
         started_s = time.perf_counter()
@@ -199,6 +199,7 @@ class Decoder:
         hidden = self._forward.extend(
             token_ids, fed.row_M, places, self._cache, begins, self._slots.sharing()
         )
+        self.forwards += 1
         before = used["num_written"].copy()
         reasons = self._write(slots, fed, self._forward.logits(hidden))
         if self.speculation is not None:
@@ -252,6 +253,7 @@ class Decoder:
         else:
             version = len(self._versions) - 1
             group.keys = PromptKeys(group.token_ids, shape.zeros(num_tokens), version)
+        self._waiting.keyed.append(group)
 
     def _fill(self, budget: int) -> None:
         """Compute at most so many tokens of the prompts begun, the oldest first."""

@@ -1,6 +1,7 @@
 """The policy's forward over prompts and rows in flight: Llama, Qwen2, Qwen3 and their like.
 
-Tokens are packed for the matrix products; `attention.py` lays them out for attention alone. The rotary embedding is the loaded model's own; the rest is a page of arithmetic, held against
+Tokens are packed for the matrix products; `attention.py` lays them out for attention alone. The
+rotary embedding is the loaded model's own; the rest is a page of arithmetic, held against
 transformers' forward when the first weights arrive (`check`).
 
 Shape suffixes: M packed tokens, N rows, P prompts, E hidden size, V vocabulary, H query heads,

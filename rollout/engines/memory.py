@@ -75,7 +75,7 @@ class Memory:
     def outside_rows(self) -> int:
         """Tokens of kept turns, and of prompts that rows share or that are being computed."""
         prompts = {id(keys): len(keys) for keys in self._slots.shared if keys}
-        prompts |= {id(group.keys): len(group.keys) for group in self._waiting if group.keys}
+        prompts |= {id(group.keys): len(group.keys) for group in self._waiting.keyed if group.keys}
         return self._kept.num_tokens + sum(prompts.values())
 
     @property
@@ -124,7 +124,7 @@ class Memory:
         """
         while self._slots.count * (int(self._slots.row_lengths.max()) + 1) > self.in_rows:
             in_use = {id(keys) for keys in self._slots.shared}
-            begun = [g for g in self._waiting if g.keys and id(g.keys) not in in_use]
+            begun = [g for g in self._waiting.keyed if g.keys and id(g.keys) not in in_use]
             if len(self._kept):
                 self._kept.forget_oldest()
             elif begun:

@@ -120,6 +120,10 @@ class NativeEngine:
             drafted_tokens=speculation.drafted if speculation else 0,
             accepted_tokens=speculation.accepted if speculation else 0,
             kept_tokens=self._decoder.kept_tokens,
+            prefilled_tokens=self._decoder.prefilled_tokens,
+            forwards=self._decoder.forwards,
+            paused=self._decoder.paused,
+            kv_bytes=self._decoder.kv_bytes,
         )
 
     async def generate(

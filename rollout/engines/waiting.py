@@ -42,6 +42,8 @@ class Waiting:
     def __init__(self) -> None:
         self.begun: list[Group] = []
         """Those with admitted samples."""
+        self.keyed: list[Group] = []
+        """Those whose prompts are computed, or being computed."""
         self.num_samples = 0
         self._groups: OrderedDict[Hashable, Group] = OrderedDict()
 
@@ -95,6 +97,7 @@ class Waiting:
     def _tidy(self, groups: Sequence[Group]) -> None:
         """Drop those none of whose samples wait; keys that rows share live on there."""
         self.begun = [group for group in self.begun if group.admitted]
+        self.keyed = [group for group in self.keyed if group.keys and group.requests]
         for group in groups:
             if not group.requests:
                 del self._groups[group.key]
@@ -121,7 +124,7 @@ class KeptTurns:
             self.forget_oldest()
 
     def take(self, conversation: str, token_ids: np.ndarray) -> PromptKeys | None:
-        """What the conversation left, if a prompt goes on from there; it is forgotten either way."""
+        """What the conversation left, if a prompt goes on from there; forgotten either way."""
         turn = self._turns.pop(conversation, None) if conversation else None
         if turn is None or len(turn) >= len(token_ids):
             return None
