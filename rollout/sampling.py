@@ -75,7 +75,7 @@ class RowLaws:
     min_p_B: np.ndarray
     """[B] float64."""
 
-    def __getitem__(self, rows: np.ndarray) -> "RowLaws":
+    def __getitem__(self, rows: np.ndarray | slice) -> "RowLaws":
         """The laws of some rows."""
         return RowLaws(
             temperature_B=self.temperature_B[rows],
@@ -147,9 +147,16 @@ def sample(
     at_once = max(1, _BLOCK_LOGITS // logits_BV.shape[1])
     if rows <= at_once:
         return _sample_block(logits_BV, laws, uniforms_B, ratio_law)
-    blocks = [np.arange(i, min(i + at_once, rows)) for i in range(0, rows, at_once)]
+    blocks = [slice(i, min(i + at_once, rows)) for i in range(0, rows, at_once)]
     return _merge(
-        rows, [(b, _sample_block(logits_BV[b], laws[b], uniforms_B[b], ratio_law)) for b in blocks]
+        rows,
+        [
+            (
+                np.arange(b.start, b.stop),
+                _sample_block(logits_BV[b], laws[b], uniforms_B[b], ratio_law),
+            )
+            for b in blocks
+        ],
     )
 
 

@@ -80,7 +80,7 @@ _SHARE_EDGES = (0.5, 0.8, 0.95)
 NUM_CLASSES = (len(_LENGTH_EDGES) + 1) * (len(_SHARE_EDGES) + 1)
 
 
-def _class_of(context_length: int, share: float) -> int:
+def class_of(context_length: int, share: float) -> int:
     """A longer context and a more one-sided past make a better guess."""
     longer = sum(context_length >= edge for edge in _LENGTH_EDGES)
     return longer * (len(_SHARE_EDGES) + 1) + sum(share >= edge for edge in _SHARE_EDGES)
@@ -140,7 +140,7 @@ class SuffixAutomaton:
             token = max(counts, key=counts.__getitem__)
             share = counts[token] / sum(counts.values())
             tokens.append(token)
-            classes.append(_class_of(self._length[state], share))
+            classes.append(class_of(self._length[state], share))
             state = self._next[state][token]
         return Draft(tokens, classes)
 
@@ -364,10 +364,10 @@ class Speculation:
         self._controller.saw_step(num_tokens, sum(written), seconds)
 
 
-def make_speculation(config: SpeculationConfig) -> Speculation | None:
-    """As the settings ask for it; None: off."""
+def make_speculation(config: SpeculationConfig, model: Drafter | None = None) -> Speculation | None:
+    """As the settings ask for it, with the draft model where there is one; None: off."""
     if config.drafter == "off":
         return None
     siblings = config.drafter == "siblings"
     drafter = SiblingsDrafter(config.history_tokens) if siblings else LookupDrafter()
-    return Speculation(drafter, config.max_depth)
+    return Speculation(model or drafter, config.max_depth)

@@ -137,12 +137,12 @@ class PolicyForward:
         for index, layer in enumerate(weights.layers):
             qkv_MF = layer.qkv(self._norm(hidden_ME, layer.attention_norm_E))
             heads = qkv_MF.view(len(ids_M), sum(split), self._head_dim)
-            query_MHD, key_MKD, value_MKD = heads.split(split, dim=1)
+            turned, value_MKD = heads.split((sum(split[:2]), split[2]), dim=1)
             if layer.query_norm_D is not None and layer.key_norm_D is not None:
+                query_MHD, key_MKD = turned.split(split[:2], dim=1)
                 query_MHD = self._norm(query_MHD, layer.query_norm_D)
-                key_MKD = self._norm(key_MKD, layer.key_norm_D)
-            query_MHD = _rotate(query_MHD, cos_M1D, sin_M1D)
-            key_MKD = _rotate(key_MKD, cos_M1D, sin_M1D)
+                turned = torch.cat([query_MHD, self._norm(key_MKD, layer.key_norm_D)], dim=1)
+            query_MHD, key_MKD = _rotate(turned, cos_M1D, sin_M1D).split(split[:2], dim=1)
             hidden_ME = hidden_ME + layer.out(attend(index, query_MHD, key_MKD, value_MKD))
             both = layer.gate_up(self._norm(hidden_ME, layer.mlp_norm_E))
             gate, up = both.chunk(2, dim=1)

@@ -15,6 +15,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import torch
+from transformers import PreTrainedModel
 
 from ...buffer.errors import ConfigError, CorruptData
 from ...buffer.records import Version, WeightsManifest
@@ -23,6 +24,7 @@ from ..config import KvPolicy, RatioLaw, SpeculationConfig
 from ..engine import EngineState, EngineStats, GenerationOutput, GenerationRequest
 from ..speculation import make_speculation
 from .decoder import Decoder
+from .draft_model import DraftModel
 from .weights import Weights, read_verified
 
 _CLOSE_TIMEOUT_S = 60.0
@@ -75,13 +77,16 @@ class NativeEngine:
             model, tokenizer = empty_model(model_dir, dtype), load_tokenizer(model_dir)
         except ModelError as error:
             raise ConfigError(str(error)) from error
+        draft_model = None
+        if speculation is not None and speculation.drafter == "model":
+            draft_model = _draft_model(speculation, model)
         self._decoder = Decoder(
             model,
             tokenizer,
             max_concurrent=max_concurrent,
             kv=kv,
             ratio_law=ratio_law,
-            speculation=make_speculation(speculation) if speculation else None,
+            speculation=(make_speculation(speculation, draft_model) if speculation else None),
             prefill_tokens=prefill_tokens,
             kv_memory_mb=kv_memory_mb,
         )
@@ -269,3 +274,12 @@ class NativeEngine:
     def _stop(self) -> None:
         self._closing = True
         self._deliver(self._decoder.abort())
+
+
+def _draft_model(config: SpeculationConfig, policy: PreTrainedModel) -> DraftModel:
+    if config.draft_model is None:
+        raise ConfigError(
+            'rollout.speculation.drafter = "model" needs rollout.speculation.draft_model, a folder'
+        )
+    vocabulary = len(policy.get_input_embeddings().weight)  # type: ignore[arg-type]
+    return DraftModel(config.draft_model, vocabulary, config.acceptance)

@@ -85,7 +85,9 @@ class Bench:
 
 def trace(name: str, vocabulary: int) -> list[tuple[list[int], int]]:
     """Groups of a checked-in trace, with random prompts."""
-    groups = json.loads((ROOT / "tests" / "bench" / "traces" / f"{name}.json").read_text())["groups"]
+    groups = json.loads((ROOT / "tests" / "bench" / "traces" / f"{name}.json").read_text())[
+        "groups"
+    ]
     draw = random.Random(name)
     found = []
     for group in groups:
@@ -231,7 +233,10 @@ def second_epoch(
 ) -> None:  # fmt: skip
     """One epoch by the old policy, remembered; the next by the new one, with and without drafts."""
     work = [(prompt, most) for prompt in prompts for _ in range(4)]
-    with closing(Ours(policies[0], rows, ends=True)) as plain, closing(drafting(policies[0], rows, ends=True)) as ours:
+    with (
+        closing(Ours(policies[0], rows, ends=True)) as plain,
+        closing(drafting(policies[0], rows, ends=True)) as ours,
+    ):
         ours.run(work)
         ours.load(policies[1], UPDATES)
         plain.load(policies[1], UPDATES)

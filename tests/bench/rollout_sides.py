@@ -62,17 +62,13 @@ def manifest(model_dir: Path, step: int) -> WeightsManifest:
     data = path.read_bytes()
     digest = xxhash.xxh3_128_hexdigest(data)
     shard = Shard(path=str(path), num_bytes=len(data), digest=digest)
-    return WeightsManifest(
-        version=Version(branch=0, step=step, digest=digest), shards=(shard,)
-    )
+    return WeightsManifest(version=Version(branch=0, step=step, digest=digest), shards=(shard,))
 
 
 class Ours:
     """The native engine, through its protocol."""
 
-    def __init__(
-        self, model_dir: Path, rows: int, *, ends: bool = False, **settings: Any
-    ) -> None:
+    def __init__(self, model_dir: Path, rows: int, *, ends: bool = False, **settings: Any) -> None:
         self._runner, self.epoch = asyncio.Runner(), 0
         self.engine = self._runner.run(self._start(model_dir, rows, settings))
         if not ends:
@@ -82,7 +78,10 @@ class Ours:
     async def _start(self, model_dir: Path, rows: int, settings: dict[str, Any]) -> NativeEngine:
         fixed = {"dtype": "float32", "kv": "keep", "ratio_law": "temperature", "engine_id": "bench"}
         return NativeEngine(
-            model_dir, max_concurrent=rows, threads=THREADS, **{**fixed, **settings}  # type: ignore
+            model_dir,
+            max_concurrent=rows,
+            threads=THREADS,
+            **{**fixed, **settings},  # type: ignore
         )
 
     def load(self, model_dir: Path, step: int) -> None:
