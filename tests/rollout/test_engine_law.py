@@ -129,6 +129,8 @@ async def test_smollm2_with_speculation_differs_only_at_near_ties(tiny, tmp_path
         if len(differs):
             at = int(differs[0])
             logits_V = tiny.logits(model, request.prompt_token_ids, wanted[: at + 1])[-1]
+            for token, more in request.sampling.logit_bias:
+                logits_V[token] += more
             u = float(uniform(request.sample_key, at)[0])
             differences.append((request.request_id, at, margin(logits_V, request.sampling, u)))
     record_property("tokens compared", compared)
