@@ -17,6 +17,7 @@ first, position-keyed coupling, accepts as often as the second does with a deter
 Depth: our own rule.
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -266,6 +267,8 @@ _MEMORY = 0.99
 """Share of what was measured that is kept from one step to the next."""
 _FIRST_PROBE_STEPS, _LAST_PROBE_STEPS = 16, 512
 """Between two probes while speculation is off; doubled while they find nothing."""
+_TRIED_TOKENS = 8.0
+"""Worth of time that is spent on looking before the first draft must have been right."""
 _PROBE_SHARE = 1 / 16
 """Of the rows, that a probe drafts for: keeps the cost of looking under 1 %."""
 
@@ -277,19 +280,21 @@ class DepthController:
     accepted with probability p costs b and brings p tokens; the best throughput r takes the token
     in when p >= b r (the optimality condition of a ratio, Dinkelbach 1967), so `least` = b r. Where
     a forward costs as much per token whatever M is, b r is 1 and nothing is drafted: speculation is
-    off. Then a few rows are drafted for now and then, lest a change be missed.
+    off. So it is while the accepted tokens are worth less than the time that looking for drafts
+    takes. Then a few rows are drafted for now and then, lest a change be missed.
     """
 
     def __init__(self) -> None:
         self._hits, self._tries = np.full(NUM_CLASSES, 0.5), np.ones(NUM_CLASSES)
         self._sums = np.zeros(5)  # of 1, M, M^2, t, M t
         self._written, self._steps, self._probe_every = 0.0, 0, _FIRST_PROBE_STEPS
+        self._asked_s, self._gained = 0.0, _TRIED_TOKENS
 
     def start(self, num_rows: int) -> tuple[float, int]:
         """Of the step to come: the least acceptance worth a draft, and for how many rows."""
         self._steps += 1
         least = self._least()
-        if least < 1.0:
+        if least < 1.0 and self._pays():
             self._probe_every = _FIRST_PROBE_STEPS
             return least, num_rows
         if self._steps % self._probe_every:
@@ -318,6 +323,14 @@ class DepthController:
         for place in classes[:num_accepted]:
             self._hits[place] += 1
 
+    def saw_asking(self, seconds: float, num_accepted: int) -> None:
+        """Looking for drafts took so long, for one step, and so many tokens were accepted."""
+        self._asked_s = _MEMORY * self._asked_s + seconds
+        self._gained = _MEMORY * self._gained + num_accepted
+
+    def _pays(self) -> bool:
+        return self._gained * self._sums[3] >= self._asked_s * self._written
+
     def _least(self) -> float:
         """b r; 1 while the slope is not known."""
         n, m, mm, t, mt = self._sums
@@ -336,6 +349,7 @@ class Speculation:
         self.drafter, self._max_depth = drafter, max_depth
         self._controller = DepthController()
         self.drafted = self.accepted = self.forwards = 0
+        self._asking_s = 0.0
 
     def propose(self, samples: Sequence[Asked]) -> list[Draft]:
         """One draft a sample, most of them empty when they would not pay."""
@@ -347,18 +361,23 @@ class Speculation:
             of._replace(limit=min(self._max_depth, of.limit))
             for of in samples[rows.start : rows.stop]
         ]
+        started_s = time.perf_counter()
         for row, draft in zip(rows, self.drafter.propose(asked) if asked else (), strict=True):
             drafts[row] = self._controller.trim(draft, least)
+        self._asking_s = time.perf_counter() - started_s if asked else 0.0
         return drafts
 
     def saw(self, drafts: Sequence[Draft], written: Sequence[int], seconds: float) -> None:
         """How the step went: tokens written by each sample (an accepted draft's, and one more)."""
+        before = self.accepted
         for draft, num_written in zip(drafts, written, strict=True):
             if draft.tokens:
                 right = min(num_written - 1, len(draft.tokens))
                 self._controller.saw_draft(draft.classes, right)
                 self.drafted += len(draft.tokens)
                 self.accepted += right
+        if self._asking_s:
+            self._controller.saw_asking(self._asking_s, self.accepted - before)
         self.forwards += 1
         num_tokens = len(drafts) + sum(len(draft.tokens) for draft in drafts)
         self._controller.saw_step(num_tokens, sum(written), seconds)

@@ -233,6 +233,21 @@ def test_depth_follows_measured_cost_and_acceptance(seconds_per_token, acceptanc
     assert (fed > 2000 * 8 * 2) if drafts else (fed < 2000 * 8 * 0.02)
 
 
+def test_drafts_that_are_never_right_are_not_looked_for_even_where_they_cost_nothing_to_verify():
+    """Looking takes a twentieth of a step, and a forward costs the same however many it is fed."""
+    controller, looked = DepthController(), 0
+    for step in range(3000):
+        least, rows = controller.start(1)
+        draft = controller.trim(Draft([1] * 6, [5] * 6), least) if rows else Draft([], [])
+        if rows:
+            looked += step >= 1000
+            controller.saw_asking(0.05, 0)
+        if draft.tokens:
+            controller.saw_draft(draft.classes, 0)
+        controller.saw_step(1 + len(draft.tokens), 1, 1.0 + 1e-6 * len(draft.tokens))
+    assert looked < 2000 * 0.02
+
+
 def chi_square_z(counts, probabilities):
     """How many standard deviations the statistic lies above its mean (Wilson and Hilferty)."""
     total = sum(counts.values())
