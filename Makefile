@@ -107,6 +107,8 @@ test-long: .venvs/vllm/.installed
 
 bench-buffer: .venvs/transferqueue/.installed
 
+bench-rollout: .venvs/vllm/.installed
+
 bench-staleness: .venvs/areal/.installed
 
 bench-e2e bench-learner test-long: $(TRL_VENV)/.installed

@@ -91,6 +91,8 @@ class SamplingParams(Record):
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit before all else); refused for training."""
 
     @property
     def truncates(self) -> bool:

@@ -27,7 +27,9 @@ NAMES_CODE = (
     "reward.name", "sft.demonstration", "prompts.task", "environment.name",
     "learner.objective.surrogate",
 )  # fmt: skip
-MAY_BE_PATHS = ("model", "prompts.path", "sft.data", *NAMES_CODE)
+MAY_BE_PATHS = (
+    "model", "prompts.path", "sft.data", "rollout.speculation.draft_model", *NAMES_CODE,
+)  # fmt: skip
 
 ARGUMENTS_OF = (
     ("prompts", "task_config", "task"),

@@ -196,6 +196,12 @@ def check_sampling(experiment: Experiment) -> Iterator[str]:
             "rollout.sampling.temperature = 0 is greedy: all samples of a group would be equal and "
             "their log-probs 0; set it above 0 (1.0 is usual; eval.temperature may be 0)"
         )
+    drafts = experiment.rollout.speculation
+    if drafts.drafter == "model" and drafts.draft_model is None:
+        yield (
+            'rollout.speculation.drafter = "model" needs rollout.speculation.draft_model, a '
+            "Hugging Face folder with the policy's tokenizer"
+        )
     truncates = sampling.params().truncates
     if law == "kept_set" and truncates and not 1 <= sampling.top_k <= MAX_KEPT_IDS:
         yield (

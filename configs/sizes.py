@@ -108,7 +108,10 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> dict[str, Cost]:
     weights = size.num_parameters * element
     rows, new_tokens = rollout.max_concurrent_samples, rollout.sampling.max_new_tokens
     kept = 2 if experiment.environment else 1  # as many ended turns, for the ones that follow
-    cache = kept * rows * new_tokens * size.kv_elements_per_token * element
+    served = 2 if rollout.weights == "bfloat16" else element
+    cache = kept * rows * new_tokens * size.kv_elements_per_token * served
+    if rollout.kv_memory_mb:
+        cache = min(cache, rollout.kv_memory_mb << 20)
     copies = 2 if experiment.eval.enabled else 1
     trained, lora = size.num_parameters, experiment.learner.lora
     if lora.rank:
@@ -139,7 +142,7 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> dict[str, Cost]:
             "one still mapped; on tmpfs when they fit",
         ),
         "workers": Cost(
-            rollout.workers * (copies * weights + cache + PROCESS_BYTES),
+            rollout.workers * (copies * size.num_parameters * served + cache + PROCESS_BYTES),
             f"{rollout.workers} x (weights{', again for evaluations' if copies == 2 else ''}, KV "
             "cache, Python and torch)",
         ),

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import msgspec
 from pydantic import Field
 
 from ..buffer.config import Settings
@@ -10,6 +11,7 @@ from ..buffer.records import SamplingParams
 
 RatioLaw = Literal["temperature", "kept_set"]
 KvPolicy = Literal["keep", "recompute"]
+AcceptanceRule = Literal["coupled", "rejection"]
 SizerName = Literal[
     "fixed",
     "filter_refill",
@@ -95,10 +97,17 @@ class SpeculationConfig(Settings):
     """`[rollout.speculation]`: tokens guessed ahead and verified in one forward. Never changes what
     is sampled; drafts less, down to nothing, where guessing costs more than it saves."""
 
-    drafter: Literal["off", "lookup", "siblings"] = "off"
+    drafter: Literal["off", "lookup", "siblings", "model"] = "off"
     """`lookup`: what followed the same tokens in the sample's own text; `siblings`: also what its
-    group and earlier epochs wrote for the same prompt. Pays for models whose forward is bound by
-    reading weights (small batches), not for the built-in tiny one."""
+    group and earlier epochs wrote for the same prompt; `model`: what `draft_model` writes. Pays for
+    models whose forward is bound by reading weights (small batches), not for the built-in tiny
+    one."""
+    draft_model: Path | None = None
+    """`model`: a Hugging Face folder with the policy's tokenizer."""
+    acceptance: AcceptanceRule = "coupled"
+    """`model`: `coupled` drafts with the policy's own random numbers, so that every text is the one
+    without speculation; `rejection` accepts more and keeps the law of the texts alone: the same
+    seed may give another text."""
     max_depth: Annotated[int, Field(ge=1, le=64)] = 12
     """Most tokens guessed for a sample in one step; how many pay is measured as the run goes."""
     history_tokens: Annotated[int, Field(ge=0)] = 200_000
@@ -257,6 +266,16 @@ class RolloutConfig(Settings):
     """G, the size of a group; group-relative advantages need at least 2."""
     max_concurrent_samples: Annotated[int, Field(ge=1)] = 64
     """Rows decoded together by one engine."""
+    prefill_tokens: Annotated[int, Field(ge=1)] = 512
+    """Prompt tokens computed between two steps while samples are in flight, so that long prompts do
+    not hold them up; the rest of a prompt waits for the next steps."""
+    kv_memory_mb: Annotated[int, Field(ge=0)] = 0
+    """Memory of an engine's keys and values; 0 means no bound but `max_concurrent_samples`. Samples
+    begin when their predicted peak, from the lengths seen, fits; where lengths were longer some are
+    paused, and computed again later. A sample that could not end alone is refused."""
+    weights: Literal["as_trained", "bfloat16"] = "as_trained"
+    """`bfloat16` halves the engine's memory, and its log-probs differ from the learner's: reported
+    as `logprob_gap_mean` and `logprob_gap_max`, and part of every correction."""
     kv: KvPolicy = "keep"
     """What becomes of the KV of samples in flight when new weights arrive: `keep` goes on at once
     (later tokens attend to older keys; reported as `kv_mixture`), `recompute` prefills them
@@ -281,12 +300,16 @@ class EvalConfig(Settings):
     temperature: Annotated[float, Field(ge=0)] | None = None
     """None: as in training. 0: greedy."""
     enabled: bool = True
+    logit_bias: dict[int, float] = {}
+    """Token id -> what is added to its logit; for held-out samples alone, as the learner could not
+    follow it in training."""
 
     def sampling(self, training: SamplingConfig) -> SamplingParams:
         """The law of held-out samples."""
         if self.temperature is not None:
             training = training.model_copy(update={"temperature": self.temperature})
-        return training.params()
+        law = training.params()
+        return msgspec.structs.replace(law, logit_bias=tuple(sorted(self.logit_bias.items())))
 
 
 class FeederSpec(Settings):

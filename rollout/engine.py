@@ -72,7 +72,14 @@ class EngineStats(Record):
     kv_share: float = 0.0
     """Of the memory for keys and values that is in use; 0 where it is not what limits."""
     preemptions: int = 0
-    """Samples that lost their keys for want of it, and computed them again."""
+    """Times a sample in flight lost its keys for want of it (others grew longer than predicted),
+    and computed them again."""
+    prefilled_tokens: int = 0
+    """Prompt tokens computed; a group's prompt counts once."""
+    forwards: int = 0
+    """Decode steps: each wrote a token for every sample in flight, and accepted drafts."""
+    kv_bytes: int = 0
+    """Taken by keys and values now."""
 
 
 class Engine(Protocol):

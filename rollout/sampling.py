@@ -16,6 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ..buffer.records import SamplingParams
 from .config import RatioLaw
 
 _NARROW = 512
@@ -29,6 +30,11 @@ _BLOCK_LOGITS = 1 << 19
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+ACCEPT_STREAM, DRAFT_STREAM = np.uint64(0xACCE97), np.uint64(0xD4AF7)
+"""A sample's key, xor one of these: the key of the uniforms that accept its drafts, and of those
+that draw them. Independent of the target's own."""
 
 
 def sample_key(run_seed: int, uid: int, attempt: int, index: int) -> int:
@@ -69,13 +75,23 @@ class RowLaws:
     min_p_B: np.ndarray
     """[B] float64."""
 
-    def __getitem__(self, rows: np.ndarray) -> "RowLaws":
+    def __getitem__(self, rows: np.ndarray | slice) -> "RowLaws":
         """The laws of some rows."""
         return RowLaws(
             temperature_B=self.temperature_B[rows],
             top_k_B=self.top_k_B[rows],
             top_p_B=self.top_p_B[rows],
             min_p_B=self.min_p_B[rows],
+        )
+
+    @staticmethod
+    def of(laws: Sequence[SamplingParams]) -> "RowLaws":
+        """Of samples, one each."""
+        return RowLaws(
+            temperature_B=np.array([law.temperature for law in laws], dtype=np.float64),
+            top_k_B=np.array([law.top_k for law in laws], dtype=np.int64),
+            top_p_B=np.array([law.top_p for law in laws], dtype=np.float64),
+            min_p_B=np.array([law.min_p for law in laws], dtype=np.float64),
         )
 
     @property
@@ -97,6 +113,13 @@ class Draws:
     """[B] float64: probability under temperature alone of the tokens that truncation removed."""
     kept_ids: dict[int, np.ndarray]
     """Row -> ascending int32 ids of its kept set, for the rows whose law truncates."""
+
+    def put(self, rows_B: np.ndarray, draws: "Draws") -> None:
+        """Take over the draws of some rows."""
+        self.token_ids_B[rows_B] = draws.token_ids_B
+        self.logprobs_B[rows_B] = draws.logprobs_B
+        self.removed_mass_B[rows_B] = draws.removed_mass_B
+        self.kept_ids.update({int(rows_B[i]): ids for i, ids in draws.kept_ids.items()})
 
 
 def sample(
@@ -124,10 +147,79 @@ def sample(
     at_once = max(1, _BLOCK_LOGITS // logits_BV.shape[1])
     if rows <= at_once:
         return _sample_block(logits_BV, laws, uniforms_B, ratio_law)
-    blocks = [np.arange(i, min(i + at_once, rows)) for i in range(0, rows, at_once)]
+    blocks = [slice(i, min(i + at_once, rows)) for i in range(0, rows, at_once)]
     return _merge(
-        rows, [(b, _sample_block(logits_BV[b], laws[b], uniforms_B[b], ratio_law)) for b in blocks]
+        rows,
+        [
+            (
+                np.arange(b.start, b.stop),
+                _sample_block(logits_BV[b], laws[b], uniforms_B[b], ratio_law),
+            )
+            for b in blocks
+        ],
     )
+
+
+def verify(
+    logits_BV: Tensor,
+    laws: RowLaws,
+    uniforms_B: np.ndarray,
+    drafts_B: np.ndarray,
+    draft_laws_BV: Tensor,
+    accept_B: np.ndarray,
+    ratio_law: RatioLaw = "temperature",
+) -> Draws:
+    """As `sample`, given a token drawn from another law: takes it, or one that it stands too rarely
+    for, so that what is returned has the target's law.
+
+    Args:
+        logits_BV: [B, V] floating point, the target's, unscaled.
+        laws: of B rows, the target's.
+        uniforms_B: [B] float64 in [0, 1), for the token that replaces a draft.
+        drafts_B: [B] int64, tokens drawn from `draft_laws_BV`.
+        draft_laws_BV: [B, V] float64, q; each sums to 1.
+        accept_B: [B] float64 in [0, 1), independent of the other uniforms and of the draft.
+        ratio_law: as in `sample`.
+    Source: Leviathan et al. (arXiv:2211.17192), algorithm 1.
+    """
+    weights_BV = _weights(logits_BV, laws.temperature_B).double()
+    kept_BV = _kept_everywhere(weights_BV, laws)
+    total_B1, kept_mass_B1 = weights_BV.sum(-1, True), (weights_BV * kept_BV).sum(-1, True)
+    target_BV = weights_BV * kept_BV / kept_mass_B1
+    draft_B1 = torch.from_numpy(drafts_B)[:, None]
+    bar_B1 = torch.from_numpy(accept_B)[:, None] * draft_laws_BV.gather(-1, draft_B1)
+    accepted_B1 = bar_B1 < target_BV.gather(-1, draft_B1)
+    rest_BV = (target_BV - draft_laws_BV).clamp(min=0.0)
+    token_B1 = torch.where(accepted_B1, draft_B1, _invert(rest_BV.cumsum(-1), uniforms_B))
+    cuts_B = laws.truncates_B
+    normaliser_B1 = torch.where(
+        torch.from_numpy(cuts_B & (ratio_law == "kept_set"))[:, None], kept_mass_B1, total_B1
+    )
+    removed_B = (1.0 - kept_mass_B1 / total_B1)[:, 0].clamp(min=0.0).numpy()
+    return Draws(
+        token_ids_B=token_B1[:, 0].numpy(),
+        logprobs_B=(weights_BV.gather(-1, token_B1) / normaliser_B1).log()[:, 0].numpy(),
+        removed_mass_B=np.where(cuts_B, removed_B, 0.0),
+        kept_ids={
+            int(row): kept_BV[row].nonzero()[:, 0].numpy().astype(np.int32)
+            for row in np.flatnonzero(cuts_B)
+        },
+    )
+
+
+def _kept_everywhere(weights_BV: Tensor, laws: RowLaws) -> Tensor:
+    """[B, V] bool: which tokens a law may draw."""
+    top_BV, ids_BV = weights_BV.sort(dim=-1, descending=True, stable=True)
+    kept_BV = _kept(top_BV, weights_BV.sum(-1, True), laws)
+    kept_BV[:, 1:] &= torch.from_numpy(laws.temperature_B > 0.0)[:, None]
+    return torch.zeros_like(kept_BV).scatter_(-1, ids_BV, kept_BV)
+
+
+def probabilities(logits_BV: Tensor, laws: RowLaws) -> Tensor:
+    """[B, V] float64: the law that `sample` draws from."""
+    weights_BV = _weights(logits_BV, laws.temperature_B).double()
+    weights_BV *= _kept_everywhere(weights_BV, laws)
+    return weights_BV / weights_BV.sum(-1, True)
 
 
 def _sample_block(
@@ -262,8 +354,5 @@ def _merge(num_rows: int, parts: Sequence[tuple[np.ndarray, Draws]]) -> Draws:
         kept_ids={},
     )
     for rows, draws in parts:
-        merged.token_ids_B[rows] = draws.token_ids_B
-        merged.logprobs_B[rows] = draws.logprobs_B
-        merged.removed_mass_B[rows] = draws.removed_mass_B
-        merged.kept_ids.update({int(rows[i]): ids for i, ids in draws.kept_ids.items()})
+        merged.put(rows, draws)
     return merged

@@ -1,22 +1,31 @@
 """Batched speculative decoding: who drafts, how deep, and what of a draft is accepted.
 
-A drafter proposes, for each sample, one token per place (a point draft). The engine feeds all
-drafts of a batch in one forward, draws the target's own token at every place with that place's own
-uniform number, and goes on for as long as the draft had guessed right. The uniform
-depends on (seed, prompt, attempt, sample, place) alone, so the output is the output without
-speculation, token for token, at any temperature, depth and batch: a draft decides only how much of
-a forward was useful. Nothing here knows an engine.
+A drafter proposes, for each sample, one token per place. The engine feeds all drafts of a batch in
+one forward, and goes on for as long as they were right. Two rules say what is right:
 
-Source: position-keyed coupling; the acceptance of a point draft equals that of rejection sampling
-(Leviathan et al., arXiv:2211.17192, with a deterministic draft). Depth: our own rule.
+Point drafts. The target's own token is drawn at every place with that place's own uniform number;
+a draft is right when it is that token. The uniform depends on (seed, prompt, attempt, sample,
+place) alone, so the output is the output without speculation, token for token, at any temperature,
+depth and batch: a draft decides only how much of a forward was useful.
+
+Drafts with their laws. A token drawn from a law q is taken with probability min(1, p / q), else
+another is drawn from what p has more than q. The law of the output is the target's, p; the output
+itself depends on where drafts were made, so a seed alone does not repeat it.
+
+Nothing here knows an engine. Source: Leviathan et al. (arXiv:2211.17192) for the second rule; the
+first, position-keyed coupling, accepts as often as the second does with a deterministic draft.
+Depth: our own rule.
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from torch import Tensor
 
+from ..buffer.records import SamplingParams
 from .config import SpeculationConfig
 
 _MIN_CONTEXT = 2
@@ -30,16 +39,36 @@ class Draft(NamedTuple):
 
     tokens: list[int]
     classes: list[int]
-    """Of each token: an index below `NUM_CLASSES`; the controller learns what a class is worth."""
+    """Of each token: an index below `NUM_CLASSES`; the controller learns what a class is worth.
+    Where laws are given it must depend on the law alone and not on the token drawn: a draft cut off
+    for what it drew would leave a biased rest."""
+    laws: list[Tensor] | None = None
+    """Of each token: [V] float64, the law it was drawn from; None: a point draft."""
+
+
+NO_DRAFT = Draft([], [])
+
+
+class Asked(NamedTuple):
+    """A sample that a draft is wanted for."""
+
+    sample: str
+    """Its name."""
+    prompt: tuple[int, ...]
+    written: np.ndarray
+    """[N] int: all it has so far."""
+    limit: int
+    """Most tokens to propose."""
+    law: SamplingParams
+    key: int
+    """Of its random numbers."""
 
 
 class Drafter(Protocol):
-    """Proposes tokens for samples, known by a name each."""
+    """Proposes tokens for samples."""
 
-    def propose(
-        self, sample: str, prompt: tuple[int, ...], written: np.ndarray, limit: int
-    ) -> Draft:
-        """At most `limit` tokens to come after `written`, all the sample has so far."""
+    def propose(self, asked: Sequence[Asked]) -> list[Draft]:
+        """For each of some samples, tokens to come after what it has written."""
         ...
 
     def finish(self, sample: str, prompt: tuple[int, ...], written: np.ndarray) -> None:
@@ -52,7 +81,7 @@ _SHARE_EDGES = (0.5, 0.8, 0.95)
 NUM_CLASSES = (len(_LENGTH_EDGES) + 1) * (len(_SHARE_EDGES) + 1)
 
 
-def _class_of(context_length: int, share: float) -> int:
+def class_of(context_length: int, share: float) -> int:
     """A longer context and a more one-sided past make a better guess."""
     longer = sum(context_length >= edge for edge in _LENGTH_EDGES)
     return longer * (len(_SHARE_EDGES) + 1) + sum(share >= edge for edge in _SHARE_EDGES)
@@ -112,7 +141,7 @@ class SuffixAutomaton:
             token = max(counts, key=counts.__getitem__)
             share = counts[token] / sum(counts.values())
             tokens.append(token)
-            classes.append(_class_of(self._length[state], share))
+            classes.append(class_of(self._length[state], share))
             state = self._next[state][token]
         return Draft(tokens, classes)
 
@@ -163,10 +192,13 @@ class LookupDrafter:
     def __init__(self) -> None:
         self._readers: dict[str, _Reader] = {}
 
-    def propose(
+    def propose(self, asked: Sequence[Asked]) -> list[Draft]:
+        """See `Drafter`."""
+        return [self._continue(*of[:4]) for of in asked]
+
+    def _continue(
         self, sample: str, prompt: tuple[int, ...], written: np.ndarray, limit: int
     ) -> Draft:
-        """See `Drafter`."""
         reader = self._readers.get(sample)
         if reader is None:
             reader = self._readers[sample] = self._open(prompt)
@@ -235,6 +267,8 @@ _MEMORY = 0.99
 """Share of what was measured that is kept from one step to the next."""
 _FIRST_PROBE_STEPS, _LAST_PROBE_STEPS = 16, 512
 """Between two probes while speculation is off; doubled while they find nothing."""
+_TRIED_TOKENS = 8.0
+"""Worth of time that is spent on looking before the first draft must have been right."""
 _PROBE_SHARE = 1 / 16
 """Of the rows, that a probe drafts for: keeps the cost of looking under 1 %."""
 
@@ -246,19 +280,21 @@ class DepthController:
     accepted with probability p costs b and brings p tokens; the best throughput r takes the token
     in when p >= b r (the optimality condition of a ratio, Dinkelbach 1967), so `least` = b r. Where
     a forward costs as much per token whatever M is, b r is 1 and nothing is drafted: speculation is
-    off. Then a few rows are drafted for now and then, lest a change be missed.
+    off. So it is while the accepted tokens are worth less than the time that looking for drafts
+    takes. Then a few rows are drafted for now and then, lest a change be missed.
     """
 
     def __init__(self) -> None:
         self._hits, self._tries = np.full(NUM_CLASSES, 0.5), np.ones(NUM_CLASSES)
         self._sums = np.zeros(5)  # of 1, M, M^2, t, M t
         self._written, self._steps, self._probe_every = 0.0, 0, _FIRST_PROBE_STEPS
+        self._asked_s, self._gained = 0.0, _TRIED_TOKENS
 
     def start(self, num_rows: int) -> tuple[float, int]:
         """Of the step to come: the least acceptance worth a draft, and for how many rows."""
         self._steps += 1
         least = self._least()
-        if least < 1.0:
+        if least < 1.0 and self._pays():
             self._probe_every = _FIRST_PROBE_STEPS
             return least, num_rows
         if self._steps % self._probe_every:
@@ -270,7 +306,8 @@ class DepthController:
         """The part of a draft that is likely enough to be reached and accepted."""
         reached = np.cumprod(self._hits[draft.classes] / self._tries[draft.classes])
         depth = int((reached >= least).sum())
-        return Draft(draft.tokens[:depth], draft.classes[:depth])
+        laws = None if draft.laws is None else draft.laws[:depth]
+        return Draft(draft.tokens[:depth], draft.classes[:depth], laws)
 
     def saw_step(self, num_tokens: int, num_written: int, seconds: float) -> None:
         """A step fed `num_tokens`, wrote `num_written` and took so long."""
@@ -285,6 +322,14 @@ class DepthController:
             self._tries[place] = _MEMORY * self._tries[place] + 1
         for place in classes[:num_accepted]:
             self._hits[place] += 1
+
+    def saw_asking(self, seconds: float, num_accepted: int) -> None:
+        """Looking for drafts took so long, for one step, and so many tokens were accepted."""
+        self._asked_s = _MEMORY * self._asked_s + seconds
+        self._gained = _MEMORY * self._gained + num_accepted
+
+    def _pays(self) -> bool:
+        return self._gained * self._sums[3] >= self._asked_s * self._written
 
     def _least(self) -> float:
         """b r; 1 while the slope is not known."""
@@ -304,44 +349,44 @@ class Speculation:
         self.drafter, self._max_depth = drafter, max_depth
         self._controller = DepthController()
         self.drafted = self.accepted = self.forwards = 0
+        self._asking_s = 0.0
 
-    def propose(
-        self, samples: Sequence[tuple[str, tuple[int, ...], np.ndarray, int]]
-    ) -> list[Draft]:
-        """One draft a sample, most of them empty when they would not pay.
-
-        Args:
-            samples: name, prompt, tokens written, most tokens that may be drafted.
-        """
+    def propose(self, samples: Sequence[Asked]) -> list[Draft]:
+        """One draft a sample, most of them empty when they would not pay."""
         least, num_rows = self._controller.start(len(samples))
-        nothing = Draft([], [])
-        if not num_rows:
-            return [nothing] * len(samples)
+        drafts = [NO_DRAFT] * len(samples)
         first = self.forwards % len(samples) if num_rows < len(samples) else 0
-        drafts = [nothing] * len(samples)
-        for row in range(first, min(first + num_rows, len(samples))):
-            sample, prompt, written, room = samples[row]
-            draft = self.drafter.propose(sample, prompt, written, min(self._max_depth, room))
+        rows = range(first, min(first + num_rows, len(samples)))
+        asked = [
+            of._replace(limit=min(self._max_depth, of.limit))
+            for of in samples[rows.start : rows.stop]
+        ]
+        started_s = time.perf_counter()
+        for row, draft in zip(rows, self.drafter.propose(asked) if asked else (), strict=True):
             drafts[row] = self._controller.trim(draft, least)
+        self._asking_s = time.perf_counter() - started_s if asked else 0.0
         return drafts
 
     def saw(self, drafts: Sequence[Draft], written: Sequence[int], seconds: float) -> None:
         """How the step went: tokens written by each sample (an accepted draft's, and one more)."""
+        before = self.accepted
         for draft, num_written in zip(drafts, written, strict=True):
             if draft.tokens:
                 right = min(num_written - 1, len(draft.tokens))
                 self._controller.saw_draft(draft.classes, right)
                 self.drafted += len(draft.tokens)
                 self.accepted += right
+        if self._asking_s:
+            self._controller.saw_asking(self._asking_s, self.accepted - before)
         self.forwards += 1
         num_tokens = len(drafts) + sum(len(draft.tokens) for draft in drafts)
         self._controller.saw_step(num_tokens, sum(written), seconds)
 
 
-def make_speculation(config: SpeculationConfig) -> Speculation | None:
-    """As the settings ask for it; None: off."""
+def make_speculation(config: SpeculationConfig, model: Drafter | None = None) -> Speculation | None:
+    """As the settings ask for it, with the draft model where there is one; None: off."""
     if config.drafter == "off":
         return None
     siblings = config.drafter == "siblings"
     drafter = SiblingsDrafter(config.history_tokens) if siblings else LookupDrafter()
-    return Speculation(drafter, config.max_depth)
+    return Speculation(model or drafter, config.max_depth)

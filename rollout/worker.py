@@ -301,13 +301,15 @@ def make_engine(spec: EngineSpec, purpose: str = "") -> Engine:
         )
     return NativeEngine(
         spec.model_dir,
-        dtype=spec.dtype,
+        dtype=spec.dtype if spec.rollout.weights == "as_trained" else spec.rollout.weights,
         max_concurrent=spec.rollout.max_concurrent_samples,
         kv=spec.rollout.kv,
         ratio_law=spec.rollout.ratio_law,
         threads=spec.rollout.threads_per_worker,
         engine_id=f"{spec.name}-{purpose}" if purpose else spec.name,
         speculation=spec.rollout.speculation,
+        prefill_tokens=spec.rollout.prefill_tokens,
+        kv_memory_mb=spec.rollout.kv_memory_mb,
     )
 
 

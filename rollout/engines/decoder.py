@@ -4,8 +4,7 @@ Synchronous and single-threaded; `native.py` runs it in a thread of its own.
 """
 
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,19 +16,22 @@ from ...buffer.records import FinishReason, Version
 from ...kernels.models import end_token_ids
 from ..config import KvPolicy, RatioLaw
 from ..engine import GenerationOutput, GenerationRequest
-from ..sampling import sample, uniform
-from ..speculation import Draft, Speculation
+from ..sampling import ACCEPT_STREAM, Draws, sample, uniform, verify
+from ..speculation import NO_DRAFT, Asked, Draft, Speculation
 from .forward import PolicyForward
-from .slots import Slots, spans
+from .kv_cache import PromptKeys, RaggedCache
+from .memory import Memory
+from .outputs import Limits, ended, unstarted
+from .slots import Slots
 from .text import Detokeniser
+from .waiting import Group, KeptTurns, Waiting
 from .weights import Weights
 
 _PREFILL_TOKENS = 8192
-"""Prompt tokens, padding included, of one forward: bounds the memory of a prefill."""
-_CONTINUED_TOKENS = 1024
-"""The same where prompts go on from kept keys: attention scores are held for each of them."""
-
-_NO_DRAFT = Draft([], [])
+"""Prompt tokens of one forward while no sample waits for its next token: bounds its memory."""
+_SHARED_BYTES = 1 << 20
+"""Of a prompt's keys and values in one layer, as often as they would be read too often each step:
+from so many on it is faster to read them once for all of a group (measured)."""
 
 
 class _Fed(NamedTuple):
@@ -42,30 +44,27 @@ class _Fed(NamedTuple):
     """[M] 0 for the token a row wrote last, 1 for the first of its draft, ..."""
     draft_M: np.ndarray
     """[M] the token proposed to come after each; -1: none."""
+    laws: dict[int, Tensor]
+    """Of those proposed with a law, by their index among M: [V]."""
 
     @staticmethod
     def of(drafts: Sequence[Draft]) -> "_Fed":
         counts = np.array([len(draft.tokens) + 1 for draft in drafts])
         first, row = np.cumsum(counts) - counts, np.repeat(np.arange(len(drafts)), counts)
         following = [token for draft in drafts for token in (*draft.tokens, -1)]
-        return _Fed(first, row, np.arange(len(row)) - first[row], np.array(following))
-
-
-class _Kept(NamedTuple):
-    """What a turn leaves for the next of its conversation."""
-
-    token_ids: np.ndarray
-    """[n] int64: prompt and answer but for its last token, whose keys were never computed."""
-    layers: list[Tensor]
-    """Their keys and values, from `RaggedCache.copy_of`."""
-    kv_version: int
+        laws = {
+            int(first[n]) + place: law
+            for n, draft in enumerate(drafts)
+            for place, law in enumerate(draft.laws or ())
+        }
+        return _Fed(first, row, np.arange(len(row)) - first[row], np.array(following), laws)
 
 
 class Decoder:
     """The batch. Trace:
 
     swap(v0, weights)   serving v0
-    submit([a, b])      queued
+    submit([a, b])      they wait
     step()              prompts of a and b computed together, one token each; then one more
     swap(v1, weights)   a and b go on under v1, at a token boundary
     step() ...          returns a's output when a is finished; b goes on
@@ -80,6 +79,8 @@ class Decoder:
         kv: KvPolicy,
         ratio_law: RatioLaw,
         speculation: Speculation | None = None,
+        prefill_tokens: int = 512,
+        kv_memory_mb: int = 0,
     ) -> None:
         """Take over the model.
 
@@ -90,18 +91,22 @@ class Decoder:
         self._ratio_law: RatioLaw = ratio_law
         self._forward = PolicyForward(model)
         self._detokeniser = Detokeniser(tokenizer)
-        self._cache = self._forward.make_cache(max_concurrent)
+        self._cache = RaggedCache(self._forward.kv_shape)
         self._slots = Slots(max_concurrent, end_token_ids(model, tokenizer))
-        self._max_concurrent = max_concurrent
-        self._context = int(model.config.max_position_embeddings)
-        self._vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-        self._queue: deque[GenerationRequest] = deque()
-        self._kept: dict[str, _Kept] = {}
-        """By conversation, at most as many as there are slots, the oldest first."""
-        self.kept_tokens = 0
+        self._max_concurrent, self._prefill_tokens = max_concurrent, prefill_tokens
+        token_bytes = self._forward.kv_shape.bytes_per_token
+        self._limits = Limits(
+            context=int(model.config.max_position_embeddings),
+            vocabulary=len(model.get_input_embeddings().weight),  # type: ignore[arg-type]
+            most_tokens=kv_memory_mb * 2**20 // token_bytes if kv_memory_mb else np.inf,
+            bytes_per_token=token_bytes,
+        )
+        self._waiting, self._kept = Waiting(), KeptTurns(max_concurrent)
+        self._memory = Memory(self._limits.most_tokens, self._slots, self._waiting, self._kept)
         self._versions: list[Version] = []
         self._logprob_dtype = np.float64 if model.dtype == torch.float64 else np.float32
-        self.generated_tokens = 0
+        self.generated_tokens = self.kept_tokens = self.prefilled_tokens = 0
+        self.forwards = self.paused = self.kv_bytes = 0
 
     @property
     def serving(self) -> Version | None:
@@ -115,8 +120,8 @@ class Decoder:
 
     @property
     def queued(self) -> int:
-        """Samples that wait for a free row."""
-        return len(self._queue)
+        """Samples that wait for a free row, for memory, or for their prompt to be computed."""
+        return self._waiting.num_samples
 
     def prepare(self, tensors: Mapping[str, Tensor]) -> Weights:
         """Lay new weights out, beside those in use; may run in another thread.
@@ -132,44 +137,56 @@ class Decoder:
         returned, because giving their memory back takes longer than all of the rest."""
         old, self._forward.weights = self._forward.weights, weights
         self._versions.append(version)
+        for group in self._waiting:  # a first token needs a last hidden state of these weights
+            if group.keys is not None and (self._kv == "recompute" or not group.keys.num_left):
+                group.keys = None
         if self._kv == "recompute":
-            self._kept.clear()
-            if self._slots.count:
-                self._recompute()
+            self._kept.forget_all()
+            self._recompute()
         return old
 
     def submit(self, requests: Sequence[GenerationRequest]) -> list[GenerationOutput]:
-        """Queue samples; returns the outputs of those that cannot be generated."""
+        """Let samples wait; returns the outputs of those that cannot be generated."""
         errors = []
         for request in requests:
-            if reason := self._impossible(request):
-                errors.append(_unstarted(request, reason))
+            if reason := self._limits.refusal(request):
+                errors.append(unstarted(request, reason))
             else:
-                self._queue.append(request)
+                self._waiting.add(request)
         return errors
 
     def drop(self, request_ids: set[str]) -> None:
-        """Forget samples, queued or in flight, without an output."""
-        self._queue = deque(r for r in self._queue if r.request_id not in request_ids)
+        """Forget samples, waiting or in flight, without an output."""
+        self._waiting.drop(request_ids)
         for slot in range(self._slots.count - 1, -1, -1):
             if self._slots.requests[slot].request_id in request_ids:
                 self._release(slot)
 
     def abort(self) -> list[GenerationOutput]:
         """End all samples as they are."""
-        outputs = [self._output(slot, "abort", time.time()) for slot in range(self._slots.count)]
-        outputs += [_unstarted(request, "") for request in self._queue]
+        outputs = [self._output(slot, "abort") for slot in range(self._slots.count)]
+        outputs += [unstarted(request, "") for group in self._waiting for request in group.requests]
         self.drop({output.request_id for output in outputs})
         return outputs
 
     def step(self) -> list[GenerationOutput]:
-        """Admit queued samples to free rows, then decode for every row in flight: one token, and
-        as many more as a draft guessed right."""
-        outputs = self._admit()
-        return outputs + (self._decode() if self._slots.count else [])
+        """Compute some of the prompts that wait, then decode for every row in flight: one token,
+        and as many more as a draft guessed right."""
+        outputs: list[GenerationOutput] = []
+        if self._waiting.num_samples:
+            self._admit()
+            self._fill(self._prefill_tokens if self._slots.count else _PREFILL_TOKENS)
+            outputs = self._start()
+        if self._slots.count:
+            outputs += self._decode()
+        tokens = self._cache.num_tokens + self._memory.outside_rows
+        self.kv_bytes = self._limits.bytes_per_token * tokens
+        return outputs
 
     def _decode(self) -> list[GenerationOutput]:
         started_s = time.perf_counter()
+        while (paused := self._memory.make_room()) is not None:
+            self._pause(paused)
         slots, used = np.arange(self._slots.count), self._slots.used
         drafts = self._drafts()
         fed = _Fed.of(drafts)
@@ -177,133 +194,166 @@ class Decoder:
         drafted = fed.offset_M > 0
         token_ids[drafted] = fed.draft_M[np.flatnonzero(drafted) - 1]
         places = self._slots.lengths[fed.row_M] + fed.offset_M
-        self._cache.reserve(int(places.max()) + 1)
-        hidden = self._forward.extend(token_ids, fed.row_M, places, self._cache)
-        logits = self._forward.logits(hidden)
+        begins = used["begin"].copy()
+        self._cache.reserve(
+            len(slots), int((places - begins[fed.row_M]).max()) + 1, self._memory.in_rows
+        )
+        hidden = self._forward.extend(
+            token_ids, fed.row_M, places, self._cache, begins, self._slots.sharing()
+        )
+        self.forwards += 1
         before = used["num_written"].copy()
-        reasons = self._write(slots, fed, logits)
+        reasons = self._write(slots, fed, self._forward.logits(hidden))
         if self.speculation is not None:
             written = (used["num_written"] - before).tolist()
             self.speculation.saw(drafts, written, time.perf_counter() - started_s)
         return self._finish(reasons)
 
     def _drafts(self) -> list[Draft]:
-        """One for each slot."""
-        if self.speculation is None:
-            return [_NO_DRAFT] * self._slots.count
+        """One for each slot; none where memory is short."""
         used = self._slots.used
-        room = (used["budget"] - used["num_written"] - 1).tolist()
+        if self.speculation is None:
+            return [NO_DRAFT] * len(used)
+        most = self._memory.in_rows / len(used) - int(self._slots.row_lengths.max()) - 1
+        room = np.minimum(used["budget"] - used["num_written"] - 1, max(0, most)).astype(int)
         return self.speculation.propose(
             [
-                (request.request_id, request.prompt_token_ids, self._slots.written(slot)["token"],
-                 room[slot])
+                Asked(
+                    request.request_id, request.prompt_token_ids,
+                    self._slots.written(slot)["token"], int(room[slot]),
+                    request.sampling, request.sample_key,
+                )
                 for slot, request in enumerate(self._slots.requests)
             ]
         )  # fmt: skip
 
-    def _admit(self) -> list[GenerationOutput]:
-        """Compute the prompts of queued samples, each prompt once however many samples have it and
-        of a conversation only what is new, and write their first tokens."""
-        start, room = self._slots.count, self._max_concurrent - self._slots.count
-        requests = [self._queue.popleft() for _ in range(min(room, len(self._queue)))]
-        if not requests:
+    def _admit(self) -> None:
+        """Give waiting samples rows to come, group by group, as far as rows and memory go."""
+        begun = self._waiting.begun
+        free = self._max_concurrent - self._slots.count - sum(len(g.admitted) for g in begun)
+        for group in self._waiting:
+            while group.waiting and free > 0 and self._memory.fits(group):
+                self._waiting.admit(group)
+                free -= 1
+            if group.waiting:
+                break
+        for group in self._waiting.begun:
+            if group.keys is None:
+                self._begin(group)
+
+    def _begin(self, group: Group) -> None:
+        """Reserve memory for a prompt, of a conversation from where it was left."""
+        shape, request, num_tokens = self._forward.kv_shape, group.admitted[0], len(group.token_ids)
+        read_too_often = (len(group.requests) - 1) * num_tokens * shape.bytes_per_token
+        group.is_shared = read_too_often >= _SHARED_BYTES * shape.num_layers
+        group.is_shared |= self._memory.is_tight(group)
+        longest = int(self._slots.row_lengths.max(initial=0))
+        self._cache.reserve(self._slots.count, longest, self._memory.in_rows - num_tokens)
+        if kept := self._kept.take(request.conversation, group.token_ids):
+            group.keys = kept.goes_on(group.token_ids, shape)
+            self.kept_tokens += len(kept)
+        else:
+            version = len(self._versions) - 1
+            group.keys = PromptKeys(group.token_ids, shape.zeros(num_tokens), version)
+        self._waiting.keyed.append(group)
+
+    def _fill(self, budget: int) -> None:
+        """Compute at most so many tokens of the prompts begun, the oldest first."""
+        parts = []
+        for group in self._waiting.begun:
+            if group.keys and (count := min(group.keys.num_left, budget)):
+                parts.append((group.keys, count))
+                budget -= count
+        if parts:
+            self._forward.fill(parts)
+            self.prefilled_tokens += sum(count for _, count in parts)
+
+    def _start(self) -> list[GenerationOutput]:
+        """Put the samples whose prompts are computed into slots, and write their first tokens."""
+        ready = [group for group in self._waiting.begun if group.keys and not group.keys.num_left]
+        if not ready:
             return []
-        fresh: dict[tuple[int, ...], list[int]] = {}
-        continued: list[tuple[GenerationRequest, _Kept]] = []
-        for request in requests:
-            if kept := self._take_kept(request):
-                continued.append((request, kept))
-            else:
-                slot = self._add(request, len(self._versions) - 1)
-                fresh.setdefault(request.prompt_token_ids, []).append(slot)
-        hidden = []
-        if fresh:
-            prompts = [np.array(prompt, dtype=np.int64) for prompt in fresh]
-            hidden.append(self._prefill(prompts, list(fresh.values()), start))
-        if continued:
-            hidden.append(self._continue(continued))
-        slots = np.arange(start, self._slots.count)
-        fed = _Fed.of([_NO_DRAFT] * len(slots))
-        return self._finish(self._write(slots, fed, self._forward.logits(torch.cat(hidden))))
+        longest = max(0 if group.is_shared else len(group.token_ids) for group in ready)
+        longest = max(longest, int(self._slots.row_lengths.max(initial=0)))
+        rows = self._slots.count + sum(len(group.admitted) for group in ready)
+        self._cache.reserve(rows, longest, self._memory.in_rows)
+        slots, hidden, sources = [], [], []
+        for group in ready:
+            new = self._occupy(group)
+            if group.paused is None and group.keys:
+                slots += new
+                sources += [len(hidden)] * len(new)
+                hidden.append(group.keys.hidden_E)
+        self._waiting.start(ready)
+        if not slots:
+            return []
+        logits_PV = self._forward.logits(torch.stack(hidden))
+        fed = _Fed.of([NO_DRAFT] * len(slots))
+        return self._finish(self._write(np.array(slots), fed, logits_PV[sources]))
 
-    def _add(self, request: GenerationRequest, kv_version: int) -> int:
-        room = self._context - len(request.prompt_token_ids)
-        return self._slots.add(request, min(request.sampling.max_new_tokens, room), kv_version)
+    def _occupy(self, group: Group) -> list[int]:
+        """Slots for the admitted samples of a group whose keys are computed."""
+        assert group.keys is not None
+        shared, version = group.keys if group.is_shared else None, group.keys.kv_version
+        if group.paused is not None:
+            new = [self._slots.resume(group.paused, version, shared)]
+        else:
+            new = [
+                self._slots.add(request, self._limits.budget(request), version, shared)
+                for request in group.admitted
+            ]
+        if shared is None:
+            self._cache.put(slice(new[0], new[-1] + 1), group.keys.layers)
+        return new
 
-    def _take_kept(self, request: GenerationRequest) -> _Kept | None:
-        """What the sample's conversation left, if its prompt goes on from there."""
-        kept = self._kept.pop(request.conversation, None) if request.conversation else None
-        if kept is None:
-            return None
-        prompt, length = request.prompt_token_ids, len(kept.token_ids)
-        goes_on = length < len(prompt) and np.array_equal(prompt[:length], kept.token_ids)
-        return kept if goes_on else None
+    def _pause(self, slot: int) -> None:
+        paused, moved = self._slots.pause(slot)
+        self._waiting.add_paused(paused)
+        self.paused += 1
+        if moved is not None:
+            self._cache.move(moved, slot, int(self._slots.row_lengths[slot]))
 
     def _keep(self, slot: int) -> None:
-        """Keep a finished turn's keys and values, in place of the oldest when there are many."""
+        """Keep a finished turn's keys and values for the next turn."""
         conversation, row = self._slots.requests[slot].conversation, self._slots.used[slot]
         if not conversation or row["failed"]:
             return
-        token_ids = self._slots.cached_tokens(slot)
-        layers = self._cache.copy_of(slot, len(token_ids))
-        self._kept[conversation] = _Kept(token_ids, layers, int(row["kv_version"]))
-        if len(self._kept) > self._max_concurrent:
-            del self._kept[next(iter(self._kept))]
-
-    def _continue(self, continued: Sequence[tuple[GenerationRequest, _Kept]]) -> Tensor:
-        """Give samples slots with what their conversations kept, and compute the rest of their
-        prompts; returns the last hidden states, [A, E]."""
-        self._cache.reserve(max(len(request.prompt_token_ids) for request, _ in continued))
-        slots, rests, begins = [], [], []
-        for request, kept in continued:
-            slots.append(self._add(request, kept.kv_version))
-            self._cache.put_back(slots[-1], kept.layers)
-            begins.append(len(kept.token_ids))
-            rests.append(np.array(request.prompt_token_ids[begins[-1] :], dtype=np.int64))
-            self.kept_tokens += begins[-1]
-        last: dict[int, Tensor] = {}
-        for chunk in _chunks([len(rest) for rest in rests], _CONTINUED_TOKENS):
-            for at in range(0, len(rests[chunk[-1]]), _CONTINUED_TOKENS):
-                rows = [row for row in chunk if at < len(rests[row])]
-                parts = [rests[row][at : at + _CONTINUED_TOKENS] for row in rows]
-                counts = [len(part) for part in parts]
-                places = [
-                    begins[row] + at + np.arange(n) for row, n in zip(rows, counts, strict=True)
-                ]
-                hidden_ME = self._forward.extend(
-                    np.concatenate(parts),
-                    np.repeat(np.arange(len(rows)), counts),
-                    np.concatenate(places),
-                    self._cache,
-                    np.array([slots[row] for row in rows]),
-                )
-                last |= zip(rows, hidden_ME[np.cumsum(counts) - 1], strict=True)
-        return torch.stack([last[row] for row in range(len(rests))])
+        token_ids, shared = self._slots.cached_tokens(slot), self._slots.shared[slot]
+        layers = self._cache.copy_of(slot, len(token_ids) - int(row["begin"]))
+        if shared is not None:
+            layers = [torch.cat(both, dim=2) for both in zip(shared.layers, layers, strict=True)]
+        turn = PromptKeys(token_ids, layers, int(row["kv_version"]), len(token_ids))
+        self._kept.keep(conversation, turn)
 
     def _recompute(self) -> None:
-        """Compute all keys and values again under the weights just loaded."""
-        slots = range(self._slots.count)
-        self._prefill([self._slots.cached_tokens(s) for s in slots], [[s] for s in slots], 0)
-        self._slots.used["kv_version"] = len(self._versions) - 1
+        """Compute all keys and values of samples in flight under the weights just loaded."""
+        version, shape = len(self._versions) - 1, self._forward.kv_shape
+        prompts = [prompt for prompt, _ in self._slots.sharing()]
+        for prompt in prompts:
+            prompt.num_done, prompt.kv_version = 0, version
+        self._fill_whole(prompts)
+        rows: list[PromptKeys] = []
+        for slot in range(self._slots.count):
+            token_ids, shared = self._slots.cached_tokens(slot), self._slots.shared[slot]
+            zeros = [] if shared else shape.zeros(len(token_ids))
+            row = shared.goes_on(token_ids, shape) if shared else PromptKeys(token_ids, zeros, 0)
+            rows.append(row)
+            if sum(row.num_left for row in rows) >= _PREFILL_TOKENS or slot + 1 == self.running:
+                self._fill_whole(rows)
+                for at, row in enumerate(rows, slot + 1 - len(rows)):
+                    self._cache.put(slice(at, at + 1), row.layers, self._slots.used[at]["begin"])
+                rows.clear()
+        self._slots.used["kv_version"] = version
 
-    def _prefill(
-        self, prompts: Sequence[np.ndarray], slots: Sequence[Sequence[int]], start: int
-    ) -> Tensor:
-        """Compute prompts, short ones with short ones, into the slots of each; `slots` together
-        are all those from `start` on. Returns their last hidden states, [A, E] in slot order."""
-        self._cache.reserve(max(map(len, prompts)))
-        hidden_AE: Tensor | None = None
-        for chunk in _chunks([len(prompt) for prompt in prompts], _PREFILL_TOKENS):
-            targets = np.concatenate([slots[i] for i in chunk])
-            sources = np.repeat(np.arange(len(chunk)), [len(slots[i]) for i in chunk])
-            hidden_ME = self._forward.prefill(
-                [prompts[i] for i in chunk], targets, sources, self._cache
-            )
-            if hidden_AE is None:
-                hidden_AE = hidden_ME.new_empty(self._slots.count - start, hidden_ME.shape[1])
-            hidden_AE[targets - start] = hidden_ME[sources]
-        assert hidden_AE is not None
-        return hidden_AE
+    def _fill_whole(self, prompts: Sequence[PromptKeys]) -> None:
+        """Compute what is left of some prompts."""
+        while left := [prompt for prompt in prompts if prompt.num_left]:
+            budget, parts = _PREFILL_TOKENS, []
+            for prompt in left:
+                if count := min(prompt.num_left, budget):
+                    parts.append((prompt, count))
+                    budget -= count
+            self._forward.fill(parts)
 
     def _write(self, slots_N: np.ndarray, fed: _Fed, logits_MV: Tensor) -> dict[int, FinishReason]:
         """Draw and stamp the token after each fed one, as far as the drafts were right; returns
@@ -312,8 +362,11 @@ class Decoder:
         Position by position, so that a sample ends at its first stop, whatever was drafted on.
         """
         used, slots_M = self._slots.used, slots_N[fed.row_M]
+        self._slots.add_bias(slots_M, logits_MV)
         uniforms_M = uniform(used["key"][slots_M], used["num_written"][slots_M] + fed.offset_M)
         draws = sample(logits_MV, self._slots.laws(slots_M), uniforms_M, self._ratio_law)
+        if fed.laws:
+            self._verify(slots_M, fed, logits_MV, uniforms_M, draws)
         now_s, ended = time.time(), {}
         slots_A, rows_A = slots_N, fed.first_N
         while len(slots_A):
@@ -328,12 +381,32 @@ class Decoder:
             slots_A, rows_A = slots_A[on_A], rows_A[on_A] + 1
         return ended
 
+    def _verify(
+        self,
+        slots_M: np.ndarray,
+        fed: _Fed,
+        logits_MV: Tensor,
+        uniforms_M: np.ndarray,
+        draws: Draws,
+    ) -> None:
+        """Replace what was drawn after tokens whose drafts come with their laws."""
+        rows = np.array(list(fed.laws))
+        used, slots_B = self._slots.used, slots_M[rows]
+        places_B = used["num_written"][slots_B] + fed.offset_M[rows]
+        accept_B = uniform(used["key"][slots_B] ^ ACCEPT_STREAM, places_B)
+        verified = verify(
+            logits_MV[rows], self._slots.laws(slots_B), uniforms_M[rows], fed.draft_M[rows],
+            torch.stack(list(fed.laws.values())), accept_B, self._ratio_law,
+        )  # fmt: skip
+        draws.put(rows, verified)
+
     def _finish(self, reasons: Mapping[int, FinishReason]) -> list[GenerationOutput]:
         """The outputs of ended slots, which become free."""
-        outputs, now_s = [], time.time()
+        outputs = []
         # From the last one down: `_release` moves the last slot, which then has been looked at.
         for slot in sorted(reasons, reverse=True):
-            outputs.append(self._output(slot, reasons[slot], now_s))
+            outputs.append(self._output(slot, reasons[slot]))
+            self._memory.lengths.saw(len(outputs[-1].token_ids))
             self._keep(slot)
             self._release(slot)
         return outputs
@@ -358,74 +431,11 @@ class Decoder:
             self.speculation.drafter.finish(request.request_id, request.prompt_token_ids, written)
         moved = self._slots.release(slot)
         if moved is not None:
-            self._cache.move(moved, slot, int(self._slots.lengths[slot]))
+            self._cache.move(moved, slot, int(self._slots.row_lengths[slot]))
+        if not self._slots.count:
+            self._cache.clear()
 
-    def _output(self, slot: int, reason: FinishReason, now_s: float) -> GenerationOutput:
-        request, row = self._slots.requests[slot], self._slots.used[slot]
-        written, error = self._slots.written(slot), ""
-        if row["failed"]:
-            error = f"NaN or infinite logits at token {len(written)}, version {self.serving}"
-            reason, written = "abort", written[:-1]
-        tokens = written["token"].copy()
-        ends = reason == "stop" and self._slots.ends_with_stop_id(slot)
-        return GenerationOutput(
-            request_id=request.request_id,
-            token_ids=tokens,
-            behaviour_logprobs=written["logprob"].astype(self._logprob_dtype),
-            versions=spans(written["version"], self._versions),
-            kv_version_min=spans(written["kv_version"], self._versions),
-            text=self._detokeniser.cut(tokens[:-1] if ends else tokens, request.sampling.stop),
-            finish_reason=reason,
-            first_token_s=float(row["first_token_s"]),
-            finished_s=now_s,
-            removed_mass=written["removed_mass"].copy(),
-            kept_ids=None if error else self._slots.kept_ids(slot),
-            error=error,
+    def _output(self, slot: int, reason: FinishReason) -> GenerationOutput:
+        return ended(
+            self._slots, slot, reason, self._versions, self._detokeniser, self._logprob_dtype
         )
-
-    def _impossible(self, request: GenerationRequest) -> str:
-        """Why a sample cannot be generated; empty when it can."""
-        prompt = request.prompt_token_ids
-        if not prompt:
-            return "the prompt has no tokens"
-        if len(prompt) >= self._context:
-            return (
-                f"the prompt has {len(prompt)} tokens, which leaves none of the model's context of "
-                f"{self._context} for the answer"
-            )
-        if min(prompt) < 0 or max(prompt) >= self._vocabulary:
-            odd = next(i for i in prompt if not 0 <= i < self._vocabulary)
-            return f"the prompt has token id {odd}, the model knows 0 to {self._vocabulary - 1}"
-        if request.sampling.max_new_tokens < 1:
-            return f"max_new_tokens is {request.sampling.max_new_tokens}, at least 1 is needed"
-        return ""
-
-
-def _chunks(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of prompts, shortest first, in chunks whose padded size is bounded."""
-    chunk: list[int] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if chunk and lengths[index] * (len(chunk) + 1) > max_tokens:
-            yield chunk
-            chunk = []
-        chunk.append(index)
-    yield chunk
-
-
-def _unstarted(request: GenerationRequest, error: str) -> GenerationOutput:
-    """The output of a sample that never wrote a token."""
-    nothing = np.zeros(0, dtype=np.float32)
-    now_s = time.time()
-    return GenerationOutput(
-        request_id=request.request_id,
-        token_ids=np.zeros(0, dtype=np.int32),
-        behaviour_logprobs=nothing,
-        versions=(),
-        kv_version_min=(),
-        text="",
-        finish_reason="abort",
-        first_token_s=now_s,
-        finished_s=now_s,
-        removed_mass=nothing,
-        error=error,
-    )

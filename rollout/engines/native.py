@@ -15,6 +15,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import torch
+from transformers import PreTrainedModel
 
 from ...buffer.errors import ConfigError, CorruptData
 from ...buffer.mailbox import confirm
@@ -24,6 +25,7 @@ from ..config import KvPolicy, RatioLaw, SpeculationConfig
 from ..engine import EngineState, EngineStats, GenerationOutput, GenerationRequest
 from ..speculation import make_speculation
 from .decoder import Decoder
+from .draft_model import DraftModel
 from .weights import Weights, read_verified
 
 _CLOSE_TIMEOUT_S = 60.0
@@ -62,6 +64,8 @@ class NativeEngine:
         threads: int,
         engine_id: str,
         speculation: SpeculationConfig | None = None,
+        prefill_tokens: int = 512,
+        kv_memory_mb: int = 0,
     ) -> None:
         """Build the model without weights and start the thread.
 
@@ -69,18 +73,23 @@ class NativeEngine:
             ConfigError: the folder cannot be used, or its architecture is not supported.
         """
         self.engine_id = engine_id
-        self._threads = threads
+        self._threads, self._kv_memory = threads, kv_memory_mb * 2**20
         try:
             model, tokenizer = empty_model(model_dir, dtype), load_tokenizer(model_dir)
         except ModelError as error:
             raise ConfigError(str(error)) from error
+        draft_model = None
+        if speculation is not None and speculation.drafter == "model":
+            draft_model = _draft_model(speculation, model)
         self._decoder = Decoder(
             model,
             tokenizer,
             max_concurrent=max_concurrent,
             kv=kv,
             ratio_law=ratio_law,
-            speculation=make_speculation(speculation) if speculation else None,
+            speculation=(make_speculation(speculation, draft_model) if speculation else None),
+            prefill_tokens=prefill_tokens,
+            kv_memory_mb=kv_memory_mb,
         )
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._streams: dict[str, _Stream] = {}
@@ -117,6 +126,11 @@ class NativeEngine:
             drafted_tokens=speculation.drafted if speculation else 0,
             accepted_tokens=speculation.accepted if speculation else 0,
             kept_tokens=self._decoder.kept_tokens,
+            prefilled_tokens=self._decoder.prefilled_tokens,
+            forwards=self._decoder.forwards,
+            preemptions=self._decoder.paused,
+            kv_bytes=self._decoder.kv_bytes,
+            kv_share=self._decoder.kv_bytes / self._kv_memory if self._kv_memory else 0.0,
         )
 
     async def generate(
@@ -267,3 +281,12 @@ class NativeEngine:
     def _stop(self) -> None:
         self._closing = True
         self._deliver(self._decoder.abort())
+
+
+def _draft_model(config: SpeculationConfig, policy: PreTrainedModel) -> DraftModel:
+    if config.draft_model is None:
+        raise ConfigError(
+            'rollout.speculation.drafter = "model" needs rollout.speculation.draft_model, a folder'
+        )
+    vocabulary = len(policy.get_input_embeddings().weight)  # type: ignore[arg-type]
+    return DraftModel(config.draft_model, vocabulary, config.acceptance)

@@ -7,12 +7,17 @@ Shape suffixes: R slots, A some slots, N tokens written, S stop ids of a row.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ...buffer.records import RaggedArray, Version, VersionSpan
 from ..engine import GenerationRequest
 from ..sampling import Draws, RowLaws
+from .attention import Shared
+from .kv_cache import PromptKeys
 
 _NO_STOP = -1
 """Fills the rows of the stop table that have fewer ids; no token has it."""
@@ -20,6 +25,7 @@ _NO_STOP = -1
 _SLOT = np.dtype(
     [
         ("num_prompt", "i8"),
+        ("begin", "i8"),  # position of the row's first key: the length of a shared prompt, or 0
         ("last_token", "i8"),
         ("num_written", "i8"),
         ("budget", "i8"),
@@ -31,6 +37,7 @@ _SLOT = np.dtype(
         ("top_p", "f8"),
         ("min_p", "f8"),
         ("has_stop_strings", "i8"),
+        ("has_bias", "i8"),
         ("failed", "i8"),
     ]
 )
@@ -45,6 +52,17 @@ _WRITTEN = np.dtype(
 )
 
 
+class Paused(NamedTuple):
+    """A sample taken out of its slot, to go on later; its keys are gone."""
+
+    request: GenerationRequest
+    state: np.ndarray
+    written: np.ndarray
+    kept_ids: list[np.ndarray]
+    token_ids: np.ndarray
+    """[n] int64: the tokens whose keys it needs to go on."""
+
+
 class Slots:
     """The samples in flight. Trace, with two slots:
 
@@ -57,6 +75,8 @@ class Slots:
         self.count = 0
         self.requests: list[GenerationRequest] = []
         """Of the slots in use, in their order."""
+        self.shared: list[PromptKeys | None] = []
+        """The prompt that is not part of the slot's row, because others read it, too."""
         self._kept_ids: list[list[np.ndarray]] = []
         self._end_token_ids = tuple(end_token_ids)
         self._state = np.zeros(num_slots, dtype=_SLOT)
@@ -68,29 +88,83 @@ class Slots:
         """[n] of `_SLOT`: a view of the slots in use."""
         return self._state[: self.count]
 
-    def add(self, request: GenerationRequest, budget: int, kv_version: int) -> int:
-        """Put a sample whose prompt is in the cache into the next slot, and return the slot."""
+    def add(
+        self, request: GenerationRequest, budget: int, kv_version: int, shared: PromptKeys | None
+    ) -> int:
+        """Put a sample whose prompt is computed into the next slot, and return the slot.
+
+        Args:
+            request: the sample.
+            budget: tokens it may write.
+            kv_version: index of the oldest weights among those that computed the prompt.
+            shared: the prompt when it is not part of the row.
+        """
         slot, law = self.count, request.sampling
         self._state[slot] = (
-            len(request.prompt_token_ids), 0, 0, budget, request.sample_key, kv_version, 0.0,
-            law.temperature, law.top_k, law.top_p, law.min_p, bool(law.stop), False,
+            len(request.prompt_token_ids), len(shared) if shared else 0, 0, 0, budget,
+            request.sample_key, kv_version, 0.0, law.temperature, law.top_k, law.top_p, law.min_p,
+            bool(law.stop), bool(law.logit_bias), False,
         )  # fmt: skip
-        stop_ids = self._end_token_ids + law.stop_token_ids
+        self._enter(request, shared, [])
+        return slot
+
+    def pause(self, slot: int) -> tuple[Paused, int | None]:
+        """Take a sample out; also returns what `release` returns."""
+        paused = Paused(
+            self.requests[slot], self._state[slot].copy(), self.written(slot).copy(),
+            self._kept_ids[slot], self.cached_tokens(slot),
+        )  # fmt: skip
+        return paused, self.release(slot)
+
+    def resume(self, paused: Paused, kv_version: int, shared: PromptKeys | None) -> int:
+        """Put a sample back; as `add`, where all the sample's tokens are what is computed."""
+        slot = self.count
+        self._state[slot] = paused.state
+        self._state[slot]["begin"] = len(shared) if shared else 0
+        self._state[slot]["kv_version"] = kv_version
+        self._reserve(len(paused.written))
+        self._written[slot, : len(paused.written)] = paused.written
+        self._enter(paused.request, shared, paused.kept_ids)
+        return slot
+
+    def _enter(
+        self, request: GenerationRequest, shared: PromptKeys | None, kept_ids: list[np.ndarray]
+    ) -> None:
+        stop_ids = self._end_token_ids + request.sampling.stop_token_ids
         if (missing := len(stop_ids) - self._stop_ids.shape[1]) > 0:
             self._stop_ids = np.pad(
                 self._stop_ids, ((0, 0), (0, missing)), constant_values=_NO_STOP
             )
-        self._stop_ids[slot] = _NO_STOP
-        self._stop_ids[slot, : len(stop_ids)] = stop_ids
+        self._stop_ids[self.count] = _NO_STOP
+        self._stop_ids[self.count, : len(stop_ids)] = stop_ids
         self.requests.append(request)
-        self._kept_ids.append([])
+        self.shared.append(shared)
+        self._kept_ids.append(kept_ids)
         self.count += 1
-        return slot
+
+    def sharing(self) -> list[Shared]:
+        """The prompts that slots share, each with its slots."""
+        rows: dict[int, list[int]] = {}
+        for slot in np.flatnonzero(self.used["begin"]).tolist():
+            rows.setdefault(id(self.shared[slot]), []).append(slot)
+        found = ((self.shared[slots[0]], slots) for slots in rows.values())
+        return [Shared(prompt, torch.tensor(slots)) for prompt, slots in found if prompt]
+
+    def add_bias(self, slots_M: np.ndarray, logits_MV: Tensor) -> None:
+        """Add each sample's logit bias to its rows, in place."""
+        for row in np.flatnonzero(self._state["has_bias"][slots_M]):
+            ids, values = zip(*self.requests[slots_M[row]].sampling.logit_bias, strict=True)
+            logits_MV[row, list(ids)] += torch.tensor(values, dtype=logits_MV.dtype)
 
     @property
     def lengths(self) -> np.ndarray:
-        """[n] tokens in the cache: the last one written is not there yet."""
+        """[n] tokens whose keys are there: the last one written is not yet."""
         return self.used["num_prompt"] + self.used["num_written"] - 1
+
+    @property
+    def row_lengths(self) -> np.ndarray:
+        """[n] those of them in the slot's row."""
+        return self.lengths - self.used["begin"]
 
     def laws(self, slots_A: np.ndarray) -> RowLaws:
         """Sampling parameters of slots; one may come several times."""
@@ -143,7 +217,7 @@ class Slots:
         return self._written[slot, : self._state["num_written"][slot]]
 
     def cached_tokens(self, slot: int) -> np.ndarray:
-        """The tokens whose keys the cache holds for a slot: all but the last one written."""
+        """The tokens whose keys are there for a slot: all but the last one written."""
         return np.concatenate(
             [self.requests[slot].prompt_token_ids, self.written(slot)["token"][:-1]]
         ).astype(np.int64)
@@ -160,9 +234,9 @@ class Slots:
         """Free a slot; returns the slot whose sample moved into it, None when it was the last."""
         last = self.count - 1
         self.count = last
-        self.requests[slot], self._kept_ids[slot] = self.requests[last], self._kept_ids[last]
-        self.requests.pop()
-        self._kept_ids.pop()
+        for of_slots in (self.requests, self.shared, self._kept_ids):
+            of_slots[slot] = of_slots[last]  # type: ignore[index]
+            of_slots.pop()
         if slot == last:
             return None
         for array in (self._state, self._stop_ids, self._written):

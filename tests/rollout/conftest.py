@@ -72,15 +72,27 @@ class Tiny:
         ).save_pretrained(path)
         return path
 
-    def policy(self, folder: Path, seed: int, dtype=torch.float32) -> PreTrainedModel:
-        """transformers' own model, its weights large enough for uneven distributions."""
+    def policy(
+        self, folder: Path, seed: int, dtype=torch.float32, noise: float = 0.0
+    ) -> PreTrainedModel:
+        """transformers' own model, its weights large enough for uneven distributions; with `noise`
+        one that resembles that of the same seed."""
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, weight in policy_weights(model).items():
-                noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-                weight.copy_(1 + noise / 10 if name.endswith("norm.weight") else noise / 4)
+                drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+                weight.copy_(1 + drawn / 10 if name.endswith("norm.weight") else drawn / 4)
+            if noise:
+                for weight in policy_weights(model).values():
+                    weight += noise / 4 * torch.randn(weight.shape, generator=generator)
         return model.eval()
+
+    def saved(self, model: PreTrainedModel) -> Path:
+        """A folder with the model's weights."""
+        path = self.root / f"saved-{len(list(self.root.iterdir()))}"
+        model.save_pretrained(path)
+        return path
 
     def publish(self, model: PreTrainedModel, step: int, branch: int = 0) -> WeightsManifest:
         """Write the weights as one shard, and the manifest that names it."""
@@ -157,7 +169,20 @@ class Pace:
 
     def __init__(self) -> None:
         self.release = (steps := threading.Semaphore(0)).release
-        self.take = lambda: steps.acquire(timeout=60)
+        self.taken = 0
+        self._acquire = lambda: steps.acquire(timeout=60)
+
+    def take(self) -> bool:
+        """Wait for leave to take a step."""
+        self.taken += 1
+        return self._acquire()
+
+    async def walk(self, count: int) -> None:
+        """Let so many steps be taken; returns when the last one is on its way."""
+        ahead = self.taken + count
+        self.release(count)
+        while self.taken < ahead:
+            await asyncio.sleep(0.001)
 
     async def load(self, engine: NativeEngine, manifest: WeightsManifest) -> None:
         """Load weights in flight: an engine looks at its commands after each step."""

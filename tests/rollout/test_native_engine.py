@@ -10,7 +10,6 @@ import torch
 from slipstream.buffer.errors import ConfigError, CorruptData
 from slipstream.buffer.records import Version, WeightsManifest
 from slipstream.kernels.models import policy_weights
-from slipstream.rollout.engines import decoder as decoder_module
 from slipstream.rollout.sampling import sample_key
 
 DEADLINE_S = 60.0
@@ -212,7 +211,7 @@ async def test_after_a_swap_log_probs_are_those_of_the_kv_that_was_asked_for(tin
         for i, p in enumerate(prompts(8, seed=7))
     ]
     task = asyncio.create_task(tiny.outputs(engine, requests))
-    paced.release(10)
+    await paced.walk(10)
     await paced.load(engine, manifests[1])
     paced.release(10_000)
     outputs = await task
@@ -251,13 +250,10 @@ async def turns(tiny, engine, number, count, told=(), said=lambda: None):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-async def test_turns_go_on_from_kept_keys_with_the_log_probs_of_a_full_forward(
-    tiny, family, monkeypatch
-):
-    monkeypatch.setattr(decoder_module, "_CONTINUED_TOKENS", 7)  # in pieces, and several together
+async def test_turns_go_on_from_kept_keys_with_the_log_probs_of_a_full_forward(tiny, family):
     folder = tiny.folder(family)
     model = tiny.policy(folder, 3, torch.float64)
-    engine = tiny.engine(folder, dtype="float64")
+    engine = tiny.engine(folder, dtype="float64", prefill_tokens=7)  # in pieces
     await engine.load(tiny.publish(model, 0))
     fresh = asyncio.create_task(
         tiny.outputs(engine, [tiny.request(p, i) for i, p in enumerate(prompts(12))])

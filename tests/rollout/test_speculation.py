@@ -8,10 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slipstream.buffer.records import SamplingParams
 from slipstream.rollout.config import SpeculationConfig
 from slipstream.rollout.engines import decoder
-from slipstream.rollout.engines.decoder import Decoder
+from slipstream.rollout.engines.draft_model import DraftModel
+from slipstream.rollout.sampling import RowLaws, probabilities, verify
 from slipstream.rollout.speculation import (
+    Asked,
     DepthController,
     Draft,
     LookupDrafter,
@@ -44,7 +47,10 @@ class Oracle:
     def __init__(self, texts=None):
         self.texts, self.random = texts or {}, np.random.default_rng(0)
 
-    def propose(self, sample, prompt, written, limit):
+    def propose(self, asked):
+        return [self.guess(*of[:4]) for of in asked]
+
+    def guess(self, sample, prompt, written, limit):
         limit = int(self.random.integers(0, limit + 1))
         tokens = self.texts.get(sample, self.random.integers(0, 64, size=512))
         tokens = tokens[len(written) : len(written) + limit].copy()
@@ -75,7 +81,7 @@ async def generated(tiny, engine, requests, seed):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
-@pytest.mark.parametrize("name", ["lookup", "siblings", "oracle", "random"])
+@pytest.mark.parametrize("name", ["lookup", "siblings", "oracle", "random", "model", "self"])
 async def test_output_with_speculation_equals_output_without_token_for_token(tiny, rows, name):
     folder = tiny.folder("llama")
     manifest = tiny.publish(tiny.policy(folder, 1, torch.float64), 0)
@@ -88,18 +94,22 @@ async def test_output_with_speculation_equals_output_without_token_for_token(tin
     await plain.load(manifest)
     expected = await generated(tiny, plain, requests, 0)
     texts = {key: output.token_ids.astype(np.int64) for key, output in expected.items()}
+    small = tiny.folder("qwen3", hidden_size=16, num_hidden_layers=1)
+    tiny.policy(small, 3).save_pretrained(small)
     drafters = {
+        "model": lambda: DraftModel(small, 64, "coupled"),
+        "self": lambda: DraftModel(tiny.saved(tiny.policy(folder, 1)), 64, "coupled"),
         "lookup": LookupDrafter,
         "siblings": lambda: SiblingsDrafter(10_000),
         "oracle": lambda: Oracle(texts),
         "random": Oracle,
     }
-    engine = tiny.engine(folder, dtype="float64", max_concurrent=rows)
+    engine = tiny.engine(folder, dtype="float64", max_concurrent=rows, prefill_tokens=50)
     speculation = speculate(engine, drafters[name]())
     await engine.load(manifest)
     outputs = await generated(tiny, engine, requests, 1)
     assert speculation.drafted > 30
-    assert speculation.accepted > {"random": -1, "lookup": 0}.get(name, 10)
+    assert speculation.accepted > {"random": -1, "lookup": 0, "model": 0}.get(name, 10)
     for key, output in outputs.items():
         wanted = expected[key]
         assert output.token_ids.tolist() == wanted.token_ids.tolist()
@@ -142,7 +152,7 @@ async def test_weights_swapped_between_steps_are_stamped_on_the_tokens_they_wrot
     await engine.load(manifests[0])
     requests = [tiny.request([3, 9], i, max_new_tokens=200, temperature=0.8) for i in range(8)]
     task = asyncio.create_task(tiny.outputs(engine, requests))
-    paced.release(10)
+    await paced.walk(10)
     await paced.load(engine, manifests[1])
     paced.release(10_000)
     outputs = await task
@@ -178,14 +188,18 @@ def test_the_automaton_holds_exactly_the_substrings_of_what_it_read(texts, data)
     assert (state is not None) == (asked in substrings)
 
 
+def asked(name, prompt, written, limit):
+    return Asked(name, prompt, np.array(written), limit, SamplingParams(), 0)
+
+
 def test_a_drafter_proposes_what_most_often_followed_the_longest_known_context():
     drafter = SiblingsDrafter(1000)
     for written in ([7, 8, 9, 1], [7, 8, 9, 2], [7, 8, 5, 3], [4, 8, 6]):
         drafter.finish("past", (3,), np.array(written))
-    assert drafter.propose("a", (3,), np.array([7, 8]), 1).tokens == [9]
-    assert drafter.propose("b", (3,), np.array([1, 7, 8]), 1).tokens == [9]
-    assert drafter.propose("c", (3,), np.array([4, 8]), 5).tokens == [6]
-    assert drafter.propose("d", (2,), np.array([7, 8]), 5).tokens == []
+    assert drafter.propose([asked("a", (3,), [7, 8], 1)])[0].tokens == [9]
+    assert drafter.propose([asked("b", (3,), [1, 7, 8], 1)])[0].tokens == [9]
+    assert drafter.propose([asked("c", (3,), [4, 8], 5)])[0].tokens == [6]
+    assert drafter.propose([asked("d", (2,), [7, 8], 5)])[0].tokens == []
 
 
 def test_history_keeps_to_its_bound_and_forgets_the_oldest_prompt():
@@ -219,6 +233,21 @@ def test_depth_follows_measured_cost_and_acceptance(seconds_per_token, acceptanc
     assert (fed > 2000 * 8 * 2) if drafts else (fed < 2000 * 8 * 0.02)
 
 
+def test_drafts_that_are_never_right_are_not_looked_for_even_where_they_cost_nothing_to_verify():
+    """Looking takes a twentieth of a step, and a forward costs the same however many it is fed."""
+    controller, looked = DepthController(), 0
+    for step in range(3000):
+        least, rows = controller.start(1)
+        draft = controller.trim(Draft([1] * 6, [5] * 6), least) if rows else Draft([], [])
+        if rows:
+            looked += step >= 1000
+            controller.saw_asking(0.05, 0)
+        if draft.tokens:
+            controller.saw_draft(draft.classes, 0)
+        controller.saw_step(1 + len(draft.tokens), 1, 1.0 + 1e-6 * len(draft.tokens))
+    assert looked < 2000 * 0.02
+
+
 def chi_square_z(counts, probabilities):
     """How many standard deviations the statistic lies above its mean (Wilson and Hilferty)."""
     total = sum(counts.values())
@@ -231,50 +260,65 @@ def chi_square_z(counts, probabilities):
     return ((statistic / k) ** (1 / 3) - (1 - 2 / (9 * k))) / (2 / (9 * k)) ** 0.5
 
 
+def laws_of_texts(tiny, model, law, length):
+    """Text -> its exact probability under the model, for all texts; and the law of each next token.
+
+    A text ends with token 0, or after `length` tokens.
+    """
+    following, texts = {}, {(): 1.0}
+    for _ in range(length):
+        longer = {}
+        for text, p in texts.items():
+            if text[-1:] == (0,):
+                longer[text] = p
+                continue
+            logits = tiny.logits(model, [5, 6], [*text, 0])[-1:]
+            shares = probabilities(logits, RowLaws.of([SamplingParams(**law)]))[0]
+            following[text] = shares
+            ids = shares.nonzero()[:, 0].tolist()
+            longer |= {(*text, token): p * float(shares[token]) for token in ids}
+        texts = longer
+    return texts, following
+
+
+async def counted(tiny, engine, law, length, samples=40_000):
+    """How often each text of so many tokens came."""
+    batch, counts = engine._decoder, Counter()
+    for start in range(0, samples, 1000):
+        batch.submit(
+            [tiny.request([5, 6], start + i, max_new_tokens=length, **law) for i in range(1000)]
+        )
+        with torch.inference_mode():
+            while batch.running or batch.queued:
+                counts.update(tuple(output.token_ids.tolist()) for output in batch.step())
+    return counts
+
+
+LAW = {"temperature": 1.5, "top_k": 4}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", [False, True])
-def test_the_law_of_texts_is_the_targets_and_a_wrong_acceptance_rule_is_seen(
+async def test_the_law_of_texts_is_the_targets_and_a_wrong_acceptance_rule_is_seen(
     tiny, monkeypatch, wrong
 ):
     """120,000 draws, the likeliest token drafted; the planted rule takes a draft whenever the
     target gives it 30 %."""
     folder = tiny.folder("llama")
     model = tiny.policy(folder, 2, torch.float64)
-    law = {"temperature": 1.5, "top_k": 4}
-
-    def next_law(tokens):
-        logits = tiny.logits(model, [5, 6], [*tokens, 0])[-1] / 1.5
-        top, ids = logits.topk(4)
-        return dict(zip(ids.tolist(), top.softmax(0).tolist(), strict=True))
-
-    likeliest, texts = {}, {(): 1.0}
-    for _ in range(3):
-        longer = {}
-        for text, p in texts.items():
-            following = {} if text[-1:] == (0,) else next_law(text)
-            longer |= {(*text, token): p * q for token, q in following.items()} or {text: p}
-            if following:
-                likeliest[text] = max(following, key=following.__getitem__)
-        texts = longer
+    texts, following = laws_of_texts(tiny, model, LAW, 3)
 
     class Likeliest(Oracle):
-        def propose(self, sample, prompt, written, limit):
-            return Draft([likeliest[tuple(written.tolist())]][:limit], [0][:limit])
+        def guess(self, sample, prompt, written, limit):
+            law = following[tuple(written.tolist())]
+            return Draft([int(law.argmax())][:limit], [0][:limit])
 
     engine = tiny.engine(folder, dtype="float64", max_concurrent=64)
-    asyncio.run(engine.load(tiny.publish(model, 0)))
-    batch: Decoder = engine._decoder
+    await engine.load(tiny.publish(model, 0))
     speculation = speculate(engine, Likeliest(), depth=1)
     if wrong:
         plant_wrong_rule(monkeypatch)
-    counts = Counter()
-    with torch.inference_mode():
-        for start in range(0, 40_000, 1000):
-            batch.submit(
-                [tiny.request([5, 6], start + i, max_new_tokens=3, **law) for i in range(1000)]
-            )
-            while batch.running or batch.queued:
-                counts.update(tuple(output.token_ids.tolist()) for output in batch.step())
+    counts = await counted(tiny, engine, LAW, 3)
     assert speculation.accepted > 5000
     assert set(counts) <= set(texts)
     z = chi_square_z(counts, texts)
@@ -289,14 +333,65 @@ def plant_wrong_rule(monkeypatch):
 
     def wrong_sample(logits, laws, uniforms, ratio_law):
         draws = real(logits, laws, uniforms, ratio_law)
-        top, ids = (logits / 1.5).topk(4)
-        shares = torch.zeros_like(logits).scatter_(-1, ids, top.softmax(-1)).numpy()
+        shares = probabilities(logits, laws)
         for row, token in enumerate(fed[-1].draft_M):
             if token >= 0 and shares[row, token] > 0.3:
                 draws.token_ids_B[row] = token
         return draws
 
     monkeypatch.setattr(decoder, "sample", wrong_sample)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [False, True])
+async def test_drafts_drawn_from_another_law_leave_the_targets_and_a_wrong_rule_is_seen(
+    tiny, monkeypatch, wrong
+):
+    """160,000 draws with a draft model of another law, two deep; the planted rule takes a draft
+    whenever the target gives it more than half of what the draft's law does."""
+    folder = tiny.folder("llama")
+    model = tiny.policy(folder, 2, torch.float64)
+    texts, _ = laws_of_texts(tiny, model, LAW, 4)
+    engine = tiny.engine(folder, dtype="float64", max_concurrent=64)
+    await engine.load(tiny.publish(model, 0))
+    small = tiny.saved(tiny.policy(folder, 2, noise=0.1))
+    speculation = speculate(engine, DraftModel(small, 64, "rejection"), depth=3)
+    if wrong:
+        monkeypatch.setattr(
+            decoder, "verify", lambda *a: verify(*a[:5], np.full(len(a[5]), 0.5), *a[6:])
+        )
+    counts = await counted(tiny, engine, LAW, 4)
+    assert 0.3 < speculation.accepted / speculation.drafted < 0.95
+    assert set(counts) <= set(texts)
+    z = chi_square_z(counts, texts)
+    assert z > 20 if wrong else z < 4
+
+
+@given(st.integers(0, 2**32), st.sampled_from([{}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}]))
+@settings(max_examples=25)
+def test_a_verified_draft_has_exactly_the_targets_law(seed, law):
+    """Not sampled: the acceptance and the rest are added up over a fine grid of uniforms."""
+    random, laws = np.random.default_rng(seed), RowLaws.of([SamplingParams(**law)])
+    logits = torch.from_numpy(random.normal(size=(1, 6)) * 2)
+    draft_law = torch.from_numpy(random.dirichlet(np.ones(6)))
+    target, got, grid = probabilities(logits, laws)[0].numpy(), np.zeros(6), 400
+    middles = (np.arange(grid) + 0.5) / grid
+    for token in range(6):
+        accepted = min(1.0, target[token] / float(draft_law[token]))
+        many = RowLaws.of([SamplingParams(**law)] * grid)
+        draws = verify(
+            logits.expand(grid, -1), many, middles, np.full(grid, token),
+            draft_law.expand(grid, -1), np.full(grid, 1 - 1e-9), "temperature",
+        )  # fmt: skip
+        rest = np.bincount(draws.token_ids_B, minlength=6) / grid
+        got += float(draft_law[token]) * (1 - accepted) * rest
+        got[token] += float(draft_law[token]) * accepted
+        always = verify(
+            logits, laws, middles[:1], np.array([token]), draft_law[None],
+            np.array([max(0.0, accepted - 1e-9)]), "temperature",
+        )  # fmt: skip
+        assert accepted == 0 or always.token_ids_B[0] == token
+    np.testing.assert_allclose(got, target, atol=3 / grid)
 
 
 def test_settings_name_the_drafter():

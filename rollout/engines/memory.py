@@ -1,0 +1,135 @@
+"""Which samples fit into memory: their predicted peak, from the lengths of earlier ones.
+
+Counted in tokens' keys and values. Shape suffixes: N samples.
+"""
+
+from collections import deque
+
+import numpy as np
+
+from ..engine import GenerationRequest
+from .slots import Slots
+from .waiting import Group, KeptTurns, Waiting
+
+_REMEMBERED = 1024
+"""Finished samples whose lengths predict those to come: the policy, and its lengths, drift."""
+_QUANTILE = 0.8
+"""Of the lengths still possible, the one predicted: the median would be exceeded by half of all
+samples, and each one that is exceeded may cost a pause."""
+
+
+class Lengths:
+    """Lengths of the samples that finished last."""
+
+    def __init__(self) -> None:
+        self._seen: deque[int] = deque(maxlen=_REMEMBERED)
+
+    def saw(self, num_written: int) -> None:
+        """A sample ended with so many tokens."""
+        self._seen.append(num_written)
+
+    def left(self, num_written_N: np.ndarray, budget_N: np.ndarray) -> np.ndarray:
+        """[N] tokens each sample is predicted to write still: the quantile of the lengths seen that
+        exceed what it has written; up to its budget while there are none.
+
+        Args:
+            num_written_N: [N] int, tokens so far.
+            budget_N: [N] int, at most.
+        """
+        if not self._seen:
+            return budget_N - num_written_N
+        seen = np.sort(np.fromiter(self._seen, dtype=np.int64))
+        first_N = np.searchsorted(seen, num_written_N, side="right")
+        at_N = first_N + np.floor(_QUANTILE * (len(seen) - first_N)).astype(np.int64)
+        predicted_N = np.where(first_N < len(seen), seen[at_N.clip(max=len(seen) - 1)], budget_N)
+        return np.minimum(predicted_N, budget_N) - num_written_N
+
+
+def peak_tokens(lengths_N: np.ndarray, left_N: np.ndarray) -> int:
+    """Most tokens of memory that rows take until the last has ended, none being added.
+
+    Rows are as long as the longest of them: while the k with most left go on, they take k times the
+    longest of these.
+
+    Args:
+        lengths_N: [N] int, tokens in each row now.
+        left_N: [N] int, tokens each is still to get.
+    Source: the predicted peak of Past-Future (arXiv:2507.10150), there for paged memory, where it
+        is the sum of the lengths instead of this product.
+    """
+    order = np.argsort(-left_N, kind="stable")
+    lengths_N, left_N = lengths_N[order], left_N[order]
+    alive_N = np.arange(1, len(order) + 1)
+    return int((alive_N * (np.maximum.accumulate(lengths_N) + left_N)).max(initial=0))
+
+
+class Memory:
+    """Keeps to a bound on tokens: who may begin, and what there is room for."""
+
+    def __init__(self, most_tokens: float, slots: Slots, waiting: Waiting, kept: KeptTurns) -> None:
+        """`most_tokens` is inf where memory is not bounded."""
+        self.most_tokens, self.lengths = most_tokens, Lengths()
+        self._slots, self._waiting, self._kept = slots, waiting, kept
+
+    @property
+    def outside_rows(self) -> int:
+        """Tokens of kept turns, and of prompts that rows share or that are being computed."""
+        prompts = {id(keys): len(keys) for keys in self._slots.shared if keys}
+        prompts |= {id(group.keys): len(group.keys) for group in self._waiting.keyed if group.keys}
+        return self._kept.num_tokens + sum(prompts.values())
+
+    @property
+    def in_rows(self) -> float:
+        """Most tokens that rows may take."""
+        bounded = self.most_tokens < np.inf
+        return self.most_tokens - self.outside_rows if bounded else np.inf
+
+    def is_tight(self, group: Group) -> bool:
+        """Whether copies of a prompt in the rows of its samples would not fit."""
+        rows = self._slots.count + len(group.admitted)
+        longest = max(len(group.token_ids), int(self._slots.row_lengths.max(initial=0)))
+        return rows * longest + len(group.token_ids) > self.in_rows
+
+    def fits(self, group: Group) -> bool:
+        """Whether one more sample of a group fits, at the peak predicted for all of them; one
+        always does."""
+        begun = [(g, request) for g in self._waiting.begun for request in g.admitted]
+        if self.most_tokens == np.inf or not (self._slots.count or begun):
+            return True
+        used = self._slots.used
+        more = [self._of(g, request) for g, request in (*begun, (group, group.waiting[0]))]
+        row, written, budget = np.array(more).T
+        peak = peak_tokens(
+            np.append(self._slots.row_lengths, row),
+            self.lengths.left(
+                np.append(used["num_written"], written), np.append(used["budget"], budget)
+            ),
+        )
+        no_keys = {id(g): len(g.token_ids) for g in (*self._waiting.begun, group) if not g.keys}
+        peak += sum(no_keys.values())
+        while peak > self.in_rows and len(self._kept):
+            self._kept.forget_oldest()
+        return peak <= self.in_rows
+
+    @staticmethod
+    def _of(group: Group, request: GenerationRequest) -> tuple[int, int, int]:
+        """Of a sample that is not in flight: tokens its row starts with, tokens written, budget."""
+        written = 0 if group.paused is None else len(group.paused.written)
+        row = 0 if group.keys and group.is_shared else len(group.token_ids)
+        return row, written, request.sampling.max_new_tokens
+
+    def make_room(self) -> int | None:
+        """Forget what can be computed again until the next token of all rows fits; where that is
+        not enough, returns the slot to pause, the one that loses least. The last one always fits.
+        """
+        while self._slots.count * (int(self._slots.row_lengths.max()) + 1) > self.in_rows:
+            in_use = {id(keys) for keys in self._slots.shared}
+            begun = [g for g in self._waiting.keyed if g.keys and id(g.keys) not in in_use]
+            if len(self._kept):
+                self._kept.forget_oldest()
+            elif begun:
+                self._waiting.put_back(begun[-1])
+            else:
+                several = self._slots.count > 1
+                return int(self._slots.used["num_written"].argmin()) if several else None
+        return None
