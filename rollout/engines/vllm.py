@@ -229,6 +229,7 @@ class VllmEngine:
         await llm.pause_generation(mode="keep", clear_cache=self._kv == "recompute")
         await llm.start_weight_update()
         await llm.update_weights(update)
+        _check_same(files)  # copied by now, and not written over while it was
         await llm.finish_weight_update(name)
         if await llm.get_weight_version() != name:
             raise RuntimeError(f"vLLM does not serve {name}")
