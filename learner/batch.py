@@ -33,7 +33,8 @@ class Sample:
 
     trajectory: Trajectory
     advantage: float | np.ndarray
-    """Of all trained tokens, or of each: [num_trained] float64."""
+    """Of all trained tokens, or of each: [num_trained] float64. Under GAE the reward, see
+    `critic.judged`."""
     first_trained: int
     """Policy-written tokens before this one (the stale prefix) are context with zero weight."""
     weight: float = 1.0
@@ -73,6 +74,9 @@ class MicroBatch(Rows):
     """bool: some key is older than the version that wrote the token (`kv_mixture`)."""
     num_inputs: int
     """Inputs without padding."""
+    values_T: Tensor | None = None
+    """The critic's, of the held version; None without one, like the next."""
+    returns_T: Tensor | None = None
 
 
 def samples_of(groups: Sequence[TrajectoryGroup], objective: ObjectiveConfig) -> list[Sample]:
@@ -105,6 +109,8 @@ def _advantages(
     if objective.advantage == "gigpo":
         return [_turn_advantages(trajectories, objective) for trajectories in trajectories_PG]
     rewards_PG = [[t.score.value for t in trajectories] for trajectories in trajectories_PG]
+    if objective.advantage == "gae":
+        return [[reward or 0.0 for reward in rewards_G] for rewards_G in rewards_PG]
     return [a.tolist() for a in batch_advantages(rewards_PG, objective.advantage)]
 
 

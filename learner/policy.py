@@ -3,7 +3,7 @@
 Shape suffixes: B rows, L padded inputs of a row, D hidden size, V vocabulary, T trained tokens.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..kernels.models import assign_weights
 from . import lora
 from .batch import Rows
 from .config import OptimizerConfig
+from .critic import PREFIX, make_critic, values_of
 from .rows import Layout
 
 RNG_NAME = "rng.torch"
@@ -36,7 +37,12 @@ class Policy:
     """
 
     def __init__(
-        self, model: PreTrainedModel, config: OptimizerConfig, average_decay: float | None = None
+        self,
+        model: PreTrainedModel,
+        config: OptimizerConfig,
+        average_decay: float | None = None,
+        *,
+        critic: bool = False,
     ) -> None:
         """Take over a model; nothing is copied unless it is bfloat16 or averaged. What needs no
         gradient (all but the adapters under LoRA) is not trained.
@@ -45,6 +51,7 @@ class Policy:
             model: trained in place.
             config: of AdamW.
             average_decay: of the exponential average that `averaged` shows; None: there is none.
+            critic: whether there is a value head, see `critic.py`.
         """
         self.model, self.config = model, config
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -55,10 +62,21 @@ class Policy:
             else self.parameters
         )
         self.optimizer = make_optimizer(list(self.masters.values()), config)
+        self.critic = make_critic(model) if critic else None
+        if self.critic is not None:
+            self._add_critic(self.critic)
         self.average_decay = average_decay
         self.average = {} if average_decay is None else self._copy_of_masters()
         self.average_weight = torch.ones((), dtype=torch.float64)
         """Sum of decay^i over the updates so far: what the average divides by."""
+
+    def _add_critic(self, critic: torch.nn.Linear) -> None:
+        """Train it beside the model, at its own rate; it needs no master, it is not rounded."""
+        own = {PREFIX + name: parameter for name, parameter in critic.named_parameters()}
+        self.parameters |= own
+        self.masters |= own
+        factor = self.config.critic_learning_rate / self.config.learning_rate
+        self.optimizer.add_param_group({"params": list(own.values()), "factor": factor})
 
     def _copy_of_masters(self) -> dict[str, Tensor]:
         return {name: master.detach().clone() for name, master in self.masters.items()}
@@ -94,10 +112,11 @@ class Policy:
         """Clip the accumulated gradients, whose total norm the caller has checked; apply AdamW."""
         clip_grads_with_norm_(self.masters.values(), self.config.max_grad_norm, grad_norm)
         for group in self.optimizer.param_groups:
+            rate = learning_rate * group.get("factor", 1.0)
             if isinstance(group["lr"], Tensor):  # torchao's, which compiles the rate in otherwise
-                group["lr"].fill_(learning_rate)
+                group["lr"].fill_(rate)
             else:
-                group["lr"] = learning_rate
+                group["lr"] = rate
         with self._stance():
             self.optimizer.step()
         self.clear_gradients()
@@ -143,7 +162,7 @@ class Policy:
                     state[f"{name}:{field}.scale"] = value.scale
                 else:
                     state[f"{name}:{field}"] = value
-            if self.masters is not self.parameters:
+            if self.masters is not self.parameters or name.startswith(PREFIX):
                 state[f"{name}:master"] = master.detach()
             if self.average:
                 state[f"{name}:average"] = self.average[name]
@@ -225,11 +244,18 @@ def score(model: PreTrainedModel, rows: Rows) -> tuple[Tensor, Tensor]:
     return dispatch.scores(scored_hidden(model, rows), rows.layout.targets_T, _head(model, rows))
 
 
-def whole_loss(model: PreTrainedModel, rows: Rows, token_loss: TokenLoss) -> FullLoss:
+def whole_loss(
+    model: PreTrainedModel,
+    rows: Rows,
+    token_loss: TokenLoss,
+    beside: Callable[[Tensor], Tensor] | None = None,
+) -> FullLoss:
     """As `fused_loss`, for an objective that has to see all tokens of a sample at once."""
-    logprobs_T, entropy_T = score(model, rows)
+    hidden_TD = scored_hidden(model, rows)
+    logprobs_T, entropy_T = dispatch.scores(hidden_TD, rows.layout.targets_T, _head(model, rows))
     loss_T, seen_T = token_loss(logprobs_T, entropy_T, slice(0, len(logprobs_T)))
-    return FullLoss(loss_T.sum(), logprobs_T.detach(), entropy_T.detach(), dict(seen_T))
+    loss = loss_T.sum() if beside is None else loss_T.sum() + beside(hidden_TD)
+    return FullLoss(loss, logprobs_T.detach(), entropy_T.detach(), dict(seen_T))
 
 
 @torch.no_grad()
@@ -239,10 +265,29 @@ def score_frozen(model: PreTrainedModel, rows: Rows) -> Tensor:
     return dispatch.frozen_scores(hidden_TD, rows.layout.targets_T, _head(model, rows))[0]
 
 
-def fused_loss(model: PreTrainedModel, rows: Rows, token_loss: TokenLoss) -> FullLoss:
-    """A token-separable objective over the scored tokens, fused with the LM head."""
+def fused_loss(
+    model: PreTrainedModel,
+    rows: Rows,
+    token_loss: TokenLoss,
+    beside: Callable[[Tensor], Tensor] | None = None,
+) -> FullLoss:
+    """A token-separable objective over the scored tokens, fused with the LM head.
+
+    Args:
+        model: the policy.
+        rows: what it is run over.
+        token_loss: of each scored token.
+        beside: a term that is a function of the scored tokens' hidden states, [T, D] -> scalar.
+    """
     hidden_TD = scored_hidden(model, rows)
-    return dispatch.full(hidden_TD, rows.layout.targets_T, _head(model, rows), token_loss)
+    result = dispatch.full(hidden_TD, rows.layout.targets_T, _head(model, rows), token_loss)
+    return result if beside is None else result._replace(loss=result.loss + beside(hidden_TD))
+
+
+@torch.no_grad()
+def expected_returns(critic: torch.nn.Linear, model: PreTrainedModel, rows: Rows) -> Tensor:
+    """[T] the critic's value of each scored token, before it is written."""
+    return values_of(critic, scored_hidden(model, rows))
 
 
 def scored_hidden(model: PreTrainedModel, rows: Rows) -> Tensor:

@@ -8,6 +8,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,8 +32,9 @@ from .batch import (
     updates_of,
 )
 from .config import LearnerConfig, ObjectiveConfig
+from .critic import judged, value_term
 from .metrics import Sums, step_metrics
-from .policy import Policy, fused_loss, score_frozen, whole_loss
+from .policy import Policy, expected_returns, fused_loss, score_frozen, whole_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +73,8 @@ def train_step(
 
     1. Samples in the order (uid, index). Per group, over all samples with a reward, trained or not:
        advantage = (reward - mean) / (std + 1e-6), std of the population (`group_std`), or as
-       `advantage.batch_advantages` says of the other kinds; float64.
+       `advantage.batch_advantages` says of the other kinds; float64. Under `gae` values come from
+       one more forward of the policy as it is before the first update, see `critic.judged`.
     2. The groups are cut, in order of uid, into U parts [P i // U, P (i + 1) // U); each part is
        one optimizer update. The proximal policy is, by `proximal`: the current one without
        gradient (`first_pass`); that before the first update, scored for the whole batch
@@ -82,7 +86,8 @@ def train_step(
        surrogate = -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), or another one;
        loss = correction * surrogate + kl_coefficient * KL - entropy_coefficient * entropy, where
        correction (no gradient) = min(proximal / behaviour, correction_high), or zeroed, or 1.
-       The correction weighs the surrogate alone.
+       The correction weighs the surrogate alone. Under `gae` value_coefficient *
+       `objective.clipped_value_loss` is added.
     4. The loss of an update is the sum over its trained tokens divided by their number (`token`),
        or the mean over samples of each one's token mean (`sequence`), or the mean over prompts of
        token sums / (samples x max_new_tokens) (`prompt`) or of token means (`prompt_token`);
@@ -118,6 +123,12 @@ def train_step(
         if (own := [s for s in samples if s.trajectory.uid in uids])
     ]
     proof = _prove(parts, step, max_staleness_steps, path)
+    if policy.critic is not None:
+        values = partial(expected_returns, policy.critic, policy.model)
+        every = [batch for part in parts for batch in part.batches]
+        batches = iter(judged(values, every, config.objective))
+        for part in parts:
+            part.batches[:] = islice(batches, len(part.batches))
     anchor = config.objective.anchor(config.updates_per_step)
     if anchor == "recomputed" and len(parts) > 1:
         for part in parts:
@@ -299,7 +310,11 @@ def _accumulate(
             reference_T = score_frozen(reference, batch)
         terms = _TokenLoss(batch, config, anchor_T, reference_T, part.denominator)
         run = whole_loss if config.needs_whole_samples else fused_loss
-        result = run(policy.model, batch, terms)
+        seen_T: dict[str, Tensor] = {}
+        beside = None
+        if policy.critic is not None:
+            beside = value_term(policy.critic, batch, config, part.denominator, seen_T)
+        result = run(policy.model, batch, terms, beside)
         if not math.isfinite(value := float(result.loss.detach())):
             raise TrainingFailed(
                 f"step {step}: the loss is {value}; the weights are as before this update. Resume "
@@ -310,7 +325,7 @@ def _accumulate(
         # The gap to the engine is that of the held version: `ewma` anchors elsewhere.
         elsewhere = config.proximal == "ewma"
         held_T = result.logprobs_T if anchor_T is None or elsewhere else anchor_T
-        sums.count(batch, held_T, result.seen_T)
+        sums.count(batch, held_T, {**result.seen_T, **seen_T})
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,7 +134,8 @@ class Trainer:
     def _policy(self, model: PreTrainedModel) -> Policy:
         objective = self.spec.config.objective
         decay = objective.proximal_decay if objective.proximal == "ewma" else None
-        return Policy(model, self.spec.config.optimizer, decay)
+        critic = objective.advantage == "gae"
+        return Policy(model, self.spec.config.optimizer, decay, critic=critic)
 
     def _load_model(self) -> PreTrainedModel:
         """The model to be trained, keeping for backward what `learner.activations` says.
