@@ -122,6 +122,8 @@ def _without_effect(experiment: Experiment) -> Iterator[tuple[str, str]]:
     if anchor == "first_pass":
         for key in ("clip_low", "clip_high"):
             yield f"learner.objective.{key}", "the ratio is 1, see learner.objective.proximal"
+    if experiment.learner.packed:
+        yield "learner.share_prompts", "learner.packed = true gives each sample its own segment"
     if experiment.learner.objective.correction != "mask":
         yield "learner.objective.correction_low", 'it needs learner.objective.correction = "mask"'
     if experiment.learner.objective.correction == "none":

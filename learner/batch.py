@@ -18,7 +18,7 @@ from ..buffer.records import Trajectory, TrajectoryGroup, Version
 from ..kernels.definition import KeptSets
 from .advantage import batch_advantages, gigpo_advantages
 from .config import ObjectiveConfig
-from .rows import MAX_SHARED_INPUTS, Layout, Piece, lay_out, row_width
+from .rows import MAX_SHARED_INPUTS, Layout, Piece, lay_out, pack, row_width
 
 RatioLaw = Literal["temperature", "kept_set"]
 
@@ -141,7 +141,11 @@ def updates_of(groups: Sequence[TrajectoryGroup], num_updates: int) -> list[list
 
 
 def plan_micro_batches(
-    samples: Sequence[Sample], max_tokens: int, *, share_prompts: bool = True
+    samples: Sequence[Sample],
+    max_tokens: int,
+    *,
+    share_prompts: bool = True,
+    packed: bool = False,
 ) -> list[list[list[Sample]]]:
     """Cut samples into micro-batches of rows, at most `max_tokens` padded inputs each.
 
@@ -153,11 +157,21 @@ def plan_micro_batches(
         samples: in canonical order.
         max_tokens: bounds the memory of one forward and backward; changes no gradient.
         share_prompts: whether samples of one prompt may share a row.
+        packed: micro-batches are packed: rows hold one sample each, and none is padded.
     Returns:
         Micro-batches of rows of samples.
     """
     plan: list[list[list[Sample]]] = []
     inputs = 0
+    if packed:
+        for sample in samples:
+            width = _width([sample])
+            if not plan or inputs + width > max_tokens:
+                plan.append([])
+                inputs = 0
+            plan[-1].append([sample])
+            inputs += width
+        return plan
     rows = _share_prefixes(samples, min(max_tokens, MAX_SHARED_INPUTS) if share_prompts else 0)
     for width, row in sorted(((_width(row), row) for row in rows), key=lambda pair: pair[0]):
         # Sorted: the newest row is the widest, so it sets the width of all.
@@ -214,6 +228,8 @@ def collate(
     held: Version,
     dtype: torch.dtype,
     law: RatioLaw = "temperature",
+    *,
+    packed: bool = False,
 ) -> MicroBatch:
     """Everything known of the trained tokens of some samples, lined up.
 
@@ -222,11 +238,13 @@ def collate(
         held: the version the learner holds, for `clean_T`.
         dtype: of the loss's arithmetic.
         law: `kept_set`: log-probabilities are renormalised over the recorded kept ids.
+        packed: put all samples into one row, see `rows.pack`.
     Raises:
         CorruptData: a record that cannot be trained on, by uid.
     """
-    layout = lay_out([[_piece(sample) for sample in row] for row in rows])
     samples = [sample for row in rows for sample in row]
+    pieces = [[_piece(sample) for sample in row] for row in rows]
+    layout = pack([piece for row in pieces for piece in row]) if packed else lay_out(pieces)
     counts = np.array([sample.num_trained for sample in samples])
 
     def spread(values: list[float]) -> Tensor:

@@ -196,6 +196,10 @@ class LearnerConfig(Settings):
     share_prompts: bool = True
     """Compute the prompt of a group's samples once instead of once per sample. Changes gradients by
     rounding alone; no effect on samples too long to be put side by side."""
+    packed: bool = False
+    """Put all samples of a micro-batch into one row, without padding and without `share_prompts`;
+    attention stays within each sample (torch's varlen FlashAttention on CUDA). For long samples of
+    different lengths. Changes gradients by rounding alone."""
     activations: Literal["keep", "checkpoint", "stream"] = "keep"
     """What backward needs of the forward pass. `keep`: all of it; `checkpoint`: each layer's input,
     the layer is computed again; `stream`: the same, `stream_tokens` of a row at a time, the longest
@@ -234,7 +238,7 @@ class LearnerConfig(Settings):
     @model_validator(mode="after")
     def _streams(self) -> Self:
         advantage = self.objective.advantage
-        if self.stream and advantage in ("batch_std", "group_mean_batch_std"):
+        if self.stream and advantage in ("batch_std", "group_mean_batch_std", "gae"):
             raise ValueError(
                 f'learner.stream cannot train groups before learner.objective.advantage = "'
                 f'{advantage}" has seen the whole batch; use "group_std" or set stream = false'
@@ -247,11 +251,16 @@ class LearnerConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _lora_fits(self) -> Self:
+    def _parts_fit(self) -> Self:
         if self.lora.rank and self.activations == "stream":
             raise ValueError(
                 'learner.activations = "stream" knows the layers\' own weights alone, not the '
                 'adapters of learner.lora; use "checkpoint"'
+            )
+        if self.packed and self.activations == "stream":
+            raise ValueError(
+                "learner.packed = true makes one row, whose samples would see one another under "
+                'learner.activations = "stream"; use "checkpoint"'
             )
         if "lm_head" in self.lora.targets:
             raise ValueError(

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
 from ..buffer.errors import ConfigError, CorruptData
-from ..kernels import dispatch
+from ..kernels import attention, dispatch
 from ..kernels.definition import FullLoss, Head, TokenLoss
 from ..kernels.models import assign_weights
 from . import lora
@@ -306,12 +306,16 @@ def hidden_states(model: PreTrainedModel, layout: Layout) -> Tensor:
 
     Rows without a shared prefix get no mask: transformers then uses torch's causal kernel.
     """
-    mask = layout.mask_BLL
+    mask, more = layout.mask_BLL, {}
+    if layout.segments is not None:
+        attention.enable(model)  # one that was not would see through the walls between samples
+        more = {"segments": layout.segments}
     output = model.get_decoder()(
         input_ids=layout.input_ids_BL,
         position_ids=layout.position_ids_BL,
         attention_mask=None if mask is None else mask[:, None],
         use_cache=False,
+        **more,
     )
     return output.last_hidden_state
 

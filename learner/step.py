@@ -3,7 +3,6 @@
 Shape suffix: T trained tokens of a micro-batch.
 """
 
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -116,8 +115,10 @@ def train_step(
     """
     started = time.perf_counter()
     samples = samples_of(groups, config.objective)
+    dtype = policy.loss_dtype
+    line_up = partial(collate, held=held, dtype=dtype, law=ratio_law, packed=config.packed)
     parts = [
-        _part(own, len(uids), config, lambda r: collate(r, held, policy.loss_dtype, ratio_law))
+        _part(own, len(uids), config, line_up)
         for part in updates_of(groups, config.updates_per_step)
         if (uids := {group.prompt.uid for group in part})
         if (own := [s for s in samples if s.trajectory.uid in uids])
@@ -190,9 +191,10 @@ class StreamedStep:
         began_s = time.perf_counter()
         self._groups += groups
         if samples := samples_of(groups, self._config.objective):
-            line_up = functools.partial(
-                collate, held=self._held, dtype=self._policy.loss_dtype, law=self._law
-            )
+            line_up = partial(
+                collate, held=self._held, dtype=self._policy.loss_dtype, law=self._law,
+                packed=self._config.packed,
+            )  # fmt: skip
             part = _part(samples, len(groups), self._config, line_up)
             self._weighted += _prove([part], self._step, self._bound, self._path).trained_tokens
             anchor = self._config.objective.anchor(1)
@@ -253,7 +255,10 @@ def _part(
         weights, denominator = objective.token_weights(lengths, aggregation)
     samples = [replace(s, weight=w) for s, w in zip(samples, weights, strict=True)]
     plan = plan_micro_batches(
-        samples, config.micro_batch_tokens, share_prompts=config.share_prompts
+        samples,
+        config.micro_batch_tokens,
+        share_prompts=config.share_prompts,
+        packed=config.packed,
     )
     batches = [line_up(rows) for rows in plan]
     return _Part(

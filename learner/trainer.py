@@ -18,7 +18,7 @@ from ..buffer.mailbox import publish_file
 from ..buffer.messages import Batch
 from ..buffer.records import TrajectoryGroup, Version, WeightsManifest
 from ..buffer.staleness import LivePath
-from ..kernels import streambp
+from ..kernels import attention, streambp
 from ..kernels.models import (
     ModelError,
     assign_weights,
@@ -141,20 +141,24 @@ class Trainer:
         """The model to be trained, keeping for backward what `learner.activations` says.
 
         Raises:
-            ConfigError: its layers cannot be streamed, or not be checkpointed.
+            ConfigError: its layers cannot be streamed, checkpointed or packed.
         """
         spec = self.spec
         model = load_policy(spec.model_dir, spec.dtype, spec.seed)
         if spec.config.lora.rank:
             lora.add_adapters(model, spec.config.lora, spec.seed)
         kind = spec.config.activations
+        key = f'learner.activations = "{kind}"'
         try:
             if kind == "stream":
                 streambp.enable(model, spec.config.stream_tokens)
             elif kind == "checkpoint":
                 checkpoint_layers(model)
+            if spec.config.packed:
+                key = "learner.packed = true"
+                attention.enable(model)
         except ValueError as error:
-            raise ConfigError(f'learner.activations = "{kind}": {error}') from error
+            raise ConfigError(f"{key}: {error}") from error
         return model
 
     def _hold(self, policy: Policy, step: int) -> None:
