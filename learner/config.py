@@ -200,6 +200,10 @@ class LearnerConfig(Settings):
     """Put all samples of a micro-batch into one row, without padding and without `share_prompts`;
     attention stays within each sample (torch's varlen FlashAttention on CUDA). For long samples of
     different lengths. Changes gradients by rounding alone."""
+    noise_scale: bool = False
+    """Report the gradient noise scale, in prompts, as `noise_scale`: batches below it lose little
+    by being larger. Each update's micro-batches are planned by halves of its prompts, and one more
+    norm is taken. Needs 2 prompts an update."""
     activations: Literal["keep", "checkpoint", "stream"] = "keep"
     """What backward needs of the forward pass. `keep`: all of it; `checkpoint`: each layer's input,
     the layer is computed again; `stream`: the same, `stream_tokens` of a row at a time, the longest
@@ -242,6 +246,11 @@ class LearnerConfig(Settings):
             raise ValueError(
                 f'learner.stream cannot train groups before learner.objective.advantage = "'
                 f'{advantage}" has seen the whole batch; use "group_std" or set stream = false'
+            )
+        if self.stream and self.noise_scale:
+            raise ValueError(
+                "learner.noise_scale compares halves of a whole batch, which learner.stream does not "
+                "have; set one of them to false"
             )
         if self.stream and self.updates_per_step > 1:
             raise ValueError(

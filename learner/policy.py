@@ -21,10 +21,12 @@ from . import lora
 from .batch import Rows
 from .config import OptimizerConfig
 from .critic import PREFIX, make_critic, values_of
+from .noise import looked_back, scale
 from .rows import Layout
 
 RNG_NAME = "rng.torch"
 AVERAGE_WEIGHT_NAME = "average.weight"
+NOISE_NAME = "noise.sums"
 PROBE_ROWS, PROBE_TOKENS = 4, 24
 BLOCK_8BIT = 256
 
@@ -69,6 +71,16 @@ class Policy:
         self.average = {} if average_decay is None else self._copy_of_masters()
         self.average_weight = torch.ones((), dtype=torch.float64)
         """Sum of decay^i over the updates so far: what the average divides by."""
+        self.noise_sums = torch.zeros(2, dtype=torch.float64)
+
+    def note_noise(self, noise: float, signal: float) -> dict[str, float | None]:
+        """Metrics of the gradient's noise and signal, see `noise.py`, with what was before."""
+        self.noise_sums = looked_back(self.noise_sums, noise, signal)
+        return {
+            "gradient_noise": noise,
+            "gradient_signal": signal,
+            "noise_scale": scale(self.noise_sums),
+        }
 
     def _add_critic(self, critic: torch.nn.Linear) -> None:
         """Train it beside the model, at its own rate; it needs no master, it is not rounded."""
@@ -168,6 +180,8 @@ class Policy:
                 state[f"{name}:average"] = self.average[name]
         if self.average:
             state[AVERAGE_WEIGHT_NAME] = self.average_weight
+        if self.noise_sums.any():
+            state[NOISE_NAME] = self.noise_sums
         return state
 
     def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -185,7 +199,9 @@ class Policy:
             name, _, field = key.rpartition(":")
             if key == AVERAGE_WEIGHT_NAME:
                 self.average_weight = value.clone()
-            if key in (RNG_NAME, AVERAGE_WEIGHT_NAME):
+            if key == NOISE_NAME:
+                self.noise_sums = value.clone()
+            if key in (RNG_NAME, AVERAGE_WEIGHT_NAME, NOISE_NAME):
                 continue
             if name not in self.masters:
                 raise CorruptData(f"the optimizer state names {name}, which the model has not")

@@ -20,7 +20,7 @@ from ..buffer.messages import ProofLine
 from ..buffer.records import TrainingSample, TrajectoryGroup, Version
 from ..buffer.staleness import LivePath, proof_line
 from ..kernels import dispatch
-from . import objective
+from . import noise, objective
 from .batch import (
     MicroBatch,
     RatioLaw,
@@ -45,6 +45,9 @@ class _Part:
     denominator: float
     proximal: list[Tensor | None]
     """Per micro-batch; None: derived from the current policy while the loss is computed."""
+    num_prompts: int = 0
+    half: tuple[int, int] | None = None
+    """Micro-batches and prompts of its first half, when the two are apart (`noise_scale`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,16 +138,22 @@ def train_step(
         for part in parts:
             part.proximal[:] = [score_frozen(policy.model, batch) for batch in part.batches]
     rate = config.optimizer.rate_at(step)
-    sums, norms = Sums(), []
+    sums, norms, noisy = Sums(), [], []
     for part in parts:
         if anchor == "ewma":
             with policy.averaged():
                 part.proximal[:] = [score_frozen(policy.model, batch) for batch in part.batches]
-        _accumulate(policy, part, config.objective, reference, sums, step)
+        of_half = _accumulate(policy, part, config.objective, reference, sums, step)
         norms.append(_checked_norm(policy, step))
+        if part.half is not None:
+            sizes = part.half[1], part.num_prompts
+            noisy.append(noise.noise_and_signal(of_half, float(norms[-1]) ** 2, *sizes))
         policy.update(rate, norms[-1])
     metrics = step_metrics(sums, groups, len(parts))
     metrics |= {"grad_norm": float(max(norms)), "learning_rate": rate}
+    if noisy:
+        means = (sum(values) / len(noisy) for values in zip(*noisy, strict=True))
+        metrics |= policy.note_noise(*means)
     metrics["train_seconds"] = time.perf_counter() - started
     metrics["train_tokens_per_s"] = sums.inputs / metrics["train_seconds"]
     return StepResult(metrics=metrics, proof=proof)
@@ -254,16 +263,40 @@ def _part(
     else:
         weights, denominator = objective.token_weights(lengths, aggregation)
     samples = [replace(s, weight=w) for s, w in zip(samples, weights, strict=True)]
-    plan = plan_micro_batches(
-        samples,
-        config.micro_batch_tokens,
-        share_prompts=config.share_prompts,
-        packed=config.packed,
-    )
-    batches = [line_up(rows) for rows in plan]
+    halves, half_prompts = [samples], 0
+    if config.noise_scale and num_prompts > 1:
+        halves, half_prompts = _halves(samples, num_prompts)
+    plans = [
+        plan_micro_batches(
+            each,
+            config.micro_batch_tokens,
+            share_prompts=config.share_prompts,
+            packed=config.packed,
+        )
+        for each in halves
+    ]
+    batches = [line_up(rows) for plan in plans for rows in plan]
     return _Part(
-        samples=samples, batches=batches, denominator=denominator, proximal=[None] * len(batches)
+        samples=samples,
+        batches=batches,
+        denominator=denominator,
+        proximal=[None] * len(batches),
+        num_prompts=num_prompts,
+        half=(len(plans[0]), half_prompts) if half_prompts else None,
     )
+
+
+def _halves(samples: list[Sample], num_prompts: int) -> tuple[list[list[Sample]], int]:
+    """The samples by halves of their prompts, and how many prompts the first half has. Prompts
+    come in the order of the stream, so either half is as good a draw as the other.
+
+    A prompt without a trained sample counts to the second half: its gradient is 0 in either.
+    """
+    uids = sorted({sample.trajectory.uid for sample in samples})
+    first = set(uids[: num_prompts // 2])
+    inside = [s for s in samples if s.trajectory.uid in first]
+    rest = [s for s in samples if s.trajectory.uid not in first]
+    return ([inside, rest], len(first)) if rest else ([samples], 0)
 
 
 def _prove(
@@ -302,13 +335,18 @@ def _accumulate(
     reference: PreTrainedModel | None,
     sums: Sums,
     step: int,
-) -> None:
-    """Forward and backward of one update, micro-batch by micro-batch.
+) -> float:
+    """Forward and backward of one update, micro-batch by micro-batch; returns the squared norm of
+    the mean gradient of its first half, if it has one.
 
     Raises:
         TrainingFailed: the loss is not finite.
     """
-    for batch, anchor_T in zip(part.batches, part.proximal, strict=True):
+    of_half = 0.0
+    for number, (batch, anchor_T) in enumerate(zip(part.batches, part.proximal, strict=True)):
+        if part.half is not None and number == part.half[0]:
+            so_far = noise.squared_norm(p.grad for p in policy.parameters.values())
+            of_half = so_far * (part.num_prompts / part.half[1]) ** 2
         reference_T = None
         if config.kl_coefficient > 0:
             assert reference is not None, "a KL term needs its reference policy"
@@ -331,6 +369,7 @@ def _accumulate(
         elsewhere = config.proximal == "ewma"
         held_T = result.logprobs_T if anchor_T is None or elsewhere else anchor_T
         sums.count(batch, held_T, {**result.seen_T, **seen_T})
+    return of_half
 
 
 @dataclass(frozen=True, slots=True)
