@@ -266,6 +266,9 @@ class LearnerSpec(Settings):
     max_staleness_steps: float
     ratio_law: Literal["temperature", "kept_set"]
     take_deadline_s: float
+    rank: int = 0
+    ranks: int = 1
+    """How many processes like this share the learner's work."""
     branch: int
     branch_parents: dict[int, tuple[int, int]] = {}
     resume_from: tuple[int, int] | None = None

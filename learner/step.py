@@ -6,7 +6,7 @@ Shape suffix: T trained tokens of a micro-batch.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from .batch import (
     RatioLaw,
     Sample,
     collate,
+    own_share,
     plan_micro_batches,
     samples_of,
     updates_of,
@@ -31,6 +32,7 @@ from .batch import (
 from .config import LearnerConfig, ObjectiveConfig
 from .metrics import Sums, step_metrics
 from .policy import Policy, fused_loss, score_frozen, whole_loss
+from .ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +41,7 @@ class _Part:
 
     samples: list[Sample]
     batches: list[MicroBatch]
+    """This rank's."""
     denominator: float
     proximal: list[Tensor | None]
     """Per micro-batch; None: derived from the current policy while the loss is computed."""
@@ -91,6 +94,9 @@ def train_step(
        parameters together; then AdamW (torch; decay on every parameter; bias-corrected) with rate
        learning_rate * min(1, step / warmup_steps).
 
+    With several ranks each gets the whole batch and plans the same micro-batches, of which it takes
+    its share; denominators, norms and metrics are those of all ranks.
+
     Args:
         policy: trained in place.
         groups: the batch, as the buffer handed it out.
@@ -108,15 +114,17 @@ def train_step(
             that is not finite; the weights are then as the last update left them.
         CorruptData: a record that cannot be trained on.
     """
-    started = time.perf_counter()
+    started, ranks = time.perf_counter(), policy.ranks
     samples = samples_of(groups, config.objective)
     parts = [
-        _part(own, len(uids), config, lambda r: collate(r, held, policy.loss_dtype, ratio_law))
+        _part(
+            own, len(uids), config, lambda r: collate(r, held, policy.loss_dtype, ratio_law), ranks
+        )
         for part in updates_of(groups, config.updates_per_step)
         if (uids := {group.prompt.uid for group in part})
         if (own := [s for s in samples if s.trajectory.uid in uids])
     ]
-    proof = _prove(parts, step, max_staleness_steps, path)
+    proof = _prove(parts, step, max_staleness_steps, path, ranks)
     anchor = config.objective.anchor(config.updates_per_step)
     if anchor == "recomputed" and len(parts) > 1:
         for part in parts:
@@ -131,6 +139,7 @@ def train_step(
         _accumulate(policy, part, config.objective, reference, sums, step)
         norms.append(_checked_norm(policy, step))
         policy.update(rate, norms[-1])
+    sums = Sums.merged(ranks.exchange(asdict(sums)))
     metrics = step_metrics(sums, groups, len(parts))
     metrics |= {"grad_norm": float(max(norms)), "learning_rate": rate}
     metrics["train_seconds"] = time.perf_counter() - started
@@ -143,6 +152,7 @@ def _part(
     num_prompts: int,
     config: LearnerConfig,
     line_up: Callable[[Sequence[Sequence[Sample]]], MicroBatch],
+    ranks: Ranks = ALONE,
 ) -> _Part:
     """Weigh the samples of one update and cut them into micro-batches."""
     aggregation = config.objective.aggregation
@@ -158,15 +168,18 @@ def _part(
         weights, denominator = objective.token_weights(lengths, aggregation)
     samples = [replace(s, weight=w) for s, w in zip(samples, weights, strict=True)]
     plan = plan_micro_batches(
-        samples, config.micro_batch_tokens, share_prompts=config.share_prompts
+        samples,
+        config.micro_batch_tokens,
+        share_prompts=config.share_prompts,
+        num_ranks=ranks.size,
     )
-    batches = [line_up(rows) for rows in plan]
+    batches = [line_up(rows) for rows in own_share(plan, ranks.rank, ranks.size)]
     return _Part(
         samples=samples, batches=batches, denominator=denominator, proximal=[None] * len(batches)
     )
 
 
-def _prove(parts: list[_Part], step: int, bound: float, path: LivePath) -> ProofLine:
+def _prove(parts: list[_Part], step: int, bound: float, path: LivePath, ranks: Ranks) -> ProofLine:
     """The law's view of exactly the tokens that are about to carry weight.
 
     Raises:
@@ -180,7 +193,8 @@ def _prove(parts: list[_Part], step: int, bound: float, path: LivePath) -> Proof
     if not trained:
         raise TrainingFailed(f"step {step}: its batch has no token to train on")
     proof = proof_line(trained, step=step, max_staleness_steps=bound, path=path)
-    weighted = sum(int((b.weights_T != 0).sum()) for part in parts for b in part.batches)
+    own = sum(int((b.weights_T != 0).sum()) for part in parts for b in part.batches)
+    weighted = int(ranks.total([own])[0])  # a sample that two ranks took, or none, would show here
     if proof.violations or proof.trained_tokens != weighted:
         raise TrainingFailed(
             f"step {step}: {proof.violations} of {weighted} tokens with weight break the staleness "
@@ -204,6 +218,7 @@ def _accumulate(
     Raises:
         TrainingFailed: the loss is not finite.
     """
+    value = 0.0
     for batch, anchor_T in zip(part.batches, part.proximal, strict=True):
         reference_T = None
         if config.kl_coefficient > 0:
@@ -212,17 +227,20 @@ def _accumulate(
         terms = _TokenLoss(batch, config, anchor_T, reference_T, part.denominator)
         run = whole_loss if config.needs_whole_samples else fused_loss
         result = run(policy.model, batch, terms)
-        if not math.isfinite(value := float(result.loss.detach())):
-            raise TrainingFailed(
-                f"step {step}: the loss is {value}; the weights are as before this update. Resume "
-                "from the last checkpoint, with a lower learning rate if it comes again"
-            )
         result.loss.backward()
-        sums.loss += value
+        if batch.filler:
+            continue
+        value += float(result.loss.detach())
         # The gap to the engine is that of the held version: `ewma` anchors elsewhere.
         elsewhere = config.proximal == "ewma"
         held_T = result.logprobs_T if anchor_T is None or elsewhere else anchor_T
         sums.count(batch, held_T, result.seen_T)
+    if not math.isfinite(whole := policy.ranks.total([value])[0]):
+        raise TrainingFailed(
+            f"step {step}: the loss is {whole}; the weights are as before this update. Resume "
+            "from the last checkpoint, with a lower learning rate if it comes again"
+        )
+    sums.loss += value
 
 
 @dataclass(frozen=True, slots=True)
