@@ -40,7 +40,9 @@ class ClusterConfig(Settings):
     learner_gpus: Annotated[float, Field(ge=0)] = 0.0
     """Ray: devices of one learner rank."""
     learner_ranks: Annotated[int, Field(ge=1)] = 1
-    """Ray: bundles reserved for the learner, packed on as few nodes as possible."""
+    """Processes that share the learner's work: each holds a part of every weight and trains a part
+    of every batch (FSDP2). Changes gradients by rounding alone; a run resumes on any number. Under
+    Ray on as few nodes as possible."""
     spread: bool = True
     """Ray: rollout workers on as many nodes as possible; false: on as few."""
     placement: Literal["split", "shared"] = "split"

@@ -13,6 +13,7 @@ from ..buffer.errors import ConfigError
 from .cluster import ClusterConfig
 from .ray_child import ProcessActor, answer, versions
 from .schema import Experiment
+from .specs import learner_names
 
 PLACE_DEADLINE_S = 60.0
 
@@ -145,9 +146,8 @@ class Placement:
         Raises:
             ConfigError: versions differ, or the run folder is not visible there.
         """
-        ranks = range(1, self._config.learner_ranks)
         workers = range(self._experiment.rollout.workers)
-        names = ["learner", *(f"learner-{n}" for n in ranks), *(f"worker-{n}" for n in workers)]
+        names = [*learner_names(self._experiment), *(f"worker-{n}" for n in workers)]
         actors = [self.actor(name) for name in names]
         try:
             facts = [answer(actor.facts.remote(str(run_dir)), 120.0) for actor in actors]

@@ -115,6 +115,26 @@ def check_batch(experiment: Experiment) -> Iterator[str]:
         )
 
 
+def check_ranks(experiment: Experiment) -> Iterator[str]:
+    """Yield what several learner ranks cannot do."""
+    learner, ranks = experiment.learner, experiment.cluster.learner_ranks
+    if ranks > 1 and learner.activations == "stream":
+        yield (
+            f'learner.activations = "stream" reads whole layers, of which each of cluster.'
+            f'learner_ranks = {ranks} holds a part; use "checkpoint"'
+        )
+    if ranks > 1 and learner.optimizer.name == "adamw_8bit":
+        yield (
+            f'learner.optimizer.name = "adamw_8bit" keeps moments by blocks, which cluster.'
+            f'learner_ranks = {ranks} would cut at other places; use "adamw", which they share'
+        )
+    if ranks > 1 and learner.stream:
+        yield (
+            f"learner.stream trains on one rank, but cluster.learner_ranks = {ranks}; set one of "
+            "them back"
+        )
+
+
 def check_sizing(experiment: Experiment) -> Iterator[str]:
     """Yield what is wrong between the sizer, the group's sizes, its budget and the objective."""
     rollout, sizing = experiment.rollout, experiment.rollout.sizing
@@ -250,8 +270,8 @@ def check_objective(experiment: Experiment) -> Iterator[str]:
 
 
 CHECKS = (
-    check_batch, check_sizing, check_sampling, check_staleness, check_prompts, check_launch,
-    check_objective,
+    check_batch, check_ranks, check_sizing, check_sampling, check_staleness, check_prompts,
+    check_launch, check_objective,
 )  # fmt: skip
 
 

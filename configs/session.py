@@ -113,7 +113,9 @@ def _say(console: Console, launch: Launch, line: str) -> None:
 def _follow_warm_start(launch: Launch, reporter: Reporter, stop: StopRequests) -> Outcome:
     """Start the one process of a warm start and wait for it."""
     places = Scratch(endpoint="ipc://none", weights_dir=launch.run_dir)
-    plan = dataclasses.replace(process_plan(launch, places, "learner"), module="learner.warm_start")
+    plan = process_plan(launch, places, "learner")
+    alone = plan.spec.model_copy(update={"ranks": 1})
+    plan = dataclasses.replace(plan, module="learner.warm_start", spec=alone)
     child = plan.start(launch.run_dir, Path(launch.run.working_dir))
     try:
         while child.poll() is None and not stop.count:

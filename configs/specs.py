@@ -83,21 +83,26 @@ class Launch:
 def process_names(experiment: Experiment) -> list[str]:
     """The run's processes in the order in which they are started.
 
-    The learner comes first: it is on the way to the first step the longest (torch, then the warm
-    start), and the others find the buffer whenever it is up.
+    The learner's ranks come first: they are on the way to the first step the longest (torch, then
+    the warm start), and the others find the buffer whenever it is up.
     """
     workers = [f"worker-{number}" for number in range(experiment.rollout.workers)]
-    return ["learner", "buffer", *workers, "feeder"]
+    return [*learner_names(experiment), "buffer", *workers, "feeder"]
+
+
+def learner_names(experiment: Experiment) -> list[str]:
+    """`learner` is rank 0, `learner-1` and so on the others."""
+    return ["learner", *(f"learner-{n}" for n in range(1, experiment.cluster.learner_ranks))]
 
 
 def process_plan(launch: Launch, places: Scratch, name: str) -> ProcessPlan:
-    """One process of the run: `learner`, `buffer`, `feeder` or `worker-N`."""
+    """One process of the run: `learner`, `learner-N`, `buffer`, `feeder` or `worker-N`."""
     experiment = launch.experiment
-    match name:
+    match name.partition("-")[0]:
         case "learner":
             sft_threads = experiment.sft.threads if experiment.sft else 1
             threads = max(experiment.learner.threads, sft_threads)
-            module, spec = "learner.loop", learner_spec(launch, places)
+            module, spec = "learner.loop", learner_spec(launch, places, rank=_number(name))
         case "buffer":
             threads, module, spec = 1, "buffer.service", service_spec(launch, places)
         case "feeder":
@@ -106,6 +111,10 @@ def process_plan(launch: Launch, places: Scratch, name: str) -> ProcessPlan:
             threads = experiment.rollout.threads_per_worker
             module, spec = "rollout.worker", worker_spec(launch, places, name)
     return ProcessPlan(name=name, module=module, spec=spec, threads=threads)
+
+
+def _number(name: str) -> int:
+    return int(name.partition("-")[2] or 0)
 
 
 def preflight_plan(launch: Launch) -> ProcessPlan:
@@ -176,8 +185,8 @@ def worker_spec(launch: Launch, places: Scratch, name: str) -> WorkerSpec:
     )
 
 
-def learner_spec(launch: Launch, places: Scratch) -> LearnerSpec:
-    """The learner's. Tracking is off there: the supervisor writes it from the metrics file."""
+def learner_spec(launch: Launch, places: Scratch, rank: int = 0) -> LearnerSpec:
+    """One learner rank's. Tracking is off there: the supervisor writes it from the metrics file."""
     experiment = launch.experiment
     return LearnerSpec(
         run_id=launch.run.run_id,
@@ -194,6 +203,8 @@ def learner_spec(launch: Launch, places: Scratch) -> LearnerSpec:
         max_staleness_steps=experiment.buffer.max_staleness_steps,
         ratio_law=experiment.rollout.ratio_law,
         take_deadline_s=experiment.buffer.take_deadline_s,
+        rank=rank,
+        ranks=experiment.cluster.learner_ranks,
         branch=launch.branch,
         branch_parents=launch.run.parents(),
         resume_from=launch.resume_from,

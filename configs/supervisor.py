@@ -223,7 +223,7 @@ class Supervisor:
     def _ended_badly(self, child: Child) -> bool:
         # The learner and the feeder end by themselves when done; the others only when told.
         code = child.poll()
-        done = code == 0 and child.name in ("learner", "feeder")
+        done = code == 0 and kind_of(child.name) in ("learner", "feeder")
         return code is not None and not done and child.name not in self._leaving
 
     def _end_stalled(self, stall: Stall) -> None:
@@ -276,7 +276,8 @@ class Supervisor:
         save_s = self._deadlines.learner_save_s
         if outcome.status == "failed":
             save_s = self._deadlines.learner_crash_s if alive else 2.0
-        self._end(["learner"], save_s, phase="saving")
+        learners = [name for name in self._children if kind_of(name) == "learner"]
+        self._end(learners, save_s, phase="saving")  # rank 0 lets the others go
         if alive:
             self._around.close_run(outcome.reason.splitlines()[0])
         self._end(["feeder", *self._workers], self._deadlines.end_s, phase="ending")

@@ -1,6 +1,6 @@
 """Advantages: how much better a sample did than its siblings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -104,19 +104,29 @@ def generalised_advantages(
     return advantages_N
 
 
-def whitened(values: Sequence[np.ndarray], counted: Sequence[np.ndarray]) -> list[np.ndarray]:
+Total = Callable[[Sequence[float]], list[float]]
+"""Sums over the learner's ranks."""
+
+
+def whitened(
+    values: Sequence[np.ndarray], counted: Sequence[np.ndarray], total: Total = list
+) -> list[np.ndarray]:
     """(value - mean) / sqrt(variance + 1e-8), both over what counts in all arrays together; the
-    variance is the sample's (divided by n - 1), and with fewer than two values nothing is scaled.
+    variance is the sample's (divided by n - 1), and with fewer than two values nothing is changed.
 
     Args:
         values: float64 each.
         counted: bool each: which of the values are in mean and variance.
+        total: where the arrays are those of one rank of several.
     Source: PPO's usual advantage normalisation, as verl and TRL write it.
     """
     pool = np.concatenate([v[c] for v, c in zip(values, counted, strict=True)])
-    if len(pool) < 2:
+    number, summed = total([len(pool), pool.sum()])
+    if number < 2:
         return list(values)
-    return [(v - pool.mean()) / np.sqrt(pool.var(ddof=1) + WHITE_EPS) for v in values]
+    mean = summed / number
+    (squares,) = total([((pool - mean) ** 2).sum()])
+    return [(v - mean) / np.sqrt(squares / (number - 1) + WHITE_EPS) for v in values]
 
 
 def gigpo_advantages(

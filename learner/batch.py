@@ -4,8 +4,9 @@ Shape suffixes: N tokens the policy wrote in one trajectory, T trained tokens of
 one after the other.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -77,6 +78,8 @@ class MicroBatch(Rows):
     values_T: Tensor | None = None
     """The critic's, of the held version; None without one, like the next."""
     returns_T: Tensor | None = None
+    filler: bool = False
+    """Whether it is there only because the other ranks have one more; nothing in it has weight."""
 
 
 def samples_of(groups: Sequence[TrajectoryGroup], objective: ObjectiveConfig) -> list[Sample]:
@@ -146,6 +149,7 @@ def plan_micro_batches(
     *,
     share_prompts: bool = True,
     packed: bool = False,
+    num_ranks: int = 1,
 ) -> list[list[list[Sample]]]:
     """Cut samples into micro-batches of rows, at most `max_tokens` padded inputs each.
 
@@ -158,24 +162,36 @@ def plan_micro_batches(
         max_tokens: bounds the memory of one forward and backward; changes no gradient.
         share_prompts: whether samples of one prompt may share a row.
         packed: micro-batches are packed: rows hold one sample each, and none is padded.
+        num_ranks: among whom they will be dealt (`own_share`); with one, nothing is evened out.
     Returns:
         Micro-batches of rows of samples.
     """
+    shared = min(max_tokens, MAX_SHARED_INPUTS) if share_prompts and not packed else 0
+    rows = _share_prefixes(samples, shared)
+    wide = sorted(((_width(row), row) for row in rows), key=lambda pair: pair[0])
+    plan = _cut(wide, max_tokens, packed)
+    rounds = math.ceil(len(plan) / num_ranks)
+    if len(plan) == rounds * num_ranks:
+        return plan
+    # As many as the ranks can share, and as equal as they can be: the smallest bound that does.
+    low, high = 1, max_tokens
+    while low < high:
+        middle = (low + high) // 2
+        if len(_cut(wide, middle, packed)) <= rounds * num_ranks:
+            high = middle
+        else:
+            low = middle + 1
+    return _cut(wide, high, packed)
+
+
+def _cut(
+    wide: Sequence[tuple[int, list[Sample]]], max_tokens: int, packed: bool
+) -> list[list[list[Sample]]]:
     plan: list[list[list[Sample]]] = []
     inputs = 0
-    if packed:
-        for sample in samples:
-            width = _width([sample])
-            if not plan or inputs + width > max_tokens:
-                plan.append([])
-                inputs = 0
-            plan[-1].append([sample])
-            inputs += width
-        return plan
-    rows = _share_prefixes(samples, min(max_tokens, MAX_SHARED_INPUTS) if share_prompts else 0)
-    for width, row in sorted(((_width(row), row) for row in rows), key=lambda pair: pair[0]):
+    for width, row in wide:
         # Sorted: the newest row is the widest, so it sets the width of all.
-        padded = (len(plan[-1]) + 1 if plan else 1) * width
+        padded = inputs + width if packed else (len(plan[-1]) + 1 if plan else 1) * width
         wasteful = padded - inputs - width > MAX_PADDING * padded
         if not plan or padded > max_tokens or (wasteful and inputs >= EFFICIENT_TOKENS):
             plan.append([])
@@ -183,6 +199,18 @@ def plan_micro_batches(
         plan[-1].append(row)
         inputs += width
     return plan
+
+
+def own_share(plan: list[list[list[Sample]]], rank: int, size: int) -> list[list[list[Sample]]]:
+    """Every `size`-th micro-batch: neighbours are alike in size, so ranks wait little for another.
+
+    Every rank gets the same number; one that has fewer repeats the smallest row of all, with zero
+    weight, because the ranks gather parameters together.
+    """
+    own = plan[rank::size]
+    if len(own) < math.ceil(len(plan) / size):
+        own.append([[replace(sample, weight=0.0) for sample in plan[0][0]]])
+    return own
 
 
 def _share_prefixes(samples: Sequence[Sample], max_inputs: int) -> list[list[Sample]]:
@@ -266,6 +294,7 @@ def collate(
         owner_T=torch.from_numpy(np.repeat(np.arange(len(samples)), counts)),
         lag_T=torch.from_numpy(np.concatenate([lag for _, _, lag in ages])),
         num_inputs=sum(map(_width, rows)),
+        filler=not any(sample.weight for sample in samples),
     )
 
 

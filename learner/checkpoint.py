@@ -12,7 +12,8 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,13 @@ def save_checkpoint(
     info: Mapping[str, Any],
     keep_last: int,
     keep: Callable[[int], bool] = lambda step: False,
+    first: bool = True,
+    exchange: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> Checkpoint:
     """Write a checkpoint, durable on return, and then remove older ones.
+
+    Several processes may write its files: the first one of them makes the folder before, and the
+    manifest after all files are durable.
 
     Args:
         root: the run's `checkpoints` folder.
@@ -85,41 +91,77 @@ def save_checkpoint(
         keep_last: complete checkpoints to keep; that of step 0, what the run started from and the
             reference of a KL term, stays besides.
         keep: steps to keep besides.
+        first: whether this process commits; of several exactly one does.
+        exchange: what it is given, of all processes; returns when all have called it.
     Raises:
         TrainingFailed: the disk is full, or the folder cannot be written; what was written of it is
             removed, and earlier checkpoints are as they were.
     """
     folder = root / folder_name(version)
+    checkpoint = Checkpoint(
+        folder=folder,
+        version=version,
+        journal_sequence=journal_sequence,
+        saved_at=time.time(),
+        info=dict(info),
+    )
     try:
-        files = _write_files(folder, writers)
-        checkpoint = Checkpoint(
-            folder=folder,
-            version=version,
-            journal_sequence=journal_sequence,
-            saved_at=time.time(),
-            info=dict(info),
-        )
-        _write_manifest(checkpoint, files)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        earlier = next((f.name for f in complete_folders(root)), "none")
-        raise TrainingFailed(
-            f"checkpoint {folder} cannot be written: {error} ({_free_space(root)}). Newest earlier "
-            f"checkpoint: {earlier}. Make room or mend the folder, then `slipstream resume` the run"
-        ) from error
-    _prune(root, keep_last, keep)
-    crash_point("checkpoint.pruned")
+        with _named(folder, exchange):
+            _make_folder(folder, first)
+        files: dict[str, Any] = {}
+        with _named(folder, exchange):
+            files = _write_files(folder, writers)
+        for each in exchange(files):
+            files |= each
+        with _named(folder, exchange):
+            if first:
+                _sync(folder)
+                crash_point("checkpoint.files_synced")
+                _write_manifest(checkpoint, files)
+    except TrainingFailed:
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if first:
+        _prune(root, keep_last, keep)
+        crash_point("checkpoint.pruned")
     return checkpoint
+
+
+@contextmanager
+def _named(folder: Path, exchange: Callable[[Any], list[Any]]) -> Iterator[None]:
+    """Do a part of the saving; when it fails in one process, it fails in all.
+
+    Raises:
+        TrainingFailed: says why, and what is left.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        problem = error
+    problems = [each for each in exchange(str(problem or "")) if each]
+    if problems:
+        earlier = next((f.name for f in complete_folders(folder.parent) if f != folder), "none")
+        raise TrainingFailed(
+            f"checkpoint {folder} cannot be written: {problems[0]} ({_free_space(folder.parent)}). "
+            f"Newest earlier checkpoint: {earlier}. Make room or mend the folder, then "
+            "`slipstream resume` the run"
+        ) from problem
+
+
+def _make_folder(folder: Path, first: bool) -> None:
+    if first:
+        shutil.rmtree(folder, ignore_errors=True)  # what a crash left of it, if anything
+        crash_point("checkpoint.begun")
+        folder.mkdir(parents=True)
+        crash_point("checkpoint.folder_made")
 
 
 def _write_files(
     folder: Path, writers: Mapping[str, Callable[[Path], object]]
 ) -> dict[str, dict[str, Any]]:
-    """Every file, durable; returns what the manifest says of each."""
-    shutil.rmtree(folder, ignore_errors=True)  # what a crash left of it, if anything
-    crash_point("checkpoint.begun")
-    folder.mkdir(parents=True)
-    crash_point("checkpoint.folder_made")
+    """This process's files, durable; returns what the manifest says of each."""
     files = {}
     for name, write in writers.items():
         write(folder / name)
@@ -128,8 +170,6 @@ def _write_files(
         num_bytes, digest = file_digest(folder / name)
         files[name] = {"bytes": num_bytes, "digest": digest}
         crash_point(f"checkpoint.file_synced.{name}")
-    _sync(folder)
-    crash_point("checkpoint.files_synced")
     return files
 
 
@@ -164,8 +204,8 @@ def _write_manifest(checkpoint: Checkpoint, files: dict[str, dict[str, Any]]) ->
     crash_point("checkpoint.manifest_synced")
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Open a checkpoint after checking every byte of it.
+def read_checkpoint(folder: Path, *, checked: bool = False) -> Checkpoint:
+    """Open a checkpoint after checking every byte of it; `checked`: another rank does that.
 
     Raises:
         CorruptData: no manifest, or a file that is missing, cut or altered; says which.
@@ -178,7 +218,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise CorruptData(f"{folder / MANIFEST} cannot be read: {error!r}") from error
     if schema != SCHEMA or stated != _json_digest(body):
         raise CorruptData(f"{folder / MANIFEST} was altered, or written by another version of us")
-    for name, expected in files.items():
+    for name, expected in () if checked else files.items():
         path = folder / name
         if not path.is_file():
             raise CorruptData(f"{path} is missing")

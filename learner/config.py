@@ -249,8 +249,8 @@ class LearnerConfig(Settings):
             )
         if self.stream and self.noise_scale:
             raise ValueError(
-                "learner.noise_scale compares halves of a whole batch, which learner.stream does not "
-                "have; set one of them to false"
+                "learner.noise_scale compares halves of a whole batch, which learner.stream does "
+                "not have; set one of them to false"
             )
         if self.stream and self.updates_per_step > 1:
             raise ValueError(
@@ -317,6 +317,9 @@ class LearnerSpec(Settings):
     max_staleness_steps: float
     ratio_law: Literal["temperature", "kept_set"]
     take_deadline_s: float
+    rank: int = 0
+    ranks: int = 1
+    """How many processes like this share the learner's work."""
     branch: int
     branch_parents: dict[int, tuple[int, int]] = {}
     resume_from: tuple[int, int] | None = None

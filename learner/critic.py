@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .advantage import generalised_advantages, whitened
+from .advantage import Total, generalised_advantages, whitened
 from .batch import MicroBatch
 from .config import ObjectiveConfig
 from .objective import clipped_value_loss
@@ -42,7 +42,10 @@ def values_of(critic: nn.Linear, hidden_TD: Tensor) -> Tensor:
 
 
 def judged(
-    score: Callable[[MicroBatch], Tensor], batches: Sequence[MicroBatch], config: ObjectiveConfig
+    score: Callable[[MicroBatch], Tensor],
+    batches: Sequence[MicroBatch],
+    config: ObjectiveConfig,
+    total: Total = list,
 ) -> list[MicroBatch]:
     """The batches with values, returns and whitened advantages in them.
 
@@ -50,6 +53,7 @@ def judged(
         score: [T] values of a micro-batch under the held version, without gradient.
         batches: all of a step; their `advantages_T` hold the reward of each token's sample.
         config: for `discount` and `gae_decay`.
+        total: sums over the learner's ranks, each of which has its own batches.
     """
     valued = []
     for batch in batches:
@@ -63,7 +67,7 @@ def judged(
         ]
         valued.append((batch, values_T, np.concatenate(raw)))
     weighted = [(batch.weights_T != 0).cpu().numpy() for batch, _, _ in valued]
-    white = whitened([raw_T for _, _, raw_T in valued], weighted)
+    white = whitened([raw_T for _, _, raw_T in valued], weighted, total)
     return [
         replace(
             batch,

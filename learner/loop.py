@@ -24,13 +24,14 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from ..buffer import codec
 from ..buffer.client import BufferClient
 from ..buffer.errors import PeerLost, Refused, TrainingFailed
 from ..buffer.messages import Batch, NotYet, Part
@@ -63,8 +64,38 @@ async def main(spec: LearnerSpec) -> None:
             stop.set()  # the warm start ends at its next update; there is nothing to save yet
             await prepared
             return
+        if spec.rank:
+            await _to_the_end(asyncio.get_running_loop().run_in_executor(pool, follow, trainer))
+            return
         async with BufferClient(spec.endpoint, spec.run_id, "learner") as client:
             await LearnerLoop(spec, trainer, client, pool).run()
+        trainer.end()
+
+
+def follow(trainer: Trainer) -> None:
+    """Do what rank 0 does, until it ends; a checkpoint is written beside, as there.
+
+    Raises:
+        PeerLost: rank 0 is gone.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="save") as saving:
+        while True:
+            what, frames = trainer.ranks.hear()
+            if what == "train":
+                trainer.train(codec.decode(frames, Batch))
+            elif what == "snapshot":
+                saving.submit(trainer.snapshot())  # what stops it, rank 0 reports
+            else:
+                return
+
+
+async def _to_the_end(work: Awaitable[None]) -> None:
+    """Wait for it whatever comes: rank 0 knows when to stop, and tells."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
+    task.result()
 
 
 class Buffer(Protocol):
@@ -279,4 +310,5 @@ class LearnerLoop:
 
 if __name__ == "__main__":
     arguments = LearnerSpec.model_validate_json(Path(sys.argv[1]).read_text())
-    run_process("learner", arguments.run_dir, main(arguments))
+    process = f"learner-{arguments.rank}" if arguments.rank else "learner"
+    run_process(process, arguments.run_dir, main(arguments))

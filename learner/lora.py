@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..buffer.errors import ConfigError, CorruptData
@@ -92,25 +93,38 @@ def merged(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
 
     The sum is taken in float32 at least and rounded once, to the dtype of W.
     """
-    layers = _layers(model)
-    own = {name: layer.get_base_layer().weight.data for name, layer in layers.items()}
+    layers, changed = _layers(model), {}
+    own = {name: _kept(layer.get_base_layer().weight) for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
             precise = torch.promote_types(own[name].dtype, torch.float32)
             change = layer.get_delta_weight(_NAME).to(precise)
-            layer.get_base_layer().weight.data = (own[name].to(precise) + change).to(
-                own[name].dtype
-            )
+            whole = (own[name].to(precise) + change).to(own[name].dtype)
+            _put(layer.get_base_layer().weight, whole)
+            changed[f"{name}.base_layer.weight"] = whole
             layer.enable_adapters(False)
         yield {
-            name.replace(".base_layer.", "."): weight
+            name.replace(".base_layer.", "."): changed.get(name, weight)
             for name, weight in policy_weights(model).items()
             if ".lora_" not in name
         }
     finally:
         for name, layer in layers.items():
-            layer.get_base_layer().weight.data = own[name]
+            _put(layer.get_base_layer().weight, own[name])
             layer.enable_adapters(True)
+
+
+def _kept(weight: Tensor) -> Tensor:
+    """A weight as it is now, to be put back."""
+    return weight.detach().clone() if isinstance(weight, DTensor) else weight.data
+
+
+def _put(weight: Tensor, value: Tensor) -> None:
+    """Change a weight; of a sharded one the contents, which are what is gathered for a forward."""
+    if isinstance(weight, DTensor):
+        weight.copy_(value)
+    else:
+        weight.data = value
 
 
 def adapter_state(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -25,6 +25,20 @@ class Sums:
     gap_max: float = 0.0
     by_token: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def merged(cls, of_ranks: Sequence[dict[str, Any]]) -> "Sums":
+        """Those of all ranks together, each given as `asdict` does."""
+        sums = cls(**of_ranks[0])
+        for other in (cls(**fields) for fields in of_ranks[1:]):
+            sums.loss += other.loss
+            sums.tokens += other.tokens
+            sums.inputs += other.inputs
+            sums.padded += other.padded
+            sums.gap_max = max(sums.gap_max, other.gap_max)
+            for name, value in other.by_token.items():
+                sums.by_token[name] = sums.by_token.get(name, 0.0) + value
+        return sums
+
     def add(self, values_T: dict[str, Tensor]) -> None:
         """Add the sum of each per-token tensor under its name."""
         for name, values in values_T.items():

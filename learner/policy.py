@@ -4,12 +4,14 @@ Shape suffixes: B rows, L padded inputs of a row, D hidden size, V vocabulary, T
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
@@ -22,12 +24,17 @@ from .batch import Rows
 from .config import OptimizerConfig
 from .critic import PREFIX, make_critic, values_of
 from .noise import looked_back, scale
+from .ranks import ALONE, Ranks
 from .rows import Layout
+from .shards import Stored, as_bytes, local, room_for
+
+R = TypeVar("R")
 
 RNG_NAME = "rng.torch"
 AVERAGE_WEIGHT_NAME = "average.weight"
 NOISE_NAME = "noise.sums"
-PROBE_ROWS, PROBE_TOKENS = 4, 24
+PROBE_ROWS, PROBE_TOKENS = 2, 12
+"""Few: training stands still meanwhile."""
 BLOCK_8BIT = 256
 
 
@@ -35,14 +42,19 @@ class Policy:
     """A model, AdamW over it, and for bfloat16 the float32 masters that AdamW moves.
 
     Small updates vanish in bfloat16 (8 bits of mantissa), so the optimizer moves float32 copies and
-    the model holds them rounded: exactly the weights that are published and sampled from.
+    the model holds them rounded: exactly the weights that are published and sampled from. With
+    several ranks all of it is about this rank's rows of each parameter (`ranks.shard`).
     """
+
+    readers: Future[Any] | None = None
+    """Who still reads the state, for a checkpoint: the next update waits for it."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         config: OptimizerConfig,
         average_decay: float | None = None,
+        ranks: Ranks = ALONE,
         *,
         critic: bool = False,
     ) -> None:
@@ -53,16 +65,19 @@ class Policy:
             model: trained in place.
             config: of AdamW.
             average_decay: of the exponential average that `averaged` shows; None: there is none.
+            ranks: among whom the model is sharded.
             critic: whether there is a value head, see `critic.py`.
         """
-        self.model, self.config = model, config
+        self.model, self.config, self.ranks = model, config, ranks
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        rounded = model.dtype == torch.bfloat16
-        self.masters = (
-            {name: p.detach().float().requires_grad_() for name, p in self.parameters.items()}
-            if rounded
-            else self.parameters
-        )
+        self.rows = {name: local(parameter) for name, parameter in self.parameters.items()}
+        """The parameters where they lie: themselves, or this rank's part of their memory."""
+        self.rounded = model.dtype == torch.bfloat16
+        self.masters: Mapping[str, Tensor] = self.parameters
+        if self.rounded or ranks.size > 1:
+            precise = {n: r.detach().float() if self.rounded else r.detach()
+                       for n, r in self.rows.items()}  # fmt: skip
+            self.masters = {name: master.requires_grad_() for name, master in precise.items()}
         self.optimizer = make_optimizer(list(self.masters.values()), config)
         self.critic = make_critic(model) if critic else None
         if self.critic is not None:
@@ -86,7 +101,8 @@ class Policy:
         """Train it beside the model, at its own rate; it needs no master, it is not rounded."""
         own = {PREFIX + name: parameter for name, parameter in critic.named_parameters()}
         self.parameters |= own
-        self.masters |= own
+        if self.masters is not self.parameters:
+            self.masters = {**self.masters, **own}
         factor = self.config.critic_learning_rate / self.config.learning_rate
         self.optimizer.add_param_group({"params": list(own.values()), "factor": factor})
 
@@ -99,14 +115,17 @@ class Policy:
 
         Source: PPO-EWMA (arXiv:2110.00641), bias-corrected: theta_0 counts like any other.
         """
-        own = {name: parameter.data for name, parameter in self.parameters.items()}
+        own = {name: rows.detach().clone() for name, rows in self.rows.items()}
         try:
-            for name, parameter in self.parameters.items():
-                parameter.data = self.average[name].to(parameter.dtype)
+            self._assign(self.average)
             yield
         finally:
-            for name, parameter in self.parameters.items():
-                parameter.data = own[name]
+            self._assign(own)
+
+    @torch.no_grad()
+    def _assign(self, values: Mapping[str, Tensor]) -> None:
+        for name, rows in self.rows.items():
+            rows.copy_(values[name])
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -122,6 +141,9 @@ class Policy:
 
     def update(self, learning_rate: float, grad_norm: Tensor) -> None:
         """Clip the accumulated gradients, whose total norm the caller has checked; apply AdamW."""
+        if self.readers is not None:
+            self.readers.result()
+            self.readers = None
         clip_grads_with_norm_(self.masters.values(), self.config.max_grad_norm, grad_norm)
         for group in self.optimizer.param_groups:
             rate = learning_rate * group.get("factor", 1.0)
@@ -132,10 +154,8 @@ class Policy:
         with self._stance():
             self.optimizer.step()
         self.clear_gradients()
-        if self.masters is not self.parameters:
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(self.masters[name])
+        if self.rounded:
+            self._assign(self.masters)
         if self.average:
             self._update_average()
 
@@ -146,12 +166,29 @@ class Policy:
         return torch.compiler.set_stance("force_eager") if eager else nullcontext()
 
     def grad_norm(self) -> Tensor:
-        """The 2-norm of all accumulated gradients together."""
+        """The 2-norm of all accumulated gradients together, over all ranks."""
         if self.masters is not self.parameters:
             for name, parameter in self.parameters.items():
                 grad = parameter.grad
-                self.masters[name].grad = None if grad is None else grad.float()
-        return get_total_norm([p.grad for p in self.masters.values() if p.grad is not None])
+                master = self.masters[name]
+                master.grad = None if grad is None else local(grad).to(master.dtype)
+        if self.ranks.size == 1:
+            return get_total_norm([p.grad for p in self.masters.values() if p.grad is not None])
+        own = [m.grad for n, m in self.masters.items() if not n.startswith(PREFIX)]
+        norm = get_total_norm([grad for grad in own if grad is not None])
+        square = self.ranks.total([float(norm) ** 2])[0] + self._sum_critic()
+        return norm.new_tensor(square).sqrt()
+
+    def _sum_critic(self) -> float:
+        """Give every rank the sum of the critic's gradients; returns its squared norm. The critic
+        is whole on each of them, so nobody else sums it."""
+        square = 0.0
+        for parameter in self.critic.parameters() if self.critic is not None else ():
+            assert parameter.grad is not None
+            summed = self.ranks.total(parameter.grad.flatten().tolist())
+            parameter.grad.copy_(parameter.grad.new_tensor(summed).view_as(parameter.grad))
+            square += sum(value**2 for value in summed)
+        return square
 
     def clear_gradients(self) -> None:
         """Forget accumulated gradients."""
@@ -173,16 +210,41 @@ class Policy:
                     state[f"{name}:{field}.codes"] = value.codes
                     state[f"{name}:{field}.scale"] = value.scale
                 else:
-                    state[f"{name}:{field}"] = value
-            if self.masters is not self.parameters or name.startswith(PREFIX):
-                state[f"{name}:master"] = master.detach()
+                    state[f"{name}:{field}"] = self._as_part(name, value)
+            if self.rounded or name.startswith(PREFIX):
+                state[f"{name}:master"] = self._as_part(name, master.detach())
             if self.average:
-                state[f"{name}:average"] = self.average[name]
+                state[f"{name}:average"] = self._as_part(name, self.average[name])
         if self.average:
             state[AVERAGE_WEIGHT_NAME] = self.average_weight
         if self.noise_sums.any():
             state[NOISE_NAME] = self.noise_sums
         return state
+
+    def _as_part(self, name: str, rows: Tensor) -> Tensor:
+        """Rows of something that is sharded as a parameter is, as the part that they are."""
+        whole = self.parameters[name]
+        if not isinstance(whole, DTensor) or not rows.ndim:
+            return rows
+        return DTensor.from_local(
+            rows, whole.device_mesh, whole.placements,
+            run_check=False, shape=whole.shape, stride=whole.stride(),
+        )  # fmt: skip
+
+    def room_for_state(self, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+        """Empty tensors for the optimizer state of a checkpoint, sharded as it is held here.
+
+        Raises:
+            CorruptData: the state is another model's.
+        """
+        room = {}
+        for key, what in stored.items():
+            name, of_parameter, _ = key.rpartition(":")
+            if of_parameter and name not in self.parameters:
+                raise CorruptData(f"the optimizer state names {name}, which the model has not")
+            if of_parameter or key in (RNG_NAME, AVERAGE_WEIGHT_NAME, NOISE_NAME):
+                room[key] = room_for(what, self.parameters.get(name))
+        return room
 
     def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Continue exactly where `weights()` and `optimizer_state()` were taken. Adapters are the
@@ -197,6 +259,7 @@ class Policy:
         torch.set_rng_state(state[RNG_NAME])
         for key, value in state.items():
             name, _, field = key.rpartition(":")
+            value = local(value)
             if key == AVERAGE_WEIGHT_NAME:
                 self.average_weight = value.clone()
             if key == NOISE_NAME:
@@ -257,7 +320,18 @@ def make_optimizer(masters: list[Tensor], config: OptimizerConfig) -> torch.opti
 
 def score(model: PreTrainedModel, rows: Rows) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every scored token under a model; [T] each, with gradient."""
-    return dispatch.scores(scored_hidden(model, rows), rows.layout.targets_T, _head(model, rows))
+    return gathered(model, lambda: dispatch.scores(*_scored(model, rows)))
+
+
+def gathered(model: PreTrainedModel, work: Callable[[], R]) -> R:
+    """Do what reads the parameters themselves, embedding and head, while they are whole here."""
+    run = getattr(model, "gathered", None)  # see `ranks.shard`
+    if run is None:
+        return work()
+    done = run(work)
+    if not torch.is_grad_enabled():  # no backward will let go of them
+        model.reshard()  # pyright: ignore
+    return done
 
 
 def whole_loss(
@@ -267,18 +341,21 @@ def whole_loss(
     beside: Callable[[Tensor], Tensor] | None = None,
 ) -> FullLoss:
     """As `fused_loss`, for an objective that has to see all tokens of a sample at once."""
-    hidden_TD = scored_hidden(model, rows)
-    logprobs_T, entropy_T = dispatch.scores(hidden_TD, rows.layout.targets_T, _head(model, rows))
-    loss_T, seen_T = token_loss(logprobs_T, entropy_T, slice(0, len(logprobs_T)))
-    loss = loss_T.sum() if beside is None else loss_T.sum() + beside(hidden_TD)
-    return FullLoss(loss, logprobs_T.detach(), entropy_T.detach(), dict(seen_T))
+
+    def work() -> FullLoss:
+        hidden_TD, targets_T, head = _scored(model, rows)
+        logprobs_T, entropy_T = dispatch.scores(hidden_TD, targets_T, head)
+        loss_T, seen_T = token_loss(logprobs_T, entropy_T, slice(0, len(logprobs_T)))
+        loss = loss_T.sum() if beside is None else loss_T.sum() + beside(hidden_TD)
+        return FullLoss(loss, logprobs_T.detach(), entropy_T.detach(), dict(seen_T))
+
+    return gathered(model, work)
 
 
 @torch.no_grad()
 def score_frozen(model: PreTrainedModel, rows: Rows) -> Tensor:
     """[T] log-probabilities without gradient; equal to the bit to those of the other two."""
-    hidden_TD = scored_hidden(model, rows)
-    return dispatch.frozen_scores(hidden_TD, rows.layout.targets_T, _head(model, rows))[0]
+    return gathered(model, lambda: dispatch.frozen_scores(*_scored(model, rows)))[0]
 
 
 def fused_loss(
@@ -295,15 +372,24 @@ def fused_loss(
         token_loss: of each scored token.
         beside: a term that is a function of the scored tokens' hidden states, [T, D] -> scalar.
     """
-    hidden_TD = scored_hidden(model, rows)
-    result = dispatch.full(hidden_TD, rows.layout.targets_T, _head(model, rows), token_loss)
-    return result if beside is None else result._replace(loss=result.loss + beside(hidden_TD))
+
+    def work() -> FullLoss:
+        hidden_TD, targets_T, head = _scored(model, rows)
+        result = dispatch.full(hidden_TD, targets_T, head, token_loss)
+        return result if beside is None else result._replace(loss=result.loss + beside(hidden_TD))
+
+    return gathered(model, work)
 
 
 @torch.no_grad()
 def expected_returns(critic: torch.nn.Linear, model: PreTrainedModel, rows: Rows) -> Tensor:
     """[T] the critic's value of each scored token, before it is written."""
-    return values_of(critic, scored_hidden(model, rows))
+    return gathered(model, lambda: values_of(critic, scored_hidden(model, rows)))
+
+
+def _scored(model: PreTrainedModel, rows: Rows) -> tuple[Tensor, Tensor, Head]:
+    """What the loss is computed from."""
+    return scored_hidden(model, rows), rows.layout.targets_T, _head(model, rows)
 
 
 def scored_hidden(model: PreTrainedModel, rows: Rows) -> Tensor:
@@ -341,7 +427,7 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(as_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -352,5 +438,5 @@ def probe(model: PreTrainedModel) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens_BL = torch.randint(vocabulary, (PROBE_ROWS, PROBE_TOKENS), generator=generator)
     with lora.merged(model):
-        logits_BLV = model(input_ids=tokens_BL, use_cache=False).logits
-    return {"token_ids": tokens_BL, "logits": logits_BLV.float().contiguous()}
+        output = gathered(model, lambda: model.forward(input_ids=tokens_BL, use_cache=False))
+    return {"token_ids": tokens_BL, "logits": output.logits.float().contiguous()}

@@ -21,6 +21,7 @@ from ..kernels.models import render_prompts
 from .batch import Rows
 from .config import OptimizerConfig, SftConfig
 from .policy import Policy, score
+from .ranks import ALONE, Ranks
 from .rows import Piece, lay_out
 
 SORT_BATCHES = 8
@@ -93,6 +94,7 @@ def run_sft(
     *,
     seed: int,
     micro_batch_tokens: int = 16_384,
+    ranks: Ranks = ALONE,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
     stop: threading.Event | None = None,
 ) -> float:
@@ -107,18 +109,19 @@ def run_sft(
         config: `[sft]`.
         seed: of the order of examples.
         micro_batch_tokens: padded tokens of one forward and backward; changes no gradient.
+        ranks: among whom the model is sharded and each batch is dealt.
         report: gets a progress line every `LOG_EVERY_UPDATES` updates.
         stop: when set, training ends at the next update.
     Raises:
         TrainingFailed: a loss or gradient that is not finite.
     """
     optimizer = OptimizerConfig(learning_rate=config.learning_rate, max_grad_norm=MAX_GRAD_NORM)
-    policy = Policy(model, optimizer)
+    policy = Policy(model, optimizer, ranks=ranks)
     plan = list(_batches(examples, config, seed))
     losses: list[float] = []
     tokens, started = 0, time.perf_counter()
     for update, batch in enumerate(plan, start=1):
-        if stop is not None and stop.is_set():
+        if ranks.any(stop is not None and stop.is_set()):
             break
         warm = min(1.0, update / max(1, config.warmup_steps))
         rate = config.learning_rate * warm * (1 - (1 - FINAL_RATE) * (update - 1) / len(plan))
@@ -166,12 +169,15 @@ def _update(
     """
     rows = max(1, max_tokens // max(len(example.token_ids) for example in batch))
     num_targets = sum(len(example.token_ids) - example.num_prompt for example in batch)
-    value = 0.0
-    for start in range(0, len(batch), rows):
-        logprobs_T, _ = score(policy.model, collate(batch[start : start + rows], policy.loss_dtype))
-        loss = -logprobs_T.sum() / num_targets
+    value, ranks = 0.0, policy.ranks
+    for start in range(0, len(batch), rows * ranks.size):
+        own = batch[start : start + rows * ranks.size][ranks.rank :: ranks.size]
+        # Ranks gather parameters together: one without examples repeats one, without weight.
+        logprobs_T, _ = score(policy.model, collate(own or batch[:1], policy.loss_dtype))
+        loss = -logprobs_T.sum() * bool(own) / num_targets
         loss.backward()
         value += float(loss.detach())
+    value = ranks.total([value])[0]
     norm = policy.grad_norm()
     if not (math.isfinite(value) and torch.isfinite(norm)):
         raise TrainingFailed(

@@ -6,7 +6,7 @@ Shape suffix: T trained tokens of a micro-batch.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -26,6 +26,7 @@ from .batch import (
     RatioLaw,
     Sample,
     collate,
+    own_share,
     plan_micro_batches,
     samples_of,
     updates_of,
@@ -34,6 +35,8 @@ from .config import LearnerConfig, ObjectiveConfig
 from .critic import judged, value_term
 from .metrics import Sums, step_metrics
 from .policy import Policy, expected_returns, fused_loss, score_frozen, whole_loss
+from .ranks import ALONE, Ranks
+from .shards import local
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,7 @@ class _Part:
 
     samples: list[Sample]
     batches: list[MicroBatch]
+    """This rank's."""
     denominator: float
     proximal: list[Tensor | None]
     """Per micro-batch; None: derived from the current policy while the loss is computed."""
@@ -99,6 +103,9 @@ def train_step(
        parameters together; then AdamW (torch; decay on every parameter; bias-corrected) with rate
        learning_rate * min(1, step / warmup_steps).
 
+    With several ranks each gets the whole batch and plans the same micro-batches, of which it takes
+    its share; denominators, norms and metrics are those of all ranks.
+
     Args:
         policy: trained in place.
         groups: the batch, as the buffer handed it out.
@@ -116,21 +123,21 @@ def train_step(
             that is not finite; the weights are then as the last update left them.
         CorruptData: a record that cannot be trained on.
     """
-    started = time.perf_counter()
+    started, ranks = time.perf_counter(), policy.ranks
     samples = samples_of(groups, config.objective)
     dtype = policy.loss_dtype
     line_up = partial(collate, held=held, dtype=dtype, law=ratio_law, packed=config.packed)
     parts = [
-        _part(own, len(uids), config, line_up)
+        _part(own, len(uids), config, line_up, ranks)
         for part in updates_of(groups, config.updates_per_step)
         if (uids := {group.prompt.uid for group in part})
         if (own := [s for s in samples if s.trajectory.uid in uids])
     ]
-    proof = _prove(parts, step, max_staleness_steps, path)
+    proof = _prove(parts, step, max_staleness_steps, path, ranks)
     if policy.critic is not None:
         values = partial(expected_returns, policy.critic, policy.model)
         every = [batch for part in parts for batch in part.batches]
-        batches = iter(judged(values, every, config.objective))
+        batches = iter(judged(values, every, config.objective, ranks.total))
         for part in parts:
             part.batches[:] = islice(batches, len(part.batches))
     anchor = config.objective.anchor(config.updates_per_step)
@@ -147,8 +154,9 @@ def train_step(
         norms.append(_checked_norm(policy, step))
         if part.half is not None:
             sizes = part.half[1], part.num_prompts
-            noisy.append(noise.noise_and_signal(of_half, float(norms[-1]) ** 2, *sizes))
+            noisy.append(noise.noise_and_signal(of_half, _squared_norm(policy), *sizes))
         policy.update(rate, norms[-1])
+    sums = Sums.merged(ranks.exchange(asdict(sums)))
     metrics = step_metrics(sums, groups, len(parts))
     metrics |= {"grad_norm": float(max(norms)), "learning_rate": rate}
     if noisy:
@@ -205,7 +213,8 @@ class StreamedStep:
                 packed=self._config.packed,
             )  # fmt: skip
             part = _part(samples, len(groups), self._config, line_up)
-            self._weighted += _prove([part], self._step, self._bound, self._path).trained_tokens
+            proof = _prove([part], self._step, self._bound, self._path, ALONE)
+            self._weighted += proof.trained_tokens
             anchor = self._config.objective.anchor(1)
             if anchor == "ewma":
                 with self._policy.averaged():
@@ -225,7 +234,7 @@ class StreamedStep:
         """
         began_s, config = time.perf_counter(), self._config
         whole = _Part(samples=self._samples, batches=[], denominator=1.0, proximal=[])
-        proof = _prove([whole], self._step, self._bound, self._path, self._weighted)
+        proof = _prove([whole], self._step, self._bound, self._path, ALONE, self._weighted)
         denominator = sum(self._denominators)
         if config.objective.aggregation == "prompt":  # num_prompts x the largest budget of all
             most = max(sample.trajectory.sampling.max_new_tokens for sample in self._samples)
@@ -249,6 +258,7 @@ def _part(
     num_prompts: int,
     config: LearnerConfig,
     line_up: Callable[[Sequence[Sequence[Sample]]], MicroBatch],
+    ranks: Ranks = ALONE,
 ) -> _Part:
     """Weigh the samples of one update and cut them into micro-batches."""
     aggregation = config.objective.aggregation
@@ -272,10 +282,12 @@ def _part(
             config.micro_batch_tokens,
             share_prompts=config.share_prompts,
             packed=config.packed,
+            num_ranks=ranks.size,
         )
         for each in halves
     ]
-    batches = [line_up(rows) for plan in plans for rows in plan]
+    shares = [own_share(plan, ranks.rank, ranks.size) for plan in plans]
+    batches = [line_up(rows) for plan in shares for rows in plan]
     return _Part(
         samples=samples,
         batches=batches,
@@ -300,7 +312,12 @@ def _halves(samples: list[Sample], num_prompts: int) -> tuple[list[list[Sample]]
 
 
 def _prove(
-    parts: list[_Part], step: int, bound: float, path: LivePath, weighted: int | None = None
+    parts: list[_Part],
+    step: int,
+    bound: float,
+    path: LivePath,
+    ranks: Ranks,
+    weighted: int | None = None,
 ) -> ProofLine:
     """The law's view of exactly the tokens that are about to carry weight, or (`weighted` of them)
     have just been counted.
@@ -316,8 +333,9 @@ def _prove(
     if not trained:
         raise TrainingFailed(f"step {step}: its batch has no token to train on")
     proof = proof_line(trained, step=step, max_staleness_steps=bound, path=path)
-    if weighted is None:
-        weighted = sum(int((b.weights_T != 0).sum()) for part in parts for b in part.batches)
+    if weighted is None:  # a sample that two ranks took, or none, would show here
+        own = sum(int((b.weights_T != 0).sum()) for part in parts for b in part.batches)
+        weighted = int(ranks.total([own])[0])
     if proof.violations or proof.trained_tokens != weighted:
         raise TrainingFailed(
             f"step {step}: {proof.violations} of {weighted} tokens with weight break the staleness "
@@ -342,11 +360,10 @@ def _accumulate(
     Raises:
         TrainingFailed: the loss is not finite.
     """
-    of_half = 0.0
+    value, of_half = 0.0, 0.0
     for number, (batch, anchor_T) in enumerate(zip(part.batches, part.proximal, strict=True)):
         if part.half is not None and number == part.half[0]:
-            so_far = noise.squared_norm(p.grad for p in policy.parameters.values())
-            of_half = so_far * (part.num_prompts / part.half[1]) ** 2
+            of_half = _squared_norm(policy) * (part.num_prompts / part.half[1]) ** 2
         reference_T = None
         if config.kl_coefficient > 0:
             assert reference is not None, "a KL term needs its reference policy"
@@ -358,18 +375,28 @@ def _accumulate(
         if policy.critic is not None:
             beside = value_term(policy.critic, batch, config, part.denominator, seen_T)
         result = run(policy.model, batch, terms, beside)
-        if not math.isfinite(value := float(result.loss.detach())):
-            raise TrainingFailed(
-                f"step {step}: the loss is {value}; the weights are as before this update. Resume "
-                "from the last checkpoint, with a lower learning rate if it comes again"
-            )
         result.loss.backward()
-        sums.loss += value
+        if batch.filler:
+            continue
+        value += float(result.loss.detach())
         # The gap to the engine is that of the held version: `ewma` anchors elsewhere.
         elsewhere = config.proximal == "ewma"
         held_T = result.logprobs_T if anchor_T is None or elsewhere else anchor_T
         sums.count(batch, held_T, {**result.seen_T, **seen_T})
+    if not math.isfinite(whole := policy.ranks.total([value])[0]):
+        raise TrainingFailed(
+            f"step {step}: the loss is {whole}; the weights are as before this update. Resume "
+            "from the last checkpoint, with a lower learning rate if it comes again"
+        )
+    sums.loss += value
     return of_half
+
+
+def _squared_norm(policy: Policy) -> float:
+    """Of the model's gradients so far, over all ranks."""
+    own = (p.grad for p in policy.model.parameters())
+    norm = noise.squared_norm(None if grad is None else local(grad) for grad in own)
+    return policy.ranks.total([norm])[0]
 
 
 @dataclass(frozen=True, slots=True)

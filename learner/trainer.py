@@ -3,17 +3,20 @@
 import contextlib
 import functools
 import json
+import os
+import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..buffer.errors import ConfigError
+from ..buffer import codec
+from ..buffer.errors import ConfigError, TrainingFailed
 from ..buffer.mailbox import publish_file
 from ..buffer.messages import Batch
 from ..buffer.records import TrajectoryGroup, Version, WeightsManifest
@@ -25,15 +28,17 @@ from ..kernels.models import (
     checkpoint_layers,
     load_policy,
     load_tokenizer,
+    policy_weights,
     read_weights,
 )
-from . import lora
+from . import lora, shards
 from .checkpoint import (
     ADAPTER,
     Checkpoint,
     complete_folders,
     crash_point,
     find_checkpoint,
+    folder_name,
     read_checkpoint,
     resumable_step,
     save_checkpoint,
@@ -41,12 +46,18 @@ from .checkpoint import (
 from .config import LearnerSpec
 from .objective import find_surrogate
 from .policy import Policy, probe, weights_digest
+from .ranks import Ranks, shard
 from .sft import read_examples, run_sft
 from .step import StepResult, StreamedStep, train_step
 
+_HELD = ".held"
+"""Of a file of weights that is not published yet."""
+_COPY_BYTES = 1 << 24
+
 
 class Trainer:
-    """The policy at one version; every method is called from the one training thread.
+    """The policy at one version; every method is called from the one training thread. With several
+    ranks each has one: rank 0's tells the others what it does (`loop.follow`).
 
     Trace (a run resumed from checkpoint 0.10 as branch 1):
         prepare()        # held 1.10, saved True
@@ -70,7 +81,10 @@ class Trainer:
         """Whether a checkpoint of the held version is on disk, or being written."""
         self.journal_sequence = 0
         self._streamed: StreamedStep | None = None
-        self._copies: dict[str, dict[str, Tensor]] = {}
+        self._copies: dict[str, Tensor] = {}
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="copy")
+        self._file = self.spec.weights_dir / "none"
+        """The held version's weights: the one copy that is published, saved and evaluated."""
 
     def prepare(self, stop: threading.Event) -> None:
         """Bring the policy to where the run starts: a checkpoint, or its (warm-started) beginning.
@@ -78,16 +92,30 @@ class Trainer:
         Raises:
             ConfigError: the model folder or the warm start's file cannot be used.
             CorruptData: the checkpoint to resume from is damaged.
+            PeerLost: another rank did not come, or is gone.
         """
-        torch.set_num_threads(self.spec.config.threads)
-        find_surrogate(self.spec.config.objective.surrogate)
+        spec = self.spec
+        torch.set_num_threads(spec.config.threads)
+        find_surrogate(spec.config.objective.surrogate)
+        meeting = spec.run_dir / "processes" / f"learner.b{spec.branch}.meet"
+        self.ranks = Ranks.join(spec.rank, spec.ranks, meeting, spec.endpoint)
         try:
-            if self.spec.resume_from is None:
-                self._begin(stop)
-            else:
-                self._resume(find_checkpoint(self.root, self.spec.resume_from)[0])
+            with self.ranks.watched():
+                if spec.resume_from is None:
+                    self._begin(stop)
+                else:
+                    self._resume(self._checkpoint(spec.resume_from))
         except ModelError as error:
             raise ConfigError(f"model: {error}") from error
+        self.ranks.leading = self.ranks.first and self.ranks.size > 1
+
+    def _checkpoint(self, wanted: tuple[int, int]) -> Checkpoint:
+        """One of this run's, after one rank looked at every byte of it."""
+        folder = self.root / folder_name(Version(branch=wanted[0], step=wanted[1]))
+        if self.ranks.first:
+            find_checkpoint(self.root, wanted)
+        self.ranks.exchange(None)
+        return read_checkpoint(folder, checked=True)
 
     def _begin(self, stop: threading.Event) -> None:
         """Load, warm-start, and save as step 0; without a checkpoint when stopped half-way."""
@@ -103,12 +131,13 @@ class Trainer:
                 spec.sft,
                 seed=spec.seed,
                 micro_batch_tokens=spec.config.micro_batch_tokens,
-                report=lambda row: append_line(log, row),
+                ranks=self.ranks,
+                report=lambda row: append_line(log, row) if self.ranks.first else None,
                 stop=stop,
             )
             torch.set_num_threads(spec.config.threads)
         self._hold(self._policy(model), step=0)
-        if not stop.is_set():
+        if not self.ranks.any(stop.is_set()):
             self.save()
         self.reference = self._load_reference()
 
@@ -120,12 +149,14 @@ class Trainer:
                 f"dtype = {spec.dtype}, but the run was started with {checkpoint.info['dtype']}"
             )
         policy = self._policy(self._load_model())
-        if spec.config.lora.rank:
-            lora.load_adapters(policy.model, read_weights([checkpoint.folder / ADAPTER]))
-        policy.restore(
-            read_weights([checkpoint.folder / "weights.safetensors"]),
-            read_weights([checkpoint.folder / "optimizer.safetensors"]),
-        )
+        stored, adapters = shards.stored_in(checkpoint.folder), lora.adapter_state(policy.model)
+        own = adapters or policy_weights(policy.model)
+        weights = {n: shards.room_for(stored[n], own[n]) for n in own if n in stored}
+        state = policy.room_for_state(stored)
+        shards.load_into(checkpoint.folder, weights | state)
+        if adapters:
+            lora.load_adapters(policy.model, weights)
+        policy.restore(weights, state)
         self._hold(policy, step=checkpoint.version.step)
         self.journal_sequence = checkpoint.journal_sequence
         self.saved = True
@@ -135,7 +166,7 @@ class Trainer:
         objective = self.spec.config.objective
         decay = objective.proximal_decay if objective.proximal == "ewma" else None
         critic = objective.advantage == "gae"
-        return Policy(model, self.spec.config.optimizer, decay, critic=critic)
+        return Policy(model, self.spec.config.optimizer, decay, self.ranks, critic=critic)
 
     def _load_model(self) -> PreTrainedModel:
         """The model to be trained, keeping for backward what `learner.activations` says.
@@ -159,13 +190,40 @@ class Trainer:
                 attention.enable(model)
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from error
+        shard(model, self.ranks)
         return model
 
     def _hold(self, policy: Policy, step: int) -> None:
         self.policy, self.saved = policy, False
-        digest = weights_digest(policy.weights())
+        digest = self._write_file(step)
         self.held = Version(branch=self.spec.branch, step=step, digest=digest)
         self.path.publish(self.held)
+
+    def _write_file(self, step: int) -> str:
+        """Copy the weights to where they are published from, each rank its rows; their digest.
+
+        Raises:
+            TrainingFailed: there is no room.
+        """
+        self._forget_file()
+        self._file = self.spec.weights_dir / f"weights-{self.spec.branch}.{step}{_HELD}"
+        parts = shards.parts_of(self.policy.weights())
+        try:
+            if self.ranks.first:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                shards.make_file(self._file, parts)
+            self.ranks.exchange(None)
+            shards.fill_file(self._file, parts)
+        except OSError as error:
+            raise TrainingFailed(f"weights {self._file} cannot be written: {error}") from error
+        self.ranks.exchange(None)
+        digest = weights_digest(read_weights([self._file])) if self.ranks.first else ""
+        return self.ranks.exchange(digest)[0]
+
+    def _forget_file(self) -> None:
+        """Remove weights that were not published."""
+        if self.ranks.first and self._file.suffix == _HELD:
+            self._file.unlink(missing_ok=True)
 
     def _load_reference(self) -> PreTrainedModel | None:
         """The frozen policy that the run started from (its checkpoint of step 0), for a KL term."""
@@ -177,9 +235,11 @@ class Trainer:
                 f"learner.objective.kl_coefficient needs the run's first checkpoint in {self.root}"
             )
         model = load_policy(self.spec.model_dir, self.spec.dtype, self.spec.seed)
-        assign_weights(
-            model, read_weights([read_checkpoint(first[-1]).folder / "weights.safetensors"])
-        )
+        shard(model, self.ranks)
+        folder = read_checkpoint(first[-1], checked=not self.ranks.first).folder
+        weights = {n: torch.empty_like(w) for n, w in policy_weights(model).items()}
+        shards.load_into(folder, weights)
+        assign_weights(model, weights)
         return model.requires_grad_(False)
 
     @property
@@ -212,22 +272,30 @@ class Trainer:
         return resumable_step(self.root, self.spec.config.checkpoint.keep_last)
 
     def train(self, batch: Batch) -> StepResult:
-        """One step, or the rest of it; afterwards the policy is at the next version."""
+        """One step, or the rest of it; afterwards the policy is at the next version.
+
+        Raises:
+            PeerLost: another rank is gone.
+        """
         if self.spec.config.stream:
             self.add(batch.step, batch.groups)
             assert self._streamed is not None
             result, self._streamed = self._streamed.close(), None
+            self._hold(self.policy, batch.step)
         else:
-            result = train_step(self.policy, batch.groups, **self._law(batch.step))
-        self._hold(self.policy, batch.step)
+            self.ranks.tell("train", codec.encode(batch))
+            with self.ranks.watched():
+                result = train_step(self.policy, batch.groups, **self._law(batch.step))
+                self._hold(self.policy, batch.step)
         self.journal_sequence = batch.journal_sequence
         return result
 
     def write_weights(self) -> WeightsManifest:
         """Put the held version where engines can load it."""
         manifest = publish_file(
-            self.spec.weights_dir, self.held, file_writer(self.policy.weights())
+            self.spec.weights_dir, self.held, lambda path: os.replace(self._file, path)
         )
+        self._file = Path(manifest.shards[0].path)
         crash_point("publish.file_written")
         return manifest
 
@@ -236,22 +304,35 @@ class Trainer:
         return self.snapshot()()
 
     def snapshot(self) -> Callable[[], Checkpoint]:
-        """Copy what a checkpoint of the held version holds; the result writes it, in any thread.
+        """Begin to copy what a checkpoint of the held version holds; the result writes it, in any
+        thread.
 
-        Training may go on while it writes, but the next snapshot overwrites the copies.
+        Training may go on meanwhile: its next update waits until the copy is made. The next
+        snapshot overwrites the copy.
         """
-        tensors = {
-            "weights.safetensors": self.policy.weights(),
-            "optimizer.safetensors": self.policy.optimizer_state(),
-            "probe.safetensors": probe(self.policy.model),
+        self.ranks.tell("snapshot")
+        with self.ranks.watched():
+            small = {"probe.safetensors": probe(self.policy.model)}
+            if self.spec.config.lora.rank:
+                small[ADAPTER] = lora.adapter_state(self.policy.model)
+            small = {
+                f: {n: shards.whole(t).clone() for n, t in ts.items()} for f, ts in small.items()
+            }
+        copied = self._copied(self.policy.optimizer_state())
+        of = f"-{self.ranks.rank + 1:05d}-of-{self.ranks.size:05d}" if self.ranks.size > 1 else ""
+        writers: dict[str, Callable[[Path], object]] = {
+            f"optimizer{of}.safetensors": lambda path: shards.write_parts(path, copied.result())
         }
-        if self.spec.config.lora.rank:
-            tensors[ADAPTER] = lora.adapter_state(self.policy.model)
+        if self.ranks.first:
+            writers = {"weights.safetensors": _copy_of(self._file), **writers}
+            for file, tensors in small.items():
+                parts = shards.parts_of(tensors)
+                writers[file] = functools.partial(shards.write_parts, parts=parts)
         write = functools.partial(
             save_checkpoint,
             self.root,
             self.held,
-            {name: file_writer(self._copied(name, of)) for name, of in tensors.items()},
+            writers,
             journal_sequence=self.journal_sequence,
             info={
                 "run_id": self.spec.run_id,
@@ -260,18 +341,34 @@ class Trainer:
             },
             keep_last=self.spec.config.checkpoint.keep_last,
             keep=self._is_kept,
+            first=self.ranks.first,
+            exchange=functools.partial(self.ranks.exchange, saving=True),
         )
         self.saved = True
         return write
 
-    def _copied(self, file: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies, in memory that is kept: fresh pages would cost several times the copying."""
-        kept = self._copies.setdefault(file, {})
-        for name, tensor in tensors.items():
-            if name not in kept or kept[name].shape != tensor.shape:
-                kept[name] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-            kept[name].copy_(tensor)
-        return kept
+    def _copied(self, tensors: Mapping[str, Tensor]) -> Future[dict[str, shards.Part]]:
+        """Copies, made beside training in memory that is kept: fresh pages cost several times as
+        much as the copying."""
+        parts = shards.parts_of(tensors)
+
+        def copy(name: str, rows: Tensor) -> Tensor:
+            kept = self._copies.get(name)
+            if kept is None or kept.shape != rows.shape:
+                kept = torch.empty_like(rows, device="cpu", memory_format=torch.contiguous_format)
+            self._copies[name] = kept
+            return kept.copy_(rows)
+
+        def copy_all() -> dict[str, shards.Part]:
+            return {n: part._replace(rows=copy(n, part.rows)) for n, part in parts.items()}
+
+        self.policy.readers = copied = self._copier.submit(copy_all)
+        return copied
+
+    def end(self) -> None:
+        """Let the other ranks go; weights that were not published are removed."""
+        self.ranks.tell("end")
+        self._forget_file()
 
     def _is_kept(self, step: int) -> bool:
         """Whether a checkpoint is kept beyond `keep_last`."""
@@ -281,9 +378,15 @@ class Trainer:
         return self.spec.config.checkpoint.keep_best and step == best_step(self.spec.run_dir)
 
 
-def file_writer(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
-    """A function that writes the tensors, as they are when it is called, to a safetensors file."""
-    return lambda path: save_file({n: t.contiguous() for n, t in tensors.items()}, str(path))
+def _copy_of(file: Path) -> Callable[[Path], None]:
+    """A function that copies a file, even when it has been removed by then."""
+    source = file.open("rb")
+
+    def write(path: Path) -> None:
+        with source, path.open("wb") as target:
+            shutil.copyfileobj(source, target, _COPY_BYTES)
+
+    return write
 
 
 def best_step(run_dir: Path) -> int | None:

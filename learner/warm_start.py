@@ -16,9 +16,11 @@ async def warm_start(spec: LearnerSpec) -> None:
     SIGTERM ends it at the next update, without a checkpoint: half a warm start is none.
     """
     stop = threading.Event()
-    work = asyncio.create_task(asyncio.to_thread(Trainer(spec).prepare, stop))
+    trainer = Trainer(spec)
+    work = asyncio.create_task(asyncio.to_thread(trainer.prepare, stop))
     try:
         await asyncio.shield(work)
+        trainer.end()
     except asyncio.CancelledError:
         stop.set()
         await work

@@ -53,6 +53,10 @@ REFUSED = [
         ["cluster.placement=shared", "cluster.worker_gpus=1", "cluster.learner_gpus=1"],
         ["on one device", "add up to 1 at most"],
     ),
+    (["cluster.learner_ranks=2", "learner.activations=stream"],
+     ['activations = "stream"', "learner_ranks = 2", 'use "checkpoint"']),
+    (["cluster.learner_ranks=2", "learner.optimizer.name=adamw_8bit"],
+     ["adamw_8bit", "learner_ranks = 2", 'use "adamw"']),
     (["learner.steps"], ["must look like learner.steps=5"]),
     (["learner.steps=5", "learner.steps.x=5"], ["contradicts steps = 5"]),
 ]  # fmt: skip

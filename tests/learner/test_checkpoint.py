@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from slipstream.buffer.errors import ConfigError, CorruptData, TrainingFailed
 from slipstream.buffer.records import Version
 from slipstream.learner import checkpoint as module
-from slipstream.learner import trainer as trainer_module
+from slipstream.learner import shards
 from slipstream.learner.checkpoint import (
     complete_folders,
     find_checkpoint,
@@ -183,18 +183,15 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_copied_
     make_spec, fake_buffer, run_loop, monkeypatch
 ):
     spec, buffer, next_step = make_spec(steps=4), fake_buffer(), threading.Event()
-    ordinary, waited = trainer_module.file_writer, []
+    ordinary, waited = shards.write_parts, []
     buffer.on_take = lambda step: next_step.set() if step == 3 else None
 
-    def slow_writer(tensors):
-        def write(path):
-            if path.parent.name == "step-000002.b0":
-                waited.append(next_step.wait(timeout=20))
-            ordinary(tensors)(path)
+    def slow_writer(path, parts):
+        if path.parent.name == "step-000002.b0":
+            waited.append(next_step.wait(timeout=20))
+        ordinary(path, parts)
 
-        return write
-
-    monkeypatch.setattr(trainer_module, "file_writer", slow_writer)
+    monkeypatch.setattr(shards, "write_parts", slow_writer)
     run_loop(spec, buffer)
     assert waited
     assert all(waited), "step 3 was taken only after the checkpoint of step 2 was written"
@@ -207,13 +204,14 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_copied_
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_says_so(
     make_spec, fake_buffer, run_loop, monkeypatch
 ):
-    spec, ordinary = make_spec(steps=6), trainer_module.file_writer
+    spec, ordinary = make_spec(steps=6), shards.write_parts
 
-    def writer(tensors):
-        full = lambda path: into_a_full_disk(path) if "000004" in str(path) else None  # noqa: E731
-        return lambda path: full(path) or ordinary(tensors)(path)
+    def writer(path, parts):
+        if "000004" in str(path):
+            into_a_full_disk(path)
+        ordinary(path, parts)
 
-    monkeypatch.setattr(trainer_module, "file_writer", writer)
+    monkeypatch.setattr(shards, "write_parts", writer)
     with pytest.raises(TrainingFailed, match=r"step-000004.* cannot be written: .*No space"):
         run_loop(spec, fake_buffer())
     assert find_checkpoint(spec.run_dir / "checkpoints")[0].version.step == 2
