@@ -294,7 +294,7 @@ def _part(
         denominator=denominator,
         proximal=[None] * len(batches),
         num_prompts=num_prompts,
-        half=(len(plans[0]), half_prompts) if half_prompts else None,
+        half=(len(shares[0]), half_prompts) if half_prompts else None,
     )
 
 
