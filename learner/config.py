@@ -325,3 +325,15 @@ class LearnerSpec(Settings):
     resume_from: tuple[int, int] | None = None
     tensorboard: bool = True
     wandb_project: str = ""
+
+
+class DrySpec(Settings):
+    """What a dry run of one learner rank is told (`learner/dry.py`)."""
+
+    model_dir: Path
+    """A folder with `config.json`; weights are not looked at."""
+    dtype: Literal["float32", "float64", "bfloat16"]
+    config: LearnerConfig
+    ranks: int
+    sample_tokens: int
+    """Of the longest sample, prompt included."""

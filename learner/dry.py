@@ -12,7 +12,7 @@ checkpoint and a publication read. What it allocates is counted storage by stora
 import json
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from importlib.util import find_spec
@@ -21,24 +21,28 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-from ..buffer.config import Settings
 from ..buffer.errors import ConfigError
 from ..buffer.records import SamplingParams, Score, Timings, Trajectory, Version, VersionSpan
 from ..kernels import attention, chunked, dispatch, streambp
 from ..kernels.models import checkpoint_layers, empty_model
 from . import lora
 from .batch import MicroBatch, Sample, collate
-from .config import LearnerConfig
+from .config import DrySpec
 from .metrics import Sums
 from .policy import Policy, expected_returns
+from .ranks import Ranks, shard
 from .rows import Layout
 from .step import _accumulate, _checked_norm, _Part
 
@@ -46,17 +50,23 @@ Kind = Literal["parameters", "gradients", "optimizer", "activations"]
 KINDS: tuple[Kind, ...] = ("parameters", "gradients", "optimizer", "activations")
 BLOCK_BYTES = 512
 """CUDA's allocator gives memory in multiples of it."""
+SEGMENTS = 4
+"""More of them hold the same, and take longer to walk through."""
 START = Version(branch=0, step=0)
 
 
-class DrySpec(Settings):
-    """What a dry run is told."""
-
-    model_dir: Path
-    dtype: Literal["float32", "float64", "bfloat16"]
-    config: LearnerConfig
-    sample_tokens: int
-    """Of the longest sample, prompt included."""
+@contextmanager
+def replaced(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Inside, attributes (holder, name) have other values."""
+    changes = list(changes)
+    before = [(holder, name, getattr(holder, name)) for holder, name, _ in changes]
+    try:
+        for holder, name, value in changes:
+            setattr(holder, name, value)
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
 
 
 class Ledger(TorchDispatchMode):
@@ -139,11 +149,41 @@ class Ledger(TorchDispatchMode):
             self._resized(storage)
             return done
 
-        torch.UntypedStorage.resize_ = resize  # pyright: ignore
-        try:
+        with replaced([(torch.UntypedStorage, "resize_", resize)]):
             yield
-        finally:
-            torch.UntypedStorage.resize_ = plain
+
+    @contextmanager
+    def sharding(self) -> Iterator[None]:
+        """Inside, what FSDP2 gathers is parameters, and what it sums over ranks gradients."""
+
+        def gathering(plain: Any) -> Any:
+            def run(group: FSDPParamGroup, *args: Any) -> Any:
+                before, self.kind = self.kind, "parameters"
+                try:
+                    return plain(group, *args)
+                finally:
+                    self.kind = before
+
+            return run
+
+        def summing(plain: Any) -> Any:
+            def run(group: FSDPParamGroup, *args: Any) -> Any:
+                whole = [getattr(each, "_unsharded_param", None) for each in group.fsdp_params]
+                self.name([w.grad for w in whole if w is not None], "gradients")
+                before, self.kind = self.kind, "gradients"
+                try:
+                    return plain(group, *args)
+                finally:
+                    self.kind = before
+
+            return run
+
+        wrappers = {"unshard": gathering, "wait_for_unshard": gathering, "post_backward": summing}
+        with replaced(
+            (FSDPParamGroup, name, wrap(getattr(FSDPParamGroup, name)))
+            for name, wrap in wrappers.items()
+        ):
+            yield
 
     def peak(self) -> dict[str, Any]:
         """Bytes at the highest total, in all and by kind, and the stage it was reached in."""
@@ -167,7 +207,17 @@ def _storages(tensors: Any) -> Iterator[torch.UntypedStorage]:
             yield leaf.untyped_storage()
 
 
-def make_policy(spec: DrySpec, ledger: Ledger) -> Policy:
+def fake_ranks(size: int) -> Ranks:
+    """Rank 0 of so many that are not there: collectives return at once, with no data."""
+    ranks = Ranks(0, size)
+    if size > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+        ranks.mesh = init_device_mesh("cpu", (size,))
+    ranks.total = list  # pyright: ignore
+    return ranks
+
+
+def make_policy(spec: DrySpec, ranks: Ranks, ledger: Ledger) -> Policy:
     """The policy as the trainer makes it, with the optimizer's state of an earlier update.
 
     Raises:
@@ -175,10 +225,10 @@ def make_policy(spec: DrySpec, ledger: Ledger) -> Policy:
     """
     config, objective = spec.config, spec.config.objective
     with ledger.stage("loading", "parameters"):
-        model = _model(spec)
+        model = _model(spec, ranks)
         decay = objective.proximal_decay if objective.proximal == "ewma" else None
         critic = objective.advantage == "gae"
-        policy = Policy(model, config.optimizer, decay, critic=critic)
+        policy = Policy(model, config.optimizer, decay, ranks, critic=critic)
     ledger.name([*model.parameters(), *model.buffers()], "parameters")
     with ledger.stage("loading", "optimizer"):
         for master in policy.masters.values():
@@ -194,7 +244,7 @@ def make_policy(spec: DrySpec, ledger: Ledger) -> Policy:
     return policy
 
 
-def _model(spec: DrySpec) -> PreTrainedModel:
+def _model(spec: DrySpec, ranks: Ranks) -> PreTrainedModel:
     config = spec.config
     model = empty_model(spec.model_dir, spec.dtype)
     if config.lora.rank:
@@ -208,15 +258,18 @@ def _model(spec: DrySpec) -> PreTrainedModel:
             attention.enable(model)
     except ValueError as error:
         raise ConfigError(f"learner: {error}") from error
+    shard(model, ranks)
     return model
 
 
 def micro_batch(spec: DrySpec, dtype: torch.dtype) -> MicroBatch:
-    """The largest micro-batch: samples of the longest length while they fit, at least one."""
-    width = spec.sample_tokens - 1
-    number = max(1, spec.config.micro_batch_tokens // width)
-    samples = [Sample(trajectory=_trajectory(spec.sample_tokens, index), advantage=1.0,
-                      first_trained=0) for index in range(number)]  # fmt: skip
+    """The largest micro-batch: as many tokens as fit, in at most so many samples as `SEGMENTS`."""
+    most = spec.config.micro_batch_tokens
+    width = max(spec.sample_tokens - 1, most // SEGMENTS)
+    samples = [
+        Sample(trajectory=_trajectory(width + 1, index), advantage=1.0, first_trained=0)
+        for index in range(max(1, most // width))
+    ]
     return collate([[sample] for sample in samples], START, dtype, packed=spec.config.packed)
 
 
@@ -245,14 +298,8 @@ def as_on_cuda() -> Iterator[None]:
             (fused, "_launch", lambda *_, **__: None),
             (fused, "_product", _product),
         ]
-    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
-    try:
-        for module, name, value in changes:
-            setattr(module, name, value)
+    with replaced(changes):
         yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -278,10 +325,10 @@ def run(spec: DrySpec) -> dict[str, Any]:
     by_token = {"ratio": "token", "correction_level": "token"}
     objective = spec.config.objective.model_copy(update=by_token)
     dtype = torch.float64 if spec.dtype == "float64" else torch.float32
-    real = micro_batch(spec, dtype)
+    real, ranks = micro_batch(spec, dtype), fake_ranks(spec.ranks)
     fake, ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger()
-    with as_on_cuda(), fake, ledger, ledger.resizing():
-        policy = make_policy(spec, ledger)
+    with as_on_cuda(), fake, ledger, ledger.resizing(), ledger.sharding():
+        policy = make_policy(spec, ranks, ledger)
         batch = _fake(real, fake.from_tensor)
         ledger.name(batch.behaviour_T, "activations")
         if policy.critic is not None:
