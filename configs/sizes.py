@@ -132,10 +132,7 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> dict[str, Cost]:
     cache = kept * rows * new_tokens * size.kv_elements_per_token * element
     copies = 2 if experiment.eval.enabled else 1
     trained, lora = trained_parameters(experiment, size), experiment.learner.lora
-    moment_bytes: float = max(4, element)
-    if experiment.learner.optimizer.name == "adamw_8bit":
-        moment_bytes = 1 + 4 / 256  # a float32 scale for each block of 256
-    moments = int(2 * trained * moment_bytes)
+    moments = int(2 * trained * moment_bytes(experiment))
     gradients = trained * (max(4, element) if lora.rank else element)
     reference = weights if experiment.learner.objective.kl_coefficient else 0
     average = experiment.learner.objective.proximal == "ewma"
@@ -175,6 +172,13 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> dict[str, Cost]:
             counts=False,
         ),
     }
+
+
+def moment_bytes(experiment: Experiment) -> float:
+    """Of one of Adam's two moments of a parameter."""
+    if experiment.learner.optimizer.name == "adamw_8bit":
+        return 1 + 4 / 256  # a float32 scale for each block of 256
+    return max(4, DTYPE_BYTES[experiment.dtype])
 
 
 def trained_parameters(experiment: Experiment, size: ModelSize) -> int:

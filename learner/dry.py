@@ -187,10 +187,11 @@ class Ledger(TorchDispatchMode):
 
     def peak(self) -> dict[str, Any]:
         """Bytes at the highest total, in all and by kind, and the stage it was reached in."""
-        total, highest, at = 0, 0, 0
+        # Before the first stage the model is whole; a learner shards it on the host.
+        total, highest, at, begun = 0, 0, 0, self.stages[0][0]
         for index, (_, change) in enumerate(self.events):
             total += change
-            if total > highest:
+            if index >= begun and total > highest:
                 highest, at = total, index
         held = dict.fromkeys(KINDS, 0)
         for number, change in self.events[: at + 1]:
@@ -217,38 +218,36 @@ def fake_ranks(size: int) -> Ranks:
     return ranks
 
 
-def make_policy(spec: DrySpec, ranks: Ranks, ledger: Ledger) -> Policy:
-    """The policy as the trainer makes it, with the optimizer's state of an earlier update.
-
-    Raises:
-        ConfigError: its layers cannot do what the config says.
-    """
+def make_policy(spec: DrySpec, model: PreTrainedModel, ranks: Ranks, ledger: Ledger) -> Policy:
+    """The policy as the trainer makes it, with the optimizer's state of an earlier update."""
     config, objective = spec.config, spec.config.objective
-    with ledger.stage("loading", "parameters"):
-        model = _model(spec, ranks)
-        decay = objective.proximal_decay if objective.proximal == "ewma" else None
-        critic = objective.advantage == "gae"
-        policy = Policy(model, config.optimizer, decay, ranks, critic=critic)
+    shard(model, ranks)
+    decay = objective.proximal_decay if objective.proximal == "ewma" else None
+    critic = objective.advantage == "gae"
+    policy = Policy(model, config.optimizer, decay, ranks, critic=critic)
+    for master in policy.masters.values():
+        master.grad = torch.zeros_like(master)
+    policy.update(config.optimizer.learning_rate, torch.ones(()))
     ledger.name([*model.parameters(), *model.buffers()], "parameters")
-    with ledger.stage("loading", "optimizer"):
-        for master in policy.masters.values():
-            master.grad = torch.zeros_like(master)
-        policy.update(config.optimizer.learning_rate, torch.ones(()))
-    held = [
-        policy.average,
-        [v for state in policy.optimizer.state.values() for v in state.values()],
-    ]
-    if policy.masters is not policy.parameters:
-        held.append({n: m for n, m in policy.masters.items() if m is not policy.parameters[n]})
-    ledger.name(held, "optimizer")
+    moments = [value for state in policy.optimizer.state.values() for value in state.values()]
+    ledger.name([policy.average, moments], "optimizer")
+    if policy.rounded:
+        ledger.name(policy.masters, "optimizer")
     return policy
 
 
-def _model(spec: DrySpec, ranks: Ranks) -> PreTrainedModel:
+def make_model(spec: DrySpec) -> PreTrainedModel:
+    """The policy's modules, on no device.
+
+    Raises:
+        ConfigError: its layers cannot do what the config says.
+        ModelError: its config cannot be read.
+    """
     config = spec.config
-    model = empty_model(spec.model_dir, spec.dtype)
-    if config.lora.rank:
-        lora.add_adapters(model, config.lora, 0)
+    with torch.device("meta"):
+        model = empty_model(spec.model_dir, spec.dtype)
+        if config.lora.rank:
+            lora.add_adapters(model, config.lora, 0)
     try:
         if config.activations == "stream":
             streambp.enable(model, config.stream_tokens)
@@ -258,8 +257,23 @@ def _model(spec: DrySpec, ranks: Ranks) -> PreTrainedModel:
             attention.enable(model)
     except ValueError as error:
         raise ConfigError(f"learner: {error}") from error
-    shard(model, ranks)
     return model
+
+
+def place(model: PreTrainedModel) -> None:
+    """Give parameters and buffers the device of what is made here; shared ones stay shared."""
+    placed: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in placed:
+                    new = torch.empty(old.shape, dtype=old.dtype)
+                    is_parameter = isinstance(old, torch.nn.Parameter)
+                    wanted = old.requires_grad
+                    placed[id(old)] = torch.nn.Parameter(new, wanted) if is_parameter else new
+                tensors[name] = placed[id(old)]  # pyright: ignore
 
 
 def micro_batch(spec: DrySpec, dtype: torch.dtype) -> MicroBatch:
@@ -325,10 +339,11 @@ def run(spec: DrySpec) -> dict[str, Any]:
     by_token = {"ratio": "token", "correction_level": "token"}
     objective = spec.config.objective.model_copy(update=by_token)
     dtype = torch.float64 if spec.dtype == "float64" else torch.float32
-    real, ranks = micro_batch(spec, dtype), fake_ranks(spec.ranks)
+    real, ranks, model = micro_batch(spec, dtype), fake_ranks(spec.ranks), make_model(spec)
     fake, ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger()
     with as_on_cuda(), fake, ledger, ledger.resizing(), ledger.sharding():
-        policy = make_policy(spec, ranks, ledger)
+        place(model)
+        policy = make_policy(spec, model, ranks, ledger)
         batch = _fake(real, fake.from_tensor)
         ledger.name(batch.behaviour_T, "activations")
         if policy.critic is not None:

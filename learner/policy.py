@@ -198,8 +198,7 @@ class Policy:
 
     def weights(self) -> dict[str, Tensor]:
         """What is published; no copies but of weights that adapters change."""
-        with lora.merged(self.model) as weights:
-            return weights
+        return lora.merged_weights(self.model)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """AdamW's moments, float32 masters if there are any, and torch's random state, by name."""
