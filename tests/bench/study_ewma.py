@@ -14,8 +14,8 @@ All train the same number of prompts, 3,840, and are evaluated every 384.
 Seeds 5 to 9.
 Measure. Area between an arm's held-out curve and the reference's of the same seed: mean absolute
     difference of reward over prompts trained. The claim holds here when the 90% bootstrap
-    interval (percentiles of 10,000 draws over seeds) of area(ppo) - area(ewma) lies above 0; it is recorded
-    whichever way it falls.
+    interval (percentiles of 10,000 draws over seeds) of area(ppo) - area(ewma) lies above 0; it
+    is recorded whichever way it falls.
 `--smoke` runs each arm for two steps and records nothing.
 """
 
