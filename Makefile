@@ -75,7 +75,7 @@ test-long: .venvs/extras/.installed
 .venvs/transferqueue/.installed:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
-	$(@D)/bin/python -m pip install --quiet TransferQueue==0.1.11
+	$(@D)/bin/python -m pip install --quiet TransferQueue==0.1.11 lmdb==1.6.2
 	touch $@
 
 # Its 70 pinned dependencies are not needed by its dispatcher: what that imports is named here.

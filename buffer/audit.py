@@ -33,6 +33,8 @@ class AuditReport:
     open: dict[str, int] = field(default_factory=dict)
     """By lifecycle word: WAITING, INFLIGHT, READY."""
     steps: int = 0
+    demonstrations: int = 0
+    """Earlier successes that steps trained, too; no part of the equation."""
     compacted_steps: int = 0
     """Their rollouts were removed; what their proof lines say cannot be counted again."""
     max_lag: int = 0
@@ -57,6 +59,7 @@ class AuditReport:
         return [
             f"issued {self.issued} = {' + '.join(terms)}",
             f"{self.steps} steps, largest lag {self.max_lag}, {self.violations} violations",
+            *([f"{self.demonstrations} demonstrations"] if self.demonstrations else []),
             *(
                 [f"of {self.compacted_steps} steps the rollouts are removed: not counted again"]
                 if self.compacted_steps
@@ -79,6 +82,7 @@ class Lineage:
     dropped: dict[int, list[str]] = field(default_factory=dict)
     """uid -> reasons."""
     checkpoint: int = 0
+    shown: list[events.Demonstrated] = field(default_factory=list)
     begun: int = 0
     """The last step of which parts were handed out."""
     first_segment: int = 0
@@ -111,6 +115,7 @@ def audit(
         lineage = _walk(stored)
         _check_prompts(lineage, set(issued_uids), _fold(stored, report), max_uses, report)
         _check_steps(lineage, journal, max_staleness_steps, report)
+        _check_demonstrations(lineage, stored, report)
     finally:
         journal.close()
     return report
@@ -149,6 +154,8 @@ def _walk(stored: list[AnyEvent]) -> Lineage:
                 lineage.proofs[event.step] = event
             case events.Dropped() if Version(branch=branch, step=event.step) in lineage.path:
                 lineage.dropped.setdefault(event.uid, []).append(event.reason)
+            case events.Demonstrated() if Version(branch=branch, step=event.step) in lineage.path:
+                lineage.shown.append(event)
             case events.Compacted():
                 lineage.first_segment = event.first_segment
             case events.Checkpointed() if branch == lineage.path.branch:
@@ -237,6 +244,28 @@ def _check_steps(
             report.faults.append(f"step {step} trained {proof.violations} tokens over the bound")
         if proof.lag_counts != stored.proof.lag_counts:
             report.faults.append(f"step {step}: the proof line differs from the stored tokens")
+
+
+def _check_demonstrations(lineage: Lineage, stored: list[AnyEvent], report: AuditReport) -> None:
+    """Each is a finished sample of the same prompt, for a group of which none was as good."""
+    report.demonstrations = len(lineage.shown)
+    puts = {event.uid: event for event in stored if isinstance(event, events.Put)}
+    rewards: dict[int, list[float]] = {}
+    finished: dict[tuple[int, int, events.Ref], float] = {}
+    for event in stored:
+        if isinstance(event, events.Finished) and event.facts.reward is not None:
+            rewards.setdefault(event.uid, []).append(event.facts.reward)
+            finished[event.uid, event.index, event.payload] = event.facts.reward
+    asked = Counter(event.uid for event in lineage.shown)
+    for event in lineage.shown:
+        reward = finished.get((*event.success, event.payload))
+        source, other = puts.get(event.uid), puts.get(event.success[0])
+        same = source is not None and other is not None and source.source == other.source != 0
+        if reward is None or not same or asked[event.uid] > 1:
+            report.faults.append(
+                f"step {event.step}: the demonstration for uid {event.uid} is not a success of the "
+                "same prompt, shown once"
+            )
 
 
 def _payloads(stored: list[AnyEvent]) -> dict[tuple[int, int], events.Ref]:

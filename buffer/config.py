@@ -38,6 +38,13 @@ class BufferConfig(Settings):
     max_uses: Annotated[int, Field(ge=1, le=64)] = 1
     """How many steps may train a group. Above 1, a step with fewer than P groups READY is filled
     with groups already trained, while their tokens are in the bound; has no effect with S = 0."""
+    demonstrations_per_step: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Success pool: when no sample of a group reaches `success_reward`, and one of the same prompt
+    did before, that one is handed to a step as a demonstration, beside its batch and outside the
+    law, at most so many a step; `learner.objective.demonstration_coefficient` weighs them."""
+    success_reward: float = 1.0
+    success_pool: Annotated[int, Field(ge=1)] = 4096
+    """Prompts of which a success is kept, the first one; above it the oldest is forgotten."""
     task_max_staleness_steps: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Tighter S by task name. The prompts after one that has to wait for its own bound wait too."""
     lease_s: Annotated[float, Field(gt=0)] = 60.0
@@ -47,6 +54,9 @@ class BufferConfig(Settings):
     keep_rollouts_gb: Annotated[float, Field(ge=0)] = 20.0
     """Above so many 10^9 bytes the oldest stored rollouts are removed, of steps before every
     checkpoint a resume may start from; `slipstream show` and the audit's recount lose those."""
+    copy_to: Path | None = None
+    """A folder, on shared storage for instance, that gets a copy of the run folder with every
+    checkpoint. To go on from it, copy it to a local disk and `slipstream resume` it there."""
     take_deadline_s: Annotated[float, Field(gt=0)] = 600.0
     """A learner step that waits longer for its batch fails and says who waited on whom: the run
     goes back to its checkpoint, and ends after `cluster.restarts` of these."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 import msgspec
+import xxhash
 
 from . import messages
 from .config import ServiceSpec
@@ -48,6 +49,8 @@ class Coordinator:
         self.mailbox = Mailbox()
         self.evaluations = Evaluations(self.mailbox)
         self.closing = ""
+        self.copy_due, self.copy_problem = False, ""
+        """Whether there is a checkpoint to be copied, and why the last copy failed."""
         self.refused = 0
         self.poisoned: list[int] = []
         """Prompts quarantined because workers died over them."""
@@ -208,6 +211,7 @@ class Coordinator:
             case messages.CheckpointSaved(version=version, resumable_step=step):
                 self.replay.checkpoint(version)
                 self.replay.compact(self.journal.segments.sizes(), min(step, version.step))
+                self.copy_due = self.spec.config.copy_to is not None
             case messages.PutEvaluation():
                 self.evaluations.put(request)
             case messages.FinishEvaluation():
@@ -230,7 +234,7 @@ class Coordinator:
         )
 
     def _put_prompts(self, request: messages.PutPrompts, final: bool) -> Reply | None:
-        count = 0
+        count, remembers = 0, self.spec.config.demonstrations_per_step > 0
         for ticket in request.tickets if not self.closing else ():
             prompt = ticket.prompt
             if not self.replay.put(
@@ -239,6 +243,7 @@ class Coordinator:
                 lambda t=ticket: self.journal.append(t),
                 prompt.task if prompt.task in self.spec.config.task_max_staleness_steps else "",
                 staged=ticket.sizing.staged,
+                source=xxhash.xxh3_64_intdigest(prompt.source_id.encode()) if remembers else 0,
             ):
                 break
             if self.replay.state.groups[prompt.uid].state == "WAITING":
@@ -350,6 +355,7 @@ class Coordinator:
                 return self._part(step, groups)
             before = self._load_all(step, handed_out)
             proof = self._prove(step, before, groups)
+            self.replay.demonstrate(step, self.journal.intact)
             self.replay.commit_take(plan, name, proof)
             self._proofs.append(proof)
             return self._batch(step, groups if part else before + groups, proof)
@@ -368,9 +374,15 @@ class Coordinator:
     ) -> messages.Batch:
         for uid in self.replay.state.taken[step]:
             self._tickets.pop(uid, None)
-        in_order = tuple(sorted(groups, key=lambda group: group.prompt.uid))
+        shown = [
+            s for s in self.replay.state.wanted.values() if s.shown == (self.spec.branch, step)
+        ]
         return messages.Batch(
-            step=step, groups=in_order, proof=proof, journal_sequence=self.sequence
+            step=step,
+            groups=tuple(sorted(groups, key=lambda group: group.prompt.uid)),
+            proof=proof,
+            journal_sequence=self.sequence,
+            demonstrations=tuple(self.journal.read(s.payload, Trajectory) for s in shown),
         )
 
     def _part(self, step: int, groups: Sequence[TrajectoryGroup]) -> messages.Part:
@@ -478,7 +490,12 @@ class Coordinator:
             oldest_inflight_s=max(ages, default=0.0),
             capacity_groups=capacity(state.newest.step, *law) if state.newest else 0,
             workers=self._stats,
-            waits=[*waiting, *self._often_issued(), *map(_poisoned_words, self.poisoned)],
+            waits=[
+                *waiting,
+                *self._often_issued(),
+                *map(_poisoned_words, self.poisoned),
+                *([self.copy_problem] if self.copy_problem else []),
+            ],
             evaluation=self.evaluations.describe(),
         )
 

@@ -13,8 +13,9 @@ from .messages import ProofLine
 from .records import DropReason, WeightsManifest
 
 
-class Event(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """Base: positional on disk, keyword in code."""
+class Event(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=False):
+    """Base: positional on disk, keyword in code. Nothing in one refers back to it, so that the
+    garbage collector may leave out what a long run has millions of."""
 
 
 class Ref(Event, frozen=True):
@@ -42,7 +43,7 @@ class Facts(Event, frozen=True):
     @property
     def num_tokens(self) -> int:
         """N, the tokens the policy wrote."""
-        return sum(length for _, _, length in self.spans)
+        return sum([length for _, _, length in self.spans])  # a generator takes twice as long
 
 
 class Decision(Event, frozen=True):
@@ -63,6 +64,8 @@ class Put(Event, frozen=True, tag="put"):
     task: str = ""
     staged: bool = False
     """As `SizingDecision.staged`."""
+    source: int = 0
+    """xxh3-64 of the prompt's `source_id`, when a success of it is of use to a later group."""
 
 
 class Extended(Event, frozen=True, tag="extend"):
@@ -142,6 +145,17 @@ class Taken(Event, frozen=True, tag="take"):
     decisions: tuple[Decision, ...]
 
 
+class Demonstrated(Event, frozen=True, tag="show"):
+    """A step trains an earlier success of a prompt whose group had none; outside the law."""
+
+    uid: int
+    """Of the group without a success."""
+    step: int
+    success: tuple[int, int]
+    """(uid, index) of the sample that is shown."""
+    payload: Ref
+
+
 class StepBegun(Event, frozen=True, tag="begin"):
     """The first part of a step's batch is TAKEN; a request alone gets the others."""
 
@@ -195,6 +209,7 @@ AnyEvent = (
     | Dropped
     | Reopened
     | Taken
+    | Demonstrated
     | StepBegun
     | StepTaken
     | Published

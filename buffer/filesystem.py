@@ -52,8 +52,8 @@ def require_local(path: Path, mounts: str | None = None) -> None:
     if kind in NETWORK:
         raise ConfigError(
             f"{path} is on {kind}, where SQLite's locks and syncs do not hold: the ledger could "
-            "lose what it acknowledged. Put the run folder on a local disk (--output), and copy "
-            "it to the shared one when the run has ended"
+            "lose what it acknowledged. Put the run folder on a local disk (--output), and set "
+            "buffer.copy_to to a folder there, which gets a copy with every checkpoint"
         )
 
 

@@ -258,6 +258,8 @@ class Batch(Record, tag=True):
     groups: tuple[TrajectoryGroup, ...]
     proof: ProofLine
     journal_sequence: int
+    demonstrations: tuple[Trajectory, ...] = ()
+    """Earlier successes of prompts that had none lately; outside the law and the books."""
 
 
 class Part(Record, tag=True):

@@ -98,6 +98,14 @@ class SamplingParams(Record):
         return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
 
 
+class Stage(Record):
+    """Samples of a group that were decided on together."""
+
+    num_samples: int
+    weight: float
+    """Of their mean in the prompt's loss, under `aggregation = "prompt"`."""
+
+
 class SizingDecision(Record):
     """How many samples a prompt gets and how long they may be, with the reason."""
 
@@ -111,6 +119,9 @@ class SizingDecision(Record):
     `BufferClient.extend` has decided, or `buffer.straggler_wait_s` has passed."""
     weight: float = 1.0
     """Of the prompt in the loss, under `aggregation = "prompt"`."""
+    stages: tuple[Stage, ...] = ()
+    """Of a group that is sized in stages, in order of index; none: one stage of weight 1. A stage's
+    baseline holds the samples of earlier stages, never of later ones."""
 
 
 class Ticket(Record):

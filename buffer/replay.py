@@ -43,7 +43,11 @@ class Replay:
             prompts_per_step: P.
         """
         self.config, self.prompts_per_step = config, prompts_per_step
-        self.state = State(kept_steps=self._kept_steps())
+        self.state = State(
+            kept_steps=self._kept_steps(),
+            success_reward=config.success_reward,
+            success_pool=config.success_pool,
+        )
         self.spent: set[int] = set()
         """uids whose payload could not be read when a step wanted to train them once more."""
         self.staged_since: dict[int, float] = {}
@@ -87,6 +91,7 @@ class Replay:
         task: str = "",
         *,
         staged: bool = False,
+        source: int = 0,
     ) -> bool:
         """Put a prompt WAITING; False when the queue is full. A repeat is put already.
 
@@ -96,6 +101,7 @@ class Replay:
             ticket: stores the ticket and says where; called only for a new prompt.
             task: whose bound it has.
             staged: see `SizingDecision`.
+            source: see `events.Put`.
         Raises:
             Refused: a gap in the uids, or no samples.
         """
@@ -109,10 +115,16 @@ class Replay:
             )
         if self.state.counts["WAITING"] >= self.config.max_waiting_prompts:
             return False
-        put = events.Put(
-            uid=uid, num_samples=num_samples, ticket=ticket(), task=task, staged=staged
+        self._emit(
+            events.Put(
+                uid=uid,
+                num_samples=num_samples,
+                ticket=ticket(),
+                task=task,
+                staged=staged,
+                source=source,
+            )
         )
-        self._emit(put)
         return True
 
     def extend(
@@ -453,6 +465,19 @@ class Replay:
             self._emit(events.StepBegun(step=plan.step, request_id=request_id))
         for uid, decisions in plan.groups:
             self._emit(events.Taken(uid=uid, step=plan.step, decisions=decisions))
+
+    def demonstrate(self, step: int, readable: Callable[[Ref], bool]) -> None:
+        """Choose the demonstrations of a step, those that wait the longest first."""
+        waiting = [uid for uid, each in self.state.wanted.items() if each.shown is None]
+        places = self.config.demonstrations_per_step
+        for uid in waiting if places else ():
+            each = self.state.wanted[uid]
+            if places and readable(each.payload):
+                places -= 1
+                success = (each.uid, each.index)
+                self._emit(
+                    events.Demonstrated(uid=uid, step=step, success=success, payload=each.payload)
+                )
 
     def commit_take(self, plan: TakePlan, request_id: str, proof: events.ProofLine) -> None:
         """Carry a plan out, in the same transaction as its proof line."""

@@ -92,6 +92,14 @@ class Segments:
             self._dirty = False
             self.synced[self._number] = self._size
 
+    def seal(self) -> int:
+        """Write no more to the present file; the number below which none changes any more."""
+        self.sync()
+        if self._write_fd >= 0:
+            os.close(self._write_fd)
+            self._write_fd = -1
+        return self._number + 1
+
     def sizes(self) -> dict[int, int]:
         """Bytes of every file, the first one first."""
         paths = sorted(path for path in self.folder.glob("*.seg") if path.stem.isdecimal())

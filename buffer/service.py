@@ -9,7 +9,9 @@ that has to wait is parked until something changes or its patience ends. Run as
 
 import asyncio
 import contextlib
+import gc
 import os
+import sqlite3
 import sys
 import time
 from collections import OrderedDict
@@ -23,6 +25,7 @@ from zmq.utils.monitor import parse_monitor_message
 from . import codec, waits
 from .config import ServiceSpec
 from .coordinator import Coordinator
+from .copies import copy_run
 from .curve import protect_server
 from .errors import ConfigError, WireError
 from .messages import RefusedReply, Reply, Request, Stats, TakeGroups
@@ -82,6 +85,7 @@ class BufferService:
         self._connections = 0
         self._last_heard = time.monotonic()
         self._told_s = 0.0
+        self._copying: asyncio.Task[None] | None = None
 
     async def serve(self) -> None:
         """Bind and serve; everything acknowledged is durable, however it ends.
@@ -112,7 +116,11 @@ class BufferService:
             monitor.close(linger=0)
             socket.close(linger=1000)  # milliseconds: the last replies may still leave
             context.term()
+            if self._copying is not None:
+                await self._copying
             end()
+            if self.spec.config.copy_to is not None:
+                self._copy(sealed_before=1 << 62, sequence=self.coordinator.journal.sequence)
 
     def _bind(self, socket: zmq.asyncio.Socket) -> None:
         """Bind a private socket.
@@ -165,8 +173,25 @@ class BufferService:
             waits.put("buffer", *self.coordinator.waits(now))
         replies += self._ask_parked(now)
         self.coordinator.commit()
+        if self.coordinator.copy_due and (self._copying is None or self._copying.done()):
+            self.coordinator.copy_due = False
+            at = (self.coordinator.journal.segments.seal(), self.coordinator.journal.sequence)
+            self._copying = asyncio.create_task(asyncio.to_thread(self._copy, *at))
         for (identity, _), frames in replies:
             plain.send_multipart([identity, *frames], copy=False)  # no limit is set: never blocks
+
+    def _copy(self, sealed_before: int, sequence: int) -> None:
+        """Bring `copy_to` up to date; a failure is told, and no reason to stop."""
+        target = self.spec.config.copy_to
+        assert target is not None
+        try:
+            copy_run(self.spec.run_dir, target, sealed_before, sequence)
+            self.coordinator.copy_problem = ""
+        except (OSError, sqlite3.Error) as error:
+            self.coordinator.copy_problem = (
+                f"the copy to {target} (buffer.copy_to) failed: {error}; it is tried again with "
+                "the next checkpoint"
+            )
 
     def _receive(self, message: list[memoryview]) -> list[tuple[Address, list[codec.Frame]]]:
         """Answer or park one message; what is malformed is refused, or dropped without a number."""
@@ -238,7 +263,12 @@ def main() -> None:
     spec = ServiceSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
 
     async def serve() -> None:
-        await BufferService(spec).serve()
+        # What the ledger folds to lives as long as the process: collections over it are in vain.
+        gc.disable()
+        service = BufferService(spec)
+        gc.freeze()
+        gc.enable()
+        await service.serve()
 
     run_process("buffer", spec.run_dir, serve())
 

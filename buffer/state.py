@@ -14,8 +14,9 @@ A trace of one prompt with two samples:
 """
 
 import heapq
+import math
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from . import events
@@ -57,6 +58,8 @@ class Group:
     ticket: Ref
     samples: list[Sample]
     task: str = ""
+    source: int = 0
+    """Of `Put`; 0: nothing is remembered of its prompt."""
     staged: bool = False
     """May be extended: complete, it stays INFLIGHT until somebody decides."""
     state: GroupWord = "WAITING"
@@ -112,6 +115,19 @@ class Lengths:
 
 
 @dataclass(slots=True)
+class Success:
+    """A sample that may be shown, or is to be shown, as a demonstration."""
+
+    uid: int
+    index: int
+    payload: Ref
+    since: tuple[int, int]
+    """(branch, step) of the take that was next when it was finished, or asked for."""
+    shown: tuple[int, int] | None = None
+    """(branch, step) that trained it as a demonstration."""
+
+
+@dataclass(slots=True)
 class Tally:
     """What one step counts, and what resuming from an earlier one undoes."""
 
@@ -144,6 +160,14 @@ class State:
     """step -> uid -> decisions, for the same steps and `kept_steps` before them."""
     begun: tuple[int, str] | None = None
     """(step, request id) of the batch of which parts are TAKEN and others to come."""
+    success_reward: float = math.inf
+    """From which on a sample is a success."""
+    success_pool: int = 0
+    successes: OrderedDict[int, Success] = field(default_factory=OrderedDict)
+    """source -> the first success of a prompt; kept after the resume of an earlier step only if it
+    was made before it."""
+    wanted: dict[int, Success] = field(default_factory=dict)
+    """uid of a group without a success -> what is to be shown, or was since the last checkpoint."""
     kept_steps: int = 0
     """Steps before the last checkpoint whose groups may be trained once more."""
     repeats: int = 0
@@ -268,6 +292,10 @@ class State:
                 self._reopened(event)
             case events.Taken():
                 self._taken(event)
+            case events.Demonstrated():
+                here = (self.path.branch, event.step)
+                since = self.wanted[event.uid].since if event.uid in self.wanted else here
+                self.wanted[event.uid] = Success(*event.success, event.payload, since, here)
             case events.StepBegun():
                 self.begun = (event.step, event.request_id)
             case events.StepTaken():
@@ -300,14 +328,15 @@ class State:
     def _settle(self, group: Group) -> None:
         """Derive the state of a group that is not final from its samples."""
         words = {sample.state for sample in group.samples}
+        complete = words <= {"READY", "DROPPED"}
         self.staged.pop(group.uid, None)
-        if group.complete and not (group.staged and "READY" in words):
+        if complete and not (group.staged and "READY" in words):
             state: GroupWord = "READY"
         elif words & {"READY", "INFLIGHT"}:
             state = "INFLIGHT"
         else:
             state = "WAITING"
-        if group.complete and group.staged and state == "INFLIGHT":
+        if complete and group.staged and state == "INFLIGHT":
             self.staged[group.uid] = None
         if state != group.state:
             self._move(group, state)
@@ -337,6 +366,7 @@ class State:
             ticket=event.ticket,
             samples=samples,
             task=event.task,
+            source=event.source,
             staged=event.staged,
         )
         self.groups[event.uid] = group
@@ -383,12 +413,34 @@ class State:
         self._count_reward(group, event.index)
         self._settle(group)
 
+    def _remember_success(self, group: Group, index: int, reward: float) -> None:
+        """Keep the first success of a prompt."""
+        payload = group.samples[index].payload
+        if not group.source or payload is None or reward < self.success_reward:
+            return
+        success = Success(group.uid, index, payload, self.next_take)
+        self.successes.setdefault(group.source, success)
+        if len(self.successes) > self.success_pool:
+            self.successes.popitem(last=False)
+
+    def _want_success(self, group: Group, step: int) -> None:
+        """Note a group that ends without a success, if there is one to be shown."""
+        rewards = [sample.facts.reward for sample in group.samples if sample.facts is not None]
+        scored = [reward for reward in rewards if reward is not None]
+        known = self.successes.get(group.source)
+        if known is not None and scored and max(scored) < self.success_reward:
+            since = (self.path.branch, step)
+            self.wanted[group.uid] = replace(known, since=since)
+            if len(self.wanted) > self.success_pool:
+                del self.wanted[next(iter(self.wanted))]
+
     def _count_reward(self, group: Group, index: int) -> None:
-        """Leave a finished sample's reward to the next take's proof line."""
+        """Leave a finished sample's reward to the next take's proof line, and to the pool."""
         sample = group.samples[index]
         sample.counted = self.next_take
         if sample.facts is not None and sample.facts.reward is not None:
             self.rewards_since[group.uid, sample.attempt, index] = sample.facts.reward
+            self._remember_success(group, index, sample.facts.reward)
 
     def _returned(self, event: events.Returned) -> None:
         group = self.groups[event.uid]
@@ -422,6 +474,8 @@ class State:
         group.ends.append(((self.path.branch, event.step), event.reason))
         self._note_segment(group, event.step)
         self.staged.pop(event.uid, None)
+        if event.reason == "no_signal":
+            self._want_success(group, event.step)
         self.dropped_uids.setdefault(event.step, []).append(event.uid)
         self._move(group, "DROPPED")
 
@@ -433,7 +487,10 @@ class State:
 
     def _taken(self, event: events.Taken) -> None:
         group = self.groups[event.uid]
-        self.repeats += self.uses(group) > 0
+        if self.uses(group) > 0:
+            self.repeats += 1
+        else:
+            self._want_success(group, event.step)
         group.ends.append(((self.path.branch, event.step), None))
         self._note_segment(group, event.step)
         tally = self._tally(event.step)
@@ -456,6 +513,9 @@ class State:
             if step < event.step - self.kept_steps:  # the last one stays: it may be asked again
                 self._forget(list(self.taken.pop(step)))
                 self.steps.pop(step, None)
+        if self.final_branch:
+            kept = {k: v for k, v in self.wanted.items() if not v.shown or v.shown[1] >= event.step}
+            self.wanted = kept
         for step in [step for step in self.dropped_uids if step < event.step]:
             self._forget(self.dropped_uids.pop(step))
 
@@ -476,6 +536,9 @@ class State:
         self.first_segment, self.compacted_step = event.first_segment, event.step
         ended = self.ended_segments.items()
         self.ended_segments = {k: s for k, s in ended if s >= event.first_segment}
+        for pool in (self.successes, self.wanted):
+            for key in [k for k, v in pool.items() if v.payload.segment < event.first_segment]:
+                del pool[key]
 
     def _branch_opened(self, event: events.BranchOpened) -> None:
         """Undo what is off the new path: takes, drops and counts of lost steps, and every lease.
@@ -495,6 +558,11 @@ class State:
         self.staged.clear()
         self.dropped_uids.clear()
         self.next_take = (event.branch, event.resumed_at + 1)
+        for pool in (self.successes, self.wanted):
+            for key in [key for key, each in pool.items() if not self.on_path(each.since)]:
+                del pool[key]
+        for each in self.wanted.values():
+            each.shown = each.shown if each.shown and self.on_path(each.shown) else None
         self._recount()
         for group in self.groups.values():
             self._onto_path(group)

@@ -27,6 +27,7 @@ from .load import Loaded, with_overrides
 from .models import check_folder, resolve_model
 from .result import RunResult
 from .run_dir import (
+    SUBFOLDERS,
     Branch,
     create_run_dir,
     read_experiment,
@@ -165,6 +166,8 @@ def resume(run_dir: Path, *, console: Console | None = None, export: bool = True
     """
     console, run_dir = console or Console(), run_dir.expanduser().absolute()
     read_run(run_dir)  # a folder that is no run is refused before anything is written into it
+    for name in SUBFOLDERS:  # a copy of a run (`buffer.copy_to`) holds only what is needed
+        (run_dir / name).mkdir(exist_ok=True)
     with supervising(run_dir):
         launch = _reopen(run_dir, console)
         return run_branches(launch, console, lambda: _reopen(run_dir, console), export=export)
@@ -183,6 +186,8 @@ def _reopen(run_dir: Path, console: Console) -> Launch:
             "starts a longer one"
         )
     experiment = read_experiment(run_dir)
+    if (run_dir / "model" / "config.json").exists():  # also when the folder was moved, or is a copy
+        run_file = update_run(run_dir, model_dir=str(run_dir / "model"))
     check_folder(Path(run_file.model_dir), experiment.model)
     branches = (*run_file.branches, _next_branch(run_dir, run_file.branches, console))
     run_file = update_run(run_dir, branches=branches, status="running", reason="")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from ..learner.config import ObjectiveConfig
+from ..rollout.config import SAME_SIZE
 from .rank_memory import rank_peak, rank_tokens
 from .schema import Experiment
 from .sizes import ModelSize, bytes_text, machine_memory, memory_costs, total_bytes
@@ -63,7 +64,13 @@ def _sizing(experiment: Experiment) -> Iterator[str]:
     """Yield how samples per prompt and their lengths are decided, when not by the defaults."""
     rollout, sizing = experiment.rollout, experiment.rollout.sizing
     n = rollout.samples_per_prompt
-    if sizing.sizer not in ("fixed", "filter_refill"):
+    if sizing.staged:
+        yield (
+            f"probe_then_commit draws {sizing.probe_samples} samples of a prompt, and the other "
+            f"{n - sizing.probe_samples} with a probability between {sizing.min_commit:g} and 1 "
+            "that follows from them; their weight makes up for it."
+        )
+    elif sizing.sizer not in SAME_SIZE:
         budget = f"what {n} samples of each would cost"
         if sizing.tokens_per_prompt:
             budget = f"{sizing.tokens_per_prompt:g} expected tokens a prompt on average"

@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from ..buffer.config import BufferConfig, Settings
 from ..learner.config import LearnerConfig, SftConfig
 from ..rollout.config import (
+    SAME_SIZE,
     EnvironmentConfig,
     EvalConfig,
     PartConfig,
@@ -128,18 +129,15 @@ def check_ranks(experiment: Experiment) -> Iterator[str]:
             f'learner.optimizer.name = "adamw_8bit" keeps moments by blocks, which cluster.'
             f'learner_ranks = {ranks} would cut at other places; use "adamw", which they share'
         )
-    if ranks > 1 and learner.stream:
-        yield (
-            f"learner.stream trains on one rank, but cluster.learner_ranks = {ranks}; set one of "
-            "them back"
-        )
 
 
 def check_sizing(experiment: Experiment) -> Iterator[str]:
     """Yield what is wrong between the sizer, the group's sizes, its budget and the objective."""
     rollout, sizing = experiment.rollout, experiment.rollout.sizing
     n, most = rollout.samples_per_prompt, sizing.most_samples(rollout.samples_per_prompt)
-    if sizing.sizer in ("fixed", "filter_refill"):
+    if sizing.staged:
+        yield from _check_stages(experiment)
+    if sizing.sizer in SAME_SIZE:
         defaults = type(sizing)()
         for name in ("min_samples", "max_samples", "tokens_per_prompt"):
             if getattr(sizing, name) == getattr(defaults, name):
@@ -166,6 +164,24 @@ def check_sizing(experiment: Experiment) -> Iterator[str]:
         )
     if sizing.length_cycle_steps and not sizing.length_schedule:
         yield "rollout.sizing.length_cycle_steps repeats length_schedule, which is empty; set it"
+
+
+def _check_stages(experiment: Experiment) -> Iterator[str]:
+    """Yield what is wrong between a first stage and the whole group, and with the objective."""
+    n, k = experiment.rollout.samples_per_prompt, experiment.rollout.sizing.probe_samples
+    if k >= n:
+        yield (
+            f"rollout.sizing.probe_samples = {k} leaves nothing of rollout.samples_per_prompt = {n}"
+            " to commit; make it smaller"
+        )
+    objective = experiment.learner.objective
+    if (objective.advantage, objective.aggregation) != ("leave_one_out", "prompt"):
+        yield (
+            'rollout.sizing.sizer = "probe_then_commit" is unbiased by the weights of its stages, '
+            f'which learner.objective with advantage = "{objective.advantage}" and aggregation = '
+            f'"{objective.aggregation}" does not know; set advantage = "leave_one_out" and '
+            'aggregation = "prompt"'
+        )
 
 
 def check_sampling(experiment: Experiment) -> Iterator[str]:

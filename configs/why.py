@@ -11,7 +11,7 @@ from ..buffer.records import Ticket
 
 
 def why(run_dir: Path, uid: int) -> str:
-    """The sizing decision of one prompt in words, from the ledger.
+    """The sizing decisions of one prompt in words, from the ledger.
 
     Raises:
         ConfigError: no run, or the prompt was not put yet.
@@ -25,10 +25,14 @@ def why(run_dir: Path, uid: int) -> str:
         put = next((event for event in found if isinstance(event, events.Put)), None)
         if put is None:
             raise ConfigError(f"{run_dir} has not put a prompt {uid} yet")
-        ticket = journal.read(put.ticket, Ticket)
+        sized = [put, *(event for event in found if isinstance(event, events.Extended))]
+        # Ended without a word of its sizer, a group is `Extended` by what it was put with.
+        refs = list(dict.fromkeys(event.ticket for event in sized))
+        tickets = [journal.read(ref, Ticket) for ref in refs]
     finally:
         journal.close()
-    return "\n".join([*_decision(ticket), *_outcome(found)])
+    decisions = [line for ticket in tickets for line in _decision(ticket)]
+    return "\n".join([*decisions, *_outcome(found)])
 
 
 def _decision(ticket: Ticket) -> Iterator[str]:
@@ -37,6 +41,10 @@ def _decision(ticket: Ticket) -> Iterator[str]:
     samples = f"{sizing.num_samples} samples of at most {sizing.max_new_tokens} tokens"
     if not sizing.num_samples:
         samples = "no samples this time"
+    if sizing.staged:
+        samples += " for a start"
+    elif sizing.stages:
+        samples += " in all"
     yield (
         f"prompt {prompt.uid} ({prompt.source_id}, epoch {prompt.epoch}): {sizing.sizer} gave it "
         f"{samples}, weight {sizing.weight:g}"

@@ -51,6 +51,24 @@ def group_advantages(
     return advantages_G
 
 
+def staged_advantages(rewards_G: Sequence[float | None], sizes: Sequence[int]) -> np.ndarray:
+    """`leave_one_out` of a group that was sized in stages: [G] float64.
+
+    The others of a sample are those of its stage and of earlier ones, never of a later one: whether
+    that was drawn depends on the sample, and a baseline that depends on it would bias the update.
+
+    Args:
+        rewards_G: as in `group_advantages`, in order of stage.
+        sizes: samples of each stage; of one stage it is `leave_one_out` as ever.
+    """
+    advantages_G, start = np.zeros(len(rewards_G)), 0
+    for end in np.cumsum(sizes).tolist():
+        so_far = group_advantages(rewards_G[:end], "leave_one_out")
+        advantages_G[start:end] = so_far[start:]
+        start = end
+    return advantages_G
+
+
 def batch_advantages(
     rewards_PG: Sequence[Sequence[float | None]], kind: BatchAdvantage
 ) -> list[np.ndarray]:

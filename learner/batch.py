@@ -6,21 +6,28 @@ one after the other.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..buffer.errors import CorruptData
-from ..buffer.records import Trajectory, TrajectoryGroup, Version
+from ..buffer.records import (
+    SizingDecision,
+    TrainingSample,
+    Trajectory,
+    TrajectoryGroup,
+    Version,
+)
 from ..kernels.definition import KeptSets
-from .advantage import batch_advantages, gigpo_advantages
+from .advantage import batch_advantages, gigpo_advantages, staged_advantages
 from .config import ObjectiveConfig
 from .rows import MAX_SHARED_INPUTS, Layout, Piece, lay_out, pack, row_width
 
+R = TypeVar("R")
 RatioLaw = Literal["temperature", "kept_set"]
 
 MAX_PADDING = 0.05
@@ -41,7 +48,8 @@ class Sample:
     weight: float = 1.0
     """Of each trained token in the loss, see `objective.token_weights`."""
     share: float = 1.0
-    """Of its prompt: the prompt's sizing weight over its number of samples with a reward."""
+    """Of its prompt: the sizing weight over the samples with a reward, of the prompt or its
+    stage."""
 
     @property
     def num_trained(self) -> int:
@@ -90,11 +98,14 @@ def samples_of(groups: Sequence[TrajectoryGroup], objective: ObjectiveConfig) ->
     samples = []
     ordered_P = sorted(groups, key=lambda group: group.prompt.uid)
     ordered_PG = [sorted(g.samples, key=lambda s: s.trajectory.index) for g in ordered_P]
-    advantages_PG = _advantages([[s.trajectory for s in each] for each in ordered_PG], objective)
+    advantages_PG = _advantages(
+        [[s.trajectory for s in each] for each in ordered_PG],
+        [_stage_sizes(g.sizing, each) for g, each in zip(ordered_P, ordered_PG, strict=True)],
+        objective,
+    )
     for group, ordered, advantages_G in zip(ordered_P, ordered_PG, advantages_PG, strict=True):
-        scored = sum(s.trajectory.score.value is not None for s in ordered)
-        share = group.sizing.weight / max(1, scored)
-        for sample, value in zip(ordered, advantages_G, strict=True):
+        shares = _shares(group.sizing, ordered)
+        for sample, value, share in zip(ordered, advantages_G, shares, strict=True):
             trajectory, stale = sample.trajectory, sample.stale_prefix
             left = trajectory.num_policy_tokens - stale
             if sample.trained and trajectory.score.value is not None and left > 0:
@@ -105,13 +116,37 @@ def samples_of(groups: Sequence[TrajectoryGroup], objective: ObjectiveConfig) ->
     return samples
 
 
+def _stage_sizes(sizing: SizingDecision, ordered: Sequence[TrainingSample]) -> list[int]:
+    """How many of a group's samples, lost ones apart, are of each stage; one without stages."""
+    counts = [stage.num_samples for stage in sizing.stages[:-1]]
+    indices = [sample.trajectory.index for sample in ordered]
+    edges = np.searchsorted(indices, np.cumsum(counts, dtype=int)).tolist()
+    return [b - a for a, b in pairwise([0, *edges, len(indices)])]
+
+
+def _shares(sizing: SizingDecision, ordered: Sequence[TrainingSample]) -> list[float]:
+    """Of each sample of a group, see `Sample.share`."""
+    weights = [stage.weight for stage in sizing.stages] or [1.0]
+    shares: list[float] = []
+    for size, weight in zip(_stage_sizes(sizing, ordered), weights, strict=True):
+        members = ordered[len(shares) : len(shares) + size]
+        scored = sum(s.trajectory.score.value is not None for s in members)
+        shares += [sizing.weight * weight / max(1, scored)] * size
+    return shares
+
+
 def _advantages(
-    trajectories_PG: Sequence[Sequence[Trajectory]], objective: ObjectiveConfig
+    trajectories_PG: Sequence[Sequence[Trajectory]],
+    stages_P: Sequence[Sequence[int]],
+    objective: ObjectiveConfig,
 ) -> Sequence[Sequence[float | np.ndarray]]:
     """The advantage of each sample of each group; under GiGPO of each of its N tokens."""
     if objective.advantage == "gigpo":
         return [_turn_advantages(trajectories, objective) for trajectories in trajectories_PG]
     rewards_PG = [[t.score.value for t in trajectories] for trajectories in trajectories_PG]
+    if objective.advantage == "leave_one_out":
+        pairs = zip(rewards_PG, stages_P, strict=True)
+        return [staged_advantages(rewards_G, stages).tolist() for rewards_G, stages in pairs]
     if objective.advantage == "gae":
         return [[reward or 0.0 for reward in rewards_G] for rewards_G in rewards_PG]
     return [a.tolist() for a in batch_advantages(rewards_PG, objective.advantage)]
@@ -296,6 +331,18 @@ def collate(
         num_inputs=sum(map(_width, rows)),
         filler=not any(sample.weight for sample in samples),
     )
+
+
+def moved(value: R, device: torch.device) -> R:
+    """Rows or a micro-batch with all tensors on a device; where they are already, themselves."""
+    if isinstance(value, Tensor):
+        return value.to(device)  # pyright: ignore
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(moved(each, device) for each in value))
+    if is_dataclass(value):
+        of = {field.name: moved(getattr(value, field.name), device) for field in fields(value)}
+        return replace(value, **of)  # pyright: ignore
+    return value
 
 
 def _temperature(trajectory: Trajectory) -> float:

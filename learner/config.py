@@ -103,6 +103,8 @@ class ObjectiveConfig(Settings):
     run started from when above 0."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    demonstration_coefficient: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the demonstrations' mean -log pi, see `buffer.demonstrations_per_step`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -212,6 +214,11 @@ class LearnerConfig(Settings):
     stream: bool = False
     """Train a step's groups as they become READY, before its batch is full: the same update to
     rounding. Needs one update per step, and an objective that looks at one group at a time."""
+    compile: bool = False
+    """Compile each decoder layer (torch.compile, without graph breaks, one graph for all shapes):
+    minutes at the start. Needs a C++ compiler; not together with `activations = "stream"`."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """`cuda`: one device per learner rank, NCCL between them; not run so far."""
     threads: Annotated[int, Field(ge=1)] = 1
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -265,6 +272,11 @@ class LearnerConfig(Settings):
             raise ValueError(
                 'learner.activations = "stream" knows the layers\' own weights alone, not the '
                 'adapters of learner.lora; use "checkpoint"'
+            )
+        if self.compile and self.activations == "stream":
+            raise ValueError(
+                'learner.compile and learner.activations = "stream" both replace the forward pass '
+                'of the layers; use "checkpoint" or compile = false'
             )
         if self.packed and self.activations == "stream":
             raise ValueError(

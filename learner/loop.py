@@ -81,7 +81,10 @@ def follow(trainer: Trainer) -> None:
     with ThreadPoolExecutor(1, thread_name_prefix="save") as saving:
         while True:
             what, frames = trainer.ranks.hear()
-            if what == "train":
+            if what == "add":
+                part = codec.decode(frames, Part)
+                trainer.add(part.step, part.groups)
+            elif what == "train":
                 trainer.train(codec.decode(frames, Batch))
             elif what == "snapshot":
                 saving.submit(trainer.snapshot())  # what stops it, rank 0 reports

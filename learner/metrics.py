@@ -71,11 +71,13 @@ def step_metrics(sums: Sums, groups: Sequence[TrajectoryGroup], num_updates: int
     """Means over the step, by the names that metrics.jsonl uses."""
     scores = [s.trajectory.score.value for group in groups for s in group.samples]
     rewards = np.array([value for value in scores if value is not None], dtype=np.float64)
+    cut = [s.trajectory.finish_reason == "length" for group in groups for s in group.samples]
     metrics: dict[str, Any] = {
         "loss": sums.loss / num_updates,
         "updates": num_updates,
         "reward_trained_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
+        "cut_fraction": float(np.mean(cut)),
         "entropy": sums.mean("entropy"),
         "ratio_mean": sums.mean("ratio"),
         "clipped_fraction": sums.mean("clipped"),

@@ -33,7 +33,7 @@ R = TypeVar("R")
 RNG_NAME = "rng.torch"
 AVERAGE_WEIGHT_NAME = "average.weight"
 NOISE_NAME = "noise.sums"
-PROBE_ROWS, PROBE_TOKENS = 2, 12
+PROBE_ROWS, PROBE_TOKENS = 1, 8
 """Few: training stands still meanwhile."""
 BLOCK_8BIT = 256
 
@@ -279,7 +279,7 @@ class Policy:
         moments = self.optimizer.state[master]
         moment, _, part = field.partition(".")
         if not part:
-            moments[field] = value.clone()
+            moments[field] = value.to(master.device, copy=True)
             return
         from torchao.optim.subclass_8bit import OptimState8bit  # pyright: ignore
 
@@ -437,5 +437,6 @@ def probe(model: PreTrainedModel) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens_BL = torch.randint(vocabulary, (PROBE_ROWS, PROBE_TOKENS), generator=generator)
     with lora.merged(model):
-        output = gathered(model, lambda: model.forward(input_ids=tokens_BL, use_cache=False))
+        inputs_BL = tokens_BL.to(model.device)
+        output = gathered(model, lambda: model.forward(input_ids=inputs_BL, use_cache=False))
     return {"token_ids": tokens_BL, "logits": output.logits.float().contiguous()}

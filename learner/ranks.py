@@ -34,13 +34,14 @@ from torch.distributed.fsdp import (
 from transformers import PreTrainedModel
 
 from ..buffer.codec import Frame
-from ..buffer.errors import PeerLost
+from ..buffer.errors import ConfigError, PeerLost
 
 LOOPBACK = "127.0.0.1"
 MEET_S = 300.0
 """As long as the doctor gives a process to start: importing torch on a busy machine is slow."""
 NO_DEADLINE = timedelta(days=7)
 """Of collectives: a rank that dies closes its connections, one that hangs the doctor finds."""
+TCPStore = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
 _SIOCGIFADDR = 0x8915
 _GONE = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL", "store")
 
@@ -49,15 +50,20 @@ class Ranks:
     """One rank's connection to the others; alone, everything is answered here."""
 
     mesh: DeviceMesh | None = None
+    _control: Any = None
+    _saving: Any = None
+    """A group of its own: a checkpoint is written beside training, in another thread."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu") -> None:
         """Alone when `size` is 1; else `join` makes one."""
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.device = rank, size, torch.device(device)
         self.leading = False
         """Whether what is done is told to the others: on rank 0, once all are prepared."""
 
     @classmethod
-    def join(cls, rank: int, size: int, meeting: Path, endpoint: str) -> "Ranks":
+    def join(
+        cls, rank: int, size: int, meeting: Path, endpoint: str, device: str = "cpu"
+    ) -> "Ranks":
         """Meet the others; returns when all are there.
 
         Args:
@@ -65,25 +71,25 @@ class Ranks:
             size: how many there are.
             meeting: a file that only this run's processes can write; rank 0 leaves the address.
             endpoint: of the buffer service: how far from here the others may be.
+            device: `cpu` (gloo) or `cuda` (nccl): one device a rank, in order on each machine.
         Raises:
+            ConfigError: there is no such device.
             PeerLost: they did not all come.
         """
-        ranks = cls(rank, size)
+        if device == "cuda":
+            device = _cuda_device(rank)
+        ranks = cls(rank, size, device)
         if size == 1:
             return ranks
         address = own_address(endpoint)
         os.environ["GLOO_SOCKET_IFNAME"] = _interface(address)
         with ranks.watched():
             store = _open_store(size, address, meeting) if rank == 0 else _find_store(size, meeting)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            if device == "cuda":
-                torch.cuda.set_device(rank % torch.cuda.device_count())
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+                "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
                 store=store, rank=rank, world_size=size, timeout=NO_DEADLINE,
             )  # fmt: skip
-            ranks.mesh = init_device_mesh(device, (size,))
-            # Of their own: a checkpoint is written beside training, in another thread.
+            ranks.mesh = init_device_mesh(ranks.device.type, (size,))
             ranks._control = dist.new_group(backend="gloo", timeout=NO_DEADLINE)
             ranks._saving = dist.new_group(backend="gloo", timeout=NO_DEADLINE)
         return ranks
@@ -172,19 +178,20 @@ ALONE = Ranks()
 
 
 def shard(model: PreTrainedModel, ranks: Ranks) -> None:
-    """Leave each rank its part of every parameter, in place; alone, nothing.
+    """Leave each rank its part of every parameter, in place; alone, all of them.
 
     Layers are gathered one at a time; embedding, norm and head together, from the forward pass to
     its backward. Gradients are summed over the ranks, in float32 at least: whoever computes a loss
     divides by what counts on all of them.
     """
     if ranks.mesh is None:
+        model.to(ranks.device)  # pyright: ignore
         return
     precise = torch.promote_types(model.dtype, torch.float32)
     settings: dict[str, Any] = {
         "mesh": ranks.mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=precise)
     }  # fmt: skip
-    for layer in _layers(model):
+    for layer in decoder_layers(model):
         fully_shard(layer, **settings)
     fully_shard(model, **settings)
     for module in model.modules():
@@ -195,10 +202,31 @@ def shard(model: PreTrainedModel, ranks: Ranks) -> None:
     register_fsdp_forward_method(model, "gathered")
 
 
-def _layers(model: PreTrainedModel) -> list[nn.Module]:
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
+    """Compile the forward pass of each layer, in place, before `shard`: its hooks stay outside.
+
+    A graph break is an error, so that a layer is one graph or is not compiled at all.
+    """
+    for layer in decoder_layers(model):
+        layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=True, backend=backend)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder's layers: the longest list of modules there is."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=len)) if lists else []
+
+
+def _cuda_device(rank: int) -> str:
+    """A launcher that gives each process devices of its own shows it these alone."""
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            'learner.device = "cuda", but torch finds no CUDA device here; use "cpu", or install '
+            "torch for CUDA"
+        )
+    name = f"cuda:{rank % torch.cuda.device_count()}"
+    torch.cuda.set_device(name)
+    return name
 
 
 def own_address(endpoint: str) -> str:
@@ -223,11 +251,11 @@ def _interface(address: str) -> str:
     return "lo0" if address == LOOPBACK else ""  # macOS, which has another ioctl
 
 
-def _open_store(size: int, address: str, meeting: Path) -> dist.TCPStore:
+def _open_store(size: int, address: str, meeting: Path) -> Any:
     """Rank 0's: listens on this address alone, and leaves it in the file."""
     listener = socket.create_server((address, 0))
     port = listener.getsockname()[1]
-    store = dist.TCPStore(
+    store = TCPStore(
         address, port, size, is_master=True, wait_for_workers=False,
         timeout=timedelta(seconds=MEET_S), master_listen_fd=listener.detach(),
     )  # fmt: skip
@@ -237,14 +265,14 @@ def _open_store(size: int, address: str, meeting: Path) -> dist.TCPStore:
     return store
 
 
-def _find_store(size: int, meeting: Path) -> dist.TCPStore:
+def _find_store(size: int, meeting: Path) -> Any:
     end = time.monotonic() + MEET_S
     while not meeting.is_file():
         if time.monotonic() > end:
             raise PeerLost(f"learner rank 0 did not come to {meeting} within {MEET_S:.0f} s")
         time.sleep(0.05)
     address, port = meeting.read_text().split()
-    return dist.TCPStore(
+    return TCPStore(
         address, int(port), size, wait_for_workers=False, timeout=timedelta(seconds=MEET_S)
     )
 

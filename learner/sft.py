@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..buffer.errors import ConfigError, TrainingFailed
 from ..kernels.models import render_prompts
-from .batch import Rows
+from .batch import Rows, moved
 from .config import OptimizerConfig, SftConfig
 from .policy import Policy, score
 from .ranks import ALONE, Ranks
@@ -173,7 +173,8 @@ def _update(
     for start in range(0, len(batch), rows * ranks.size):
         own = batch[start : start + rows * ranks.size][ranks.rank :: ranks.size]
         # Ranks gather parameters together: one without examples repeats one, without weight.
-        logprobs_T, _ = score(policy.model, collate(own or batch[:1], policy.loss_dtype))
+        inputs = moved(collate(own or batch[:1], policy.loss_dtype), ranks.device)
+        logprobs_T, _ = score(policy.model, inputs)
         loss = -logprobs_T.sum() * bool(own) / num_targets
         loss.backward()
         value += float(loss.detach())

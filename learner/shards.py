@@ -63,14 +63,16 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_of(tensor: Tensor) -> Part:
-    """This rank's rows of a tensor, without a copy; merged adapters are moved to where it is theirs."""
+    """This rank's rows of a tensor, without a copy; merged adapters may be sharded otherwise, and
+    are then moved."""
     first = 0
+    tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         mesh, placements = tensor.device_mesh, (Shard(0),)
-        tensor = tensor.detach().redistribute(placements=placements)
+        tensor = tensor.redistribute(placements=placements)
         offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)[1]
         first = offsets[0] if offsets else 0
-    return Part(local(tensor.detach()), tuple(tensor.shape), first)
+    return Part(local(tensor), tuple(tensor.shape), first)
 
 
 def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
@@ -138,7 +140,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 def stored_in(folder: Path) -> dict[str, Stored]:
     """What the files of a checkpoint hold, by name."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {n: Stored(tuple(m.size), m.properties.dtype) for n, m in found.items()}  # pyright: ignore
@@ -158,9 +160,10 @@ def load_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         folder: of a checkpoint, written by any number of ranks.
         tensors: by name, with the stored shapes; a DTensor gets its own rows.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     with warnings.catch_warnings():  # each rank reads by itself, and DCP says so
         warnings.simplefilter("ignore", UserWarning)
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+        load(dict(tensors), storage_reader=reader, no_dist=True)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..buffer.errors import TrainingFailed
 from ..buffer.messages import ProofLine
-from ..buffer.records import TrainingSample, TrajectoryGroup, Version
+from ..buffer.records import TrainingSample, Trajectory, TrajectoryGroup, Version
 from ..buffer.staleness import LivePath, proof_line
 from ..kernels import dispatch
 from . import noise, objective
@@ -26,6 +26,7 @@ from .batch import (
     RatioLaw,
     Sample,
     collate,
+    moved,
     own_share,
     plan_micro_batches,
     samples_of,
@@ -33,6 +34,7 @@ from .batch import (
 )
 from .config import LearnerConfig, ObjectiveConfig
 from .critic import judged, value_term
+from .imitation import imitate
 from .metrics import Sums, step_metrics
 from .policy import Policy, expected_returns, fused_loss, score_frozen, whole_loss
 from .ranks import ALONE, Ranks
@@ -74,6 +76,7 @@ def train_step(
     max_staleness_steps: float,
     ratio_law: RatioLaw = "temperature",
     reference: PreTrainedModel | None = None,
+    demonstrations: Sequence[Trajectory] = (),
 ) -> StepResult:
     """Train one batch. The exact order of operations, for whoever reproduces it:
 
@@ -116,6 +119,7 @@ def train_step(
         max_staleness_steps: S, for the proof.
         ratio_law: the law of all log-probabilities, the engine's included.
         reference: frozen policy for the KL term; needed when its coefficient is above 0.
+        demonstrations: join the first update, see `imitation.imitate`.
     Returns:
         Metrics (`loss` is the minimised total, the mean over updates) and the proof line.
     Raises:
@@ -145,19 +149,21 @@ def train_step(
         for part in parts:
             part.proximal[:] = [score_frozen(policy.model, batch) for batch in part.batches]
     rate = config.optimizer.rate_at(step)
-    sums, norms, noisy = Sums(), [], []
+    sums, norms, noisy, shown = Sums(), [], [], {}
     for part in parts:
         if anchor == "ewma":
             with policy.averaged():
                 part.proximal[:] = [score_frozen(policy.model, batch) for batch in part.batches]
         of_half = _accumulate(policy, part, config.objective, reference, sums, step)
-        norms.append(_checked_norm(policy, step))
         if part.half is not None:
             sizes = part.half[1], part.num_prompts
             noisy.append(noise.noise_and_signal(of_half, _squared_norm(policy), *sizes))
+        if part is parts[0]:
+            shown = imitate(policy, demonstrations, config, held=held, step=step)
+        norms.append(_checked_norm(policy, step))
         policy.update(rate, norms[-1])
     sums = Sums.merged(ranks.exchange(asdict(sums)))
-    metrics = step_metrics(sums, groups, len(parts))
+    metrics = step_metrics(sums, groups, len(parts)) | shown
     metrics |= {"grad_norm": float(max(norms)), "learning_rate": rate}
     if noisy:
         means = (sum(values) / len(noisy) for values in zip(*noisy, strict=True))
@@ -212,8 +218,9 @@ class StreamedStep:
                 collate, held=self._held, dtype=self._policy.loss_dtype, law=self._law,
                 packed=self._config.packed,
             )  # fmt: skip
-            part = _part(samples, len(groups), self._config, line_up)
-            proof = _prove([part], self._step, self._bound, self._path, ALONE)
+            ranks = self._policy.ranks
+            part = _part(samples, len(groups), self._config, line_up, ranks)
+            proof = _prove([part], self._step, self._bound, self._path, ranks)
             self._weighted += proof.trained_tokens
             anchor = self._config.objective.anchor(1)
             if anchor == "ewma":
@@ -226,15 +233,16 @@ class StreamedStep:
             self._denominators.append(part.denominator)
         self._seconds += time.perf_counter() - began_s
 
-    def close(self) -> StepResult:
-        """Update the policy with what was added.
+    def close(self, demonstrations: Sequence[Trajectory] = ()) -> StepResult:
+        """Update the policy with what was added, and with demonstrations.
 
         Raises:
             TrainingFailed: as `train_step`.
         """
         began_s, config = time.perf_counter(), self._config
         whole = _Part(samples=self._samples, batches=[], denominator=1.0, proximal=[])
-        proof = _prove([whole], self._step, self._bound, self._path, ALONE, self._weighted)
+        ranks = self._policy.ranks
+        proof = _prove([whole], self._step, self._bound, self._path, ranks, self._weighted)
         denominator = sum(self._denominators)
         if config.objective.aggregation == "prompt":  # num_prompts x the largest budget of all
             most = max(sample.trajectory.sampling.max_new_tokens for sample in self._samples)
@@ -243,10 +251,12 @@ class StreamedStep:
             if parameter.grad is not None:
                 parameter.grad /= denominator
         self._sums.loss /= denominator
+        shown = imitate(self._policy, demonstrations, config, held=self._held, step=self._step)
         rate = config.optimizer.rate_at(self._step)
         norm = _checked_norm(self._policy, self._step)
         self._policy.update(rate, norm)
-        metrics = step_metrics(self._sums, self._groups, 1)
+        self._sums = Sums.merged(ranks.exchange(asdict(self._sums)))
+        metrics = step_metrics(self._sums, self._groups, 1) | shown
         metrics |= {"grad_norm": float(norm), "learning_rate": rate}
         metrics["train_seconds"] = self._seconds + time.perf_counter() - began_s
         metrics["train_tokens_per_s"] = self._sums.inputs / metrics["train_seconds"]
@@ -287,7 +297,7 @@ def _part(
         for each in halves
     ]
     shares = [own_share(plan, ranks.rank, ranks.size) for plan in plans]
-    batches = [line_up(rows) for plan in shares for rows in plan]
+    batches = [moved(line_up(rows), ranks.device) for plan in shares for rows in plan]
     return _Part(
         samples=samples,
         batches=batches,

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..buffer import codec
 from ..buffer.errors import ConfigError, TrainingFailed
 from ..buffer.mailbox import publish_file
-from ..buffer.messages import Batch
+from ..buffer.messages import Batch, Part
 from ..buffer.records import TrajectoryGroup, Version, WeightsManifest
 from ..buffer.staleness import LivePath
 from ..kernels import attention, streambp
@@ -46,7 +46,7 @@ from .checkpoint import (
 from .config import LearnerSpec
 from .objective import find_surrogate
 from .policy import Policy, probe, weights_digest
-from .ranks import Ranks, shard
+from .ranks import Ranks, compile_layers, shard
 from .sft import read_examples, run_sft
 from .step import StepResult, StreamedStep, train_step
 
@@ -98,7 +98,7 @@ class Trainer:
         torch.set_num_threads(spec.config.threads)
         find_surrogate(spec.config.objective.surrogate)
         meeting = spec.run_dir / "processes" / f"learner.b{spec.branch}.meet"
-        self.ranks = Ranks.join(spec.rank, spec.ranks, meeting, spec.endpoint)
+        self.ranks = Ranks.join(spec.rank, spec.ranks, meeting, spec.endpoint, spec.config.device)
         try:
             with self.ranks.watched():
                 if spec.resume_from is None:
@@ -190,6 +190,8 @@ class Trainer:
                 attention.enable(model)
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from error
+        if spec.config.compile:
+            compile_layers(model)
         shard(model, self.ranks)
         return model
 
@@ -249,7 +251,16 @@ class Trainer:
         return step % self.spec.config.checkpoint.every_steps == 0 or step == self.spec.config.steps
 
     def add(self, step: int, groups: Sequence[TrajectoryGroup]) -> None:
-        """Train a part of a step's batch; `train` gets the last one."""
+        """Train a part of a step's batch; `train` gets the last one.
+
+        Raises:
+            PeerLost: another rank is gone.
+        """
+        self.ranks.tell("add", codec.encode(Part(step=step, groups=tuple(groups))))
+        with self.ranks.watched():
+            self._add(step, groups)
+
+    def _add(self, step: int, groups: Sequence[TrajectoryGroup]) -> None:
         if self._streamed is None:
             self._streamed = StreamedStep(self.policy, **self._law(step))
         self._streamed.add(groups)
@@ -277,16 +288,17 @@ class Trainer:
         Raises:
             PeerLost: another rank is gone.
         """
-        if self.spec.config.stream:
-            self.add(batch.step, batch.groups)
-            assert self._streamed is not None
-            result, self._streamed = self._streamed.close(), None
+        self.ranks.tell("train", codec.encode(batch))
+        with self.ranks.watched():
+            if self.spec.config.stream:
+                self._add(batch.step, batch.groups)
+                assert self._streamed is not None
+                result, self._streamed = self._streamed.close(batch.demonstrations), None
+            else:
+                law = self._law(batch.step)
+                shown = batch.demonstrations
+                result = train_step(self.policy, batch.groups, **law, demonstrations=shown)
             self._hold(self.policy, batch.step)
-        else:
-            self.ranks.tell("train", codec.encode(batch))
-            with self.ranks.watched():
-                result = train_step(self.policy, batch.groups, **self._law(batch.step))
-                self._hold(self.policy, batch.step)
         self.journal_sequence = batch.journal_sequence
         return result
 

@@ -11,8 +11,15 @@ from ..buffer.records import SamplingParams
 RatioLaw = Literal["temperature", "kept_set"]
 KvPolicy = Literal["keep", "recompute"]
 SizerName = Literal[
-    "fixed", "filter_refill", "equal_treatment", "hardness_weighted", "min_variance"
+    "fixed",
+    "filter_refill",
+    "probe_then_commit",
+    "equal_treatment",
+    "hardness_weighted",
+    "min_variance",
 ]
+SAME_SIZE: tuple[SizerName, ...] = ("fixed", "filter_refill", "probe_then_commit")
+"""The rules under which a whole group has `samples_per_prompt` samples."""
 
 
 class SourceConfig(Settings):
@@ -106,9 +113,15 @@ class SizingConfig(Settings):
     """
 
     sizer: SizerName = "fixed"
-    """`fixed`; `filter_refill` (DAPO: groups without signal are replaced); `equal_treatment` and
+    """`fixed`; `filter_refill` (DAPO: groups without signal are replaced); `probe_then_commit` (a
+    few samples first, the others with a probability that follows from them); `equal_treatment` and
     `hardness_weighted` (DARS: hard prompts get more); `min_variance` (GVM: least variance of the
     gradient for the tokens)."""
+    probe_samples: Annotated[int, Field(ge=2)] = 4
+    """`probe_then_commit`: samples of the first stage; the second brings `samples_per_prompt`."""
+    min_commit: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """`probe_then_commit`: smallest probability of the second stage. Its samples weigh up to
+    1 / this: smaller saves more tokens and makes the gradient noisier."""
     min_samples: Annotated[int, Field(ge=2)] = 2
     """Of a prompt that is not skipped, under the three adaptive rules."""
     max_samples: Annotated[int, Field(ge=0)] = 0
@@ -147,6 +160,11 @@ class SizingConfig(Settings):
     """Start `length_schedule` again every so many steps; 0 means never."""
 
     @property
+    def staged(self) -> bool:
+        """Whether groups are sized in stages."""
+        return self.sizer == "probe_then_commit"
+
+    @property
     def adapts(self) -> bool:
         """Whether a decision depends on what was seen: then prompts are put shortly before use."""
         return (
@@ -163,7 +181,7 @@ class SizingConfig(Settings):
 
     def most_samples(self, samples_per_prompt: int) -> int:
         """The largest group that a rule may ask for."""
-        if self.sizer in ("fixed", "filter_refill"):
+        if self.sizer in SAME_SIZE:
             return samples_per_prompt
         return self.max_samples or 4 * samples_per_prompt
 

@@ -69,6 +69,10 @@ class EngineStats(Record):
     accepted_tokens: int = 0
     kept_tokens: int = 0
     """Prompt tokens that needed no forward: an earlier turn's keys and values were kept."""
+    kv_share: float = 0.0
+    """Of the memory for keys and values that is in use; 0 where it is not what limits."""
+    preemptions: int = 0
+    """Samples that lost their keys for want of it, and computed them again."""
 
 
 class Engine(Protocol):

@@ -7,6 +7,7 @@ by the buffer's journal, which evaluations are done by `eval.jsonl`.
 import asyncio
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ..buffer.client import BufferClient
@@ -17,10 +18,12 @@ from ..buffer.records import Ticket, Version
 from .config import FeederSpec
 from .evaluation import EvaluationSchedule, append_line, last_evaluated_step, summary
 from .prompts import PromptSource
-from .sizing import TicketMaker
+from .tickets import TicketMaker
 
 TICKETS_AT_ONCE = 32
 """Prompts put in one request: enough to amortise the journal's sync, soon enough for a claim."""
+COMMIT_POLL_S = 0.1
+"""How long a finished probe waits for its decision, at most: other groups are in flight then."""
 WAIT_S = 10.0
 """How long one request waits before it is repeated."""
 EVALUATION_STALL_S = 900.0
@@ -38,17 +41,19 @@ async def feed(spec: FeederSpec) -> None:
     client = BufferClient(spec.endpoint, spec.run_id, "feeder")
     try:
         welcome = await client.connect()
-        putting = asyncio.create_task(put_prompts(client, spec, source, welcome.next_uid))
+        maker = TicketMaker(spec, source)
+        putting = asyncio.create_task(put_prompts(client, maker, welcome.next_uid))
+        committing = asyncio.create_task(commit_groups(client, spec, maker))
         evaluating = asyncio.create_task(follow_versions(client, spec, source))
-        await _until_first_ends(putting, evaluating)
+        await _until_first_ends(putting, evaluating, committing)
     finally:
         await client.close()
 
 
 async def _until_first_ends(*tasks: asyncio.Task[None]) -> None:
-    """Both end when the run closes; only the evaluations end by themselves, and then all is done.
+    """They end when the run closes; only the evaluations end by themselves, and then all is done.
 
-    Whatever one raises is raised here; the other is cancelled, and so are both with us.
+    Whatever one raises is raised here; the others are cancelled, and so are all with us.
     """
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -60,11 +65,8 @@ async def _until_first_ends(*tasks: asyncio.Task[None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def put_prompts(
-    client: BufferClient, spec: FeederSpec, source: PromptSource, next_uid: int
-) -> None:
+async def put_prompts(client: BufferClient, maker: TicketMaker, next_uid: int) -> None:
     """Put tickets in uid order from `next_uid` on; the buffer's full queue holds us back."""
-    maker = TicketMaker(spec, source)
     tickets: list[Ticket] = []
     try:
         while True:
@@ -78,6 +80,16 @@ async def put_prompts(
                 return
     finally:
         maker.save()
+
+
+async def commit_groups(client: BufferClient, spec: FeederSpec, maker: TicketMaker) -> None:
+    """Decide on each group whose first stage is finished: its second one, or none."""
+    while spec.rollout.sizing.staged:
+        for uid, sizing in (await asyncio.to_thread(maker.commits)).items():
+            with suppress(Refused):  # it was quarantined meanwhile
+                await client.extend(uid, sizing)
+        await asyncio.sleep(COMMIT_POLL_S)
+    await asyncio.Event().wait()
 
 
 async def follow_versions(client: BufferClient, spec: FeederSpec, source: PromptSource) -> None:

@@ -8,7 +8,7 @@ of steps that a resume undid stays: those samples were drawn from this run's pol
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 
 import msgspec
@@ -18,7 +18,7 @@ from ..buffer import events
 from ..buffer.errors import CorruptData
 from ..buffer.events import AnyEvent, Ref
 from ..buffer.journal import Journal
-from ..buffer.records import Ticket
+from ..buffer.records import SizingDecision, Ticket
 
 FILE = "sizing.state"
 FORGET = "sizing.forget"
@@ -88,6 +88,8 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
     """Version of its newest sample; None: never seen."""
     skips: int = 0
     """Visits in a row at which it was skipped."""
+    unseen_spread: float = 1.0 / 6.0
+    """`spread` of a prompt of the task before anything was seen of it."""
 
     @property
     def pass_rate(self) -> float:
@@ -99,6 +101,18 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
         """E p(1 - p) under the posterior."""
         total = self.passes + self.fails
         return self.passes * self.fails / (total * (total + 1.0))
+
+
+class Probe(msgspec.Struct):
+    """A group whose first stage is out."""
+
+    source_id: str
+    sizing: SizingDecision
+    open: list[int]
+    """Its samples that are not finished, in order."""
+    known: Known | None = None
+    """The posterior at the moment the last one was: a function of the ledger alone, so that whoever
+    decides, and decides again, decides the same."""
 
 
 class _Body(msgspec.Struct):
@@ -114,6 +128,8 @@ class _Body(msgspec.Struct):
     ended: list[int]
     """uids taken or dropped since the last checkpoint."""
     skips: dict[str, int]
+    probes: dict[int, Probe] = {}
+    """uid -> groups whose next stage is not decided."""
 
 
 class History:
@@ -122,6 +138,8 @@ class History:
     apply(Put 7)                     prompt 7 is source "sum/3"
     apply(Finished 7, reward 1)      "sum/3" and "sum" have one pass more
     apply(Put 9, no samples)         "sum/3" again, skipped: skips 1
+    apply(Put 10, 2 samples, staged) a probe: two samples open
+    apply(Finished 10) twice         `probed` has it, until apply(Extended 10)
     """
 
     def __init__(self, half_life_steps: float, prior_strength: float) -> None:
@@ -170,10 +188,18 @@ class History:
                 self._put(event, ticket(event.ticket))
             case events.Finished() if event.uid in now.issued:
                 self._finished(event, now.issued[event.uid])
+                self._probe_changed(event.uid, finished={event.index})
+            case events.Returned():
+                self._probe_changed(event.uid, returned=set(event.indices))
+            case events.Voided():
+                self._probe_changed(event.uid, finished=set(event.indices))
+            case events.Extended() if not event.staged:
+                now.probes.pop(event.uid, None)
             case events.Published(manifest=manifest):
                 now.step = manifest.version.step
             case events.Taken() | events.Dropped():
                 now.ended.append(event.uid)
+                now.probes.pop(event.uid, None)
             case events.BranchOpened():
                 now.step = event.resumed_at
                 now.ended.clear()  # what is undone may be finished again
@@ -191,6 +217,9 @@ class History:
         if event.num_samples:
             self._now.issued[event.uid] = source_id
             self._now.skips.pop(source_id, None)
+            if ticket.sizing.staged:
+                indices = list(range(event.num_samples))
+                self._now.probes[event.uid] = Probe(source_id, ticket.sizing, indices)
         else:
             self._now.skips[source_id] = self._now.skips.get(source_id, 0) + 1
 
@@ -200,6 +229,26 @@ class History:
         step = spans[-1][1] if spans else now.step
         for table, key in ((now.prompts, source_id), (now.tasks, _task(source_id))):
             table.setdefault(key, Evidence()).add(event.facts, step, now.half_life_steps)
+
+    def _probe_changed(
+        self, uid: int, finished: Set[int] = frozenset(), returned: Set[int] = frozenset()
+    ) -> None:
+        probe = self._now.probes.get(uid)
+        if probe is None:
+            return
+        probe.open = sorted((returned | set(probe.open)) - finished)
+        complete = not probe.open
+        budget = probe.sizing.max_new_tokens
+        probe.known = self.known(probe.source_id, budget) if complete else None
+
+    @property
+    def probed(self) -> list[tuple[int, SizingDecision, Known]]:
+        """(uid, its decision, what is known) of the groups whose next stage can be decided."""
+        return [
+            (uid, probe.sizing, probe.known)
+            for uid, probe in self._now.probes.items()
+            if probe.known is not None
+        ]
 
     def known(self, source_id: str, max_new_tokens: int) -> Known:
         """The posterior of one prompt at the newest version.
@@ -228,6 +277,7 @@ class History:
             score_norm=mean("score_norm", 1.0),
             last_step=own.last_step if own.samples else None,
             skips=now.skips.get(source_id, 0),
+            unseen_spread=share * (1.0 - share) * self._prior / (self._prior + 1.0),
         )
 
     def pass_rate(self, task: str) -> tuple[float, float]:

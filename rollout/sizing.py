@@ -3,20 +3,20 @@
 The target gradient of every rule is written in its docstring (and derived in docs/sizing.md): with
 per-prompt normalisation (`aggregation = "prompt"`) and the leave-one-out advantage the expected
 update of a prompt is w g, where g is the gradient of its expected reward and w the weight in its
-decision. All rules here look at earlier samples only (other groups), never at the group they size,
-so n and w are independent of its outcomes and the claim is exact. Dividing by the group's standard
-deviation (`group_std`) is outside the claim. Tokens are counted as spent, dropped groups included.
+decision. All rules but one look at earlier samples only (other groups), never at the group they
+size, so n and w are independent of its outcomes and the claim is exact; `ProbeThenCommit` looks at
+the group itself and pays for it with weights. Dividing by the group's standard deviation
+(`group_std`) is outside the claim. Tokens are counted as spent, dropped groups included.
 """
 
 import math
 from collections.abc import Sequence
-from contextlib import closing
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
-from ..buffer.journal import Journal
-from ..buffer.records import Record, SizingDecision, Ticket
+from ..buffer.records import Record, SizingDecision, Stage
 from .allocation import (
     advantage_mass,
     allocate,
@@ -25,12 +25,8 @@ from .allocation import (
     rejection_variance,
     treatment_sizes,
 )
-from .config import FeederSpec, RolloutConfig, SizingConfig
-from .history import History, Known
-from .prompts import PromptSource
-
-SAVE_EVENTS = 5000
-"""Events of the journal after which the stored copy of its fold is renewed."""
+from .config import RolloutConfig, SizingConfig
+from .history import Known
 
 
 class Size(Record):
@@ -40,6 +36,10 @@ class Size(Record):
     """0: the budget leaves it out."""
     reason: str
     weight: float = 1.0
+    stages: tuple[Stage, ...] = ()
+    """As `SizingDecision.stages`."""
+    staged: bool = False
+    """`ProbeThenCommit.commit` is asked when the samples are in."""
 
 
 class Sizer(Protocol):
@@ -64,6 +64,59 @@ class Fixed:
     def sizes(self, prompts: Sequence[Known], budget_tokens: float) -> list[Size]:
         """The same for all; knows no budget."""
         return [self._size] * len(prompts)
+
+
+class ProbeThenCommit:
+    """A probe of k samples; then, with a probability q that follows from it, the other n - k.
+
+    Target: the mean of g over prompts. The update of a prompt is
+
+        (k/n) e + C ((n - k) / (n q)) f                C = 1 with probability q, else 0
+
+    e is the leave-one-out estimate of the probe; in f, that of the second stage, the baseline of a
+    sample is the mean of all others of the group. Proof: E e = g. Given the probe, q is a number
+    above 0, C and the second stage are independent, and no sample of it is in its own baseline,
+    so E[C f / q | probe] = E[f | probe] = g; together (k/n) g + ((n - k)/n) g = g. With the
+    pooled mean of what was drawn the same rule is biased (docs/sizing.md has the factors).
+
+    q = sqrt(v / u), at least `min_commit` and at most 1. v is the posterior mean of p(1 - p) after
+    the probe, u its mean for a prompt of the task before anything was seen: the second stage has
+    the variance V / q, V in proportion to v, and among rules of equal expected cost sum V / q is
+    least for q in proportion to sqrt(V). So a prompt as uncertain as an unseen one always commits.
+    Deviation from pilot-then-commit rules that end hard (q = 0): those are biased.
+    """
+
+    def __init__(self, config: RolloutConfig) -> None:
+        self._n, self._k = config.samples_per_prompt, config.sizing.probe_samples
+        self._least = config.sizing.min_commit
+        self._probe = Stage(num_samples=self._k, weight=self._k / self._n)
+
+    def sizes(self, prompts: Sequence[Known], budget_tokens: float) -> list[Size]:
+        """The probe of each."""
+        reason = f"a probe of {self._k} of {self._n}"
+        probe = Size(num_samples=self._k, reason=reason, stages=(self._probe,), staged=True)
+        return [probe] * len(prompts)
+
+    def commit(self, probe: Stage, known: Known, chance: float) -> Size:
+        """Both stages, or the probe alone.
+
+        Args:
+            probe: as it was decided, under settings that a resume may have changed.
+            known: the posterior with its samples.
+            chance: uniform in [0, 1), and independent of all samples.
+        """
+        q = min(1.0, max(self._least, math.sqrt(known.spread / known.unseen_spread)))
+        told = (
+            f"after the probe p(1 - p) is {known.spread:.3f}, of a prompt never seen "
+            f"{known.unseen_spread:.3f}: a second stage with probability {q:.2f}, chance "
+            f"{chance:.2f}"
+        )
+        if chance >= q:
+            return Size(num_samples=probe.num_samples, reason=f"{told}: none", stages=(probe,))
+        rest = max(1, self._n - probe.num_samples)
+        second = Stage(num_samples=rest, weight=(1.0 - probe.weight) / q)
+        told += f": {rest} more, each counting {1 / q:.2f} times"
+        return Size(num_samples=probe.num_samples + rest, reason=told, stages=(probe, second))
 
 
 class Treatment:
@@ -158,6 +211,8 @@ def make_sizer(config: RolloutConfig, *, by_std: bool) -> Sizer:
             return Fixed(n, "rollout.samples_per_prompt")
         case "filter_refill":
             return Fixed(n, "rollout.samples_per_prompt; refilled without signal")
+        case "probe_then_commit":
+            return ProbeThenCommit(config)
         case "equal_treatment" | "hardness_weighted" as name:
             return Treatment(config, bounds, by_std=by_std, hard=name == "hardness_weighted")
         case "min_variance":
@@ -225,85 +280,24 @@ class Controller:
             max_new_tokens=max_new_tokens,
             weight=weight,
             reason=reason + why_tokens,
+            stages=size.stages if size else (),
+            staged=size is not None and size.staged,
         )
 
+    def commit(self, decision: SizingDecision, known: Known, chance: float) -> SizingDecision:
+        """The decision on a whole group whose first stage is finished.
 
-def length_limit(config: RolloutConfig, step: int) -> tuple[int, str]:
-    """The most tokens a sample may have under a version, and why: the schedule's entry, cyclic when
-    it says so. Target: the gradient of the expected reward of answers cut there.
-
-    Source: SIRI's cycles of the maximum length; here any piecewise constant schedule.
-    """
-    sizing, most = config.sizing, config.sampling.max_new_tokens
-    place = step % sizing.length_cycle_steps if sizing.length_cycle_steps else step
-    limits = [tokens for start, tokens in sizing.length_schedule if start <= place]
-    if limits and limits[-1] < most:
-        return limits[-1], f"; at most {limits[-1]} tokens from step {step - place} on"
-    return most, ""
-
-
-class TicketMaker:
-    """Prompts of the stream with their sizes, decided from the run's journal as it stands.
-
-    Its own state is a cache of the journal's fold, saved now and then and at the end.
-    """
-
-    def __init__(self, spec: FeederSpec, source: PromptSource) -> None:
-        """Fold the journal, from the stored copy on where there is one.
-
-        Raises:
-            CorruptData: the stored copy is damaged, or the ledger.
+        Args:
+            decision: that of the first stage.
+            known: the posterior with its samples.
+            chance: from `commit_chance`.
         """
-        self._spec, self._source, sizing = spec, source, spec.rollout.sizing
-        self._controller = Controller(spec.rollout, by_std=spec.advantage_by_std)
-        self._history = History(sizing.half_life_steps, sizing.prior_strength)
-        self._looks_back = sizing.adapts or spec.prompts.follows_pass_rates
-        if self._looks_back:
-            with self._journal() as journal:
-                self._history.open(spec.run_dir, journal.sequence)
-        self._saved = self._history.sequence
-
-    def tickets(self, uids: range) -> list[Ticket]:
-        """The tickets of some uids, sized together."""
-        self._catch_up()
-        prompts = [
-            self._source.prompt(uid, self._source.level(uid, self._history.pass_rate))
-            for uid in uids
-        ]
-        budgets = [self._length(prompt.source_id) for prompt in prompts]
-        known = [
-            self._history.known(prompt.source_id, tokens)
-            for prompt, (tokens, _) in zip(prompts, budgets, strict=True)
-        ]
-        decisions = self._controller.decide(known, budgets)
-        return [Ticket(prompt=p, sizing=d) for p, d in zip(prompts, decisions, strict=True)]
-
-    def _journal(self) -> closing[Journal]:
-        """Opened each time: SQLite ties a connection to its thread."""
-        return closing(Journal(self._spec.run_dir, writable=False))
-
-    def _catch_up(self) -> None:
-        if not self._looks_back:
-            return
-        with self._journal() as journal:
-            self._history.catch_up(journal)
-        if self._history.sequence - self._saved >= SAVE_EVENTS:
-            self.save()
-
-    def save(self) -> None:
-        """Store what was folded."""
-        if self._looks_back:
-            self._history.save(self._spec.run_dir)
-        self._saved = self._history.sequence
-
-    def _length(self, source_id: str) -> tuple[int, str]:
-        """`max_new_tokens` of one prompt, and why."""
-        limit, why = length_limit(self._spec.rollout, self._history.step)
-        sizing = self._spec.rollout.sizing
-        if not sizing.length_quantile:
-            return limit, why
-        usual = self._history.length_quantile(source_id, sizing.length_quantile)
-        budget = math.ceil(usual * sizing.length_margin) if usual else limit
-        if budget >= limit:
-            return limit, why
-        return budget, f"; {budget} tokens: {sizing.length_margin:g} x the usual {usual}"
+        assert isinstance(self._sizer, ProbeThenCommit), "no other rule puts staged groups"
+        size = self._sizer.commit(decision.stages[0], known, chance)
+        return msgspec.structs.replace(
+            decision,
+            num_samples=size.num_samples,
+            stages=size.stages,
+            staged=False,
+            reason=f"{decision.reason}; then: {size.reason}",
+        )

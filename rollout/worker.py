@@ -27,6 +27,7 @@ from .engines.native import NativeEngine
 from .environments.episode import EpisodeFailed, Player
 from .evaluator import Evaluator
 from .hand_in import HandIn
+from .load import InFlight
 from .rewards.pool import RewardPool
 from .samples import training_requests
 
@@ -64,8 +65,8 @@ class Worker:
         self._hand_in = HandIn(client, rewards, spec.name)
         rows = spec.rollout.max_concurrent_samples
         self._prefetch = max(1, rows // 8)
-        self._capacity = rows + self._prefetch
-        self._generating = 0
+        self._in_flight = InFlight(rows)
+        self._generating = self._generated = 0
         self._room, self._loaded, self._closing = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._lease_s = HEARTBEAT_S  # until a claim says how long its lease is
         self._idle_s, self._idle_since_s = 0.0, time.monotonic()
@@ -137,7 +138,7 @@ class Worker:
         while not self._closing.is_set():
             self._room.clear()
             self._loaded.clear()
-            room = self._capacity - self._generating
+            room = self._in_flight.limit + self._prefetch - self._generating
             if 2 * room < self._prefetch:
                 await self._room.wait()
                 continue
@@ -223,6 +224,7 @@ class Worker:
         self._generating += change
         self._idle_since_s = now_s
         if change < 0:
+            self._generated -= change
             self._room.set()
 
     async def _heartbeat(self) -> None:
@@ -232,6 +234,14 @@ class Worker:
             await asyncio.sleep(min(HEARTBEAT_S, self._lease_s / 4))
             self._count(0)
             stats, now_s = self._engine.stats(), time.monotonic()
+            self._in_flight.observe(
+                kv_share=stats.kv_share,
+                preemptions=stats.preemptions,
+                running=stats.running,
+                queued=stats.queued,
+                finished=self._generated,
+            )
+            self._room.set()
             if stats.generated_tokens > written:
                 progressed(f"the engine of {self._spec.name}")
             await self._client.heartbeat(
@@ -239,6 +249,8 @@ class Worker:
                 {
                     "running": stats.running,
                     "queued": stats.queued,
+                    "limit": self._in_flight.limit,
+                    "preemptions": stats.preemptions,
                     "scoring": self._hand_in.num_open - self._generating,
                     "tokens": stats.generated_tokens,
                     "tokens_per_s": (stats.generated_tokens - written) / (now_s - beat_s),

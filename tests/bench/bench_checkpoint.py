@@ -2,8 +2,9 @@
 
 One process trains a model of some 60M parameters (float32, AdamW: 0.7 GB of state) on random
 tokens. Three arms in turn: no checkpoint, a synchronous save, the learner's own snapshot with the
-writing in a thread. The stall is how long the training thread itself stands still; what the writing
-takes from the updates beside it shows in the times of whole rounds, printed with it.
+writing in a thread. The stall is how long the training thread itself stands still: in the call, and
+before the first update if the copy is not made by then. What the writing takes from the updates
+beside it shows in the times of whole rounds, printed with it.
 """
 
 import statistics
@@ -17,6 +18,7 @@ from common import emit
 from slipstream.learner.checkpoint import find_checkpoint
 from slipstream.learner.config import LearnerConfig, LearnerSpec
 from slipstream.learner.policy import Policy
+from slipstream.learner.ranks import Ranks
 from slipstream.learner.trainer import Trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -37,20 +39,26 @@ def make_trainer(folder: Path) -> Trainer:
     )  # fmt: skip
     torch.manual_seed(0)
     trainer = Trainer(spec)
+    trainer.ranks = Ranks()
     trainer._hold(Policy(LlamaForCausalLM(config), spec.config.optimizer), step=1)
     update(trainer)
     return trainer
 
 
-def update(trainer: Trainer) -> None:
-    """One forward, backward and AdamW step."""
+def update(trainer: Trainer) -> float:
+    """One forward, backward and AdamW step; the seconds it waited for a copy to be made."""
     tokens = torch.randint(8192, (1, 64))
     trainer.policy.model(input_ids=tokens, labels=tokens).loss.backward()
-    trainer.policy.update(1e-5, trainer.policy.grad_norm())
+    norm, began = trainer.policy.grad_norm(), time.perf_counter()
+    if trainer.policy.readers is not None:
+        trainer.policy.readers.result()
+    waited = time.perf_counter() - began
+    trainer.policy.update(1e-5, norm)
+    return waited
 
 
 def round_of(trainer: Trainer, arm: str) -> tuple[float, float]:
-    """Seconds of a round of updates, and of them how long the call itself held training up."""
+    """Seconds of a round of updates, and of them how long the saving held training up."""
     began, thread, blocked = time.perf_counter(), None, 0.0
     if arm == "sync":
         trainer.save()
@@ -59,7 +67,7 @@ def round_of(trainer: Trainer, arm: str) -> tuple[float, float]:
         thread.start()
     blocked = time.perf_counter() - began
     for _ in range(UPDATES):
-        update(trainer)
+        blocked += update(trainer)
     seconds = time.perf_counter() - began
     if thread is not None:
         if thread.is_alive():

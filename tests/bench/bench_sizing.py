@@ -1,38 +1,48 @@
 """Generated tokens until a target held-out reward: adaptive sizes against fixed ones.
 
-PROTOCOL (committed before any run that is recorded)
+PROTOCOL (committed before any run that is recorded; its numbers were set on seeds from 100 on)
 
 Cases. `task-a`: chain_sum of 2 to 5 one-digit terms; `task-b`: basic_arithmetic (+, -) of 2 to 5
-terms; 256 prompts that come again every epoch, so difficulty is mixed and there is a past to learn
+terms; 128 prompts that come again every epoch, so difficulty is mixed and there is a past to learn
 from. `none`: chain_sum of exactly 3 terms, 100,000 prompts: one difficulty, nobody is seen twice;
 sizing is not expected to help.
 
 Policy. The built-in tiny model after one warm start per case (seed 0, `chain_sum_mixed`, 16,000
 examples), shared by all arms and seeds. A seed decides prompts, their order and all samples.
 
-Training. `sizing_loop.Loop` (synchronous, the system's own parts). 32 prompts a step, leave-one-out
-advantage, `aggregation = "prompt"`, AdamW 6e-4 for every arm (Adam takes away the scale of the
-update). At most MAX_TOKENS training tokens; all that were generated count.
+Training. `sizing_loop.Loop` (synchronous, the system's own parts). As many samples a step for every
+arm: 128 / n prompts of n samples. Leave-one-out advantage, `aggregation = "prompt"`, AdamW 5e-4
+(Adam takes away the scale of the update). At most MAX_TOKENS training tokens; all that were
+generated count: probes, dropped groups and masked tokens included.
 
-Measure. Held-out reward of 256 prompts x 2 samples, temperature 1, every EVALUATE_TOKENS. Tokens to
-the target: where the curve first reaches TARGET, linearly between evaluations; a run that never
-does counts MAX_TOKENS (a lower bound, reported as `censored`). Beside it pass@1 and pass@8 of the
-last policy, from 8 samples a prompt, so that no gain is bought by collapse.
+Measure. Held-out reward of 192 prompts x 1 sample, temperature 1, the same random numbers each
+time, every EVALUATE_TOKENS. Tokens to the target: where the mean of two successive evaluations
+first reaches the case's TARGETS, linearly between them; a run that never does counts MAX_TOKENS (a
+lower bound, reported as `censored`). Beside it pass@1 and pass@4 of the last policy, from 4 samples
+a prompt, so that no gain is bought by collapse.
 
-Arms. fixed-4, fixed-8, fixed-16 (every group counts); filter_refill-8 (DAPO); and four adaptive
-rules: min_variance-8, and with settled prompts skipped (`skip_below = 0.3`) min_variance-skip-8,
-equal_treatment-skip-8, fixed-skip-8.
+Arms. fixed-4, fixed-8, fixed-16 (every group counts); filter_refill-4, filter_refill-8 (DAPO). Four
+adaptive rules, refilled as the system does by default (`buffer.drop_no_signal`):
+probe_then_commit-4 (a probe of 2), and with settled prompts skipped (`skip_below = 0.3`)
+min_variance-skip-4, equal_treatment-skip-4, fixed-skip-4.
 
-Choice. Seeds 0-4 on task-a and task-b: the adaptive rule and the fixed size with the least sum,
-over the two tasks, of the medians of tokens. Confirmation. Seeds 5-9, all three cases: the chosen
-rule against the chosen fixed size and against filter_refill; ratio of medians (peer / ours) with
-the paired bootstrap's 95% interval. Goal: 2 or more against fixed, above 1 against filter_refill.
+Choice. Seeds 0-4 on task-a and task-b: of the adaptive rules, of the fixed sizes and of the
+refilled ones, the arm with the least sum over the two tasks of the medians of tokens. Confirmation.
+Seeds 5-9, all three cases: the chosen rule against the chosen fixed size and the chosen refilled
+one; ratio of medians (peer / ours) with the paired bootstrap's 95% interval. Goal: 2 or more
+against fixed, above 1 against filter_refill. What comes out is recorded as it is.
+
+`--smoke`: two seeds in place of ten and few tokens, to see that it works; recorded nowhere.
 """
 
 import argparse
 import asyncio
 import json
+import multiprocessing
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise, repeat
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,18 +60,19 @@ from slipstream.rollout.config import (
 )
 from slipstream.rollout.rewards.pattern import PatternMatch
 
-MAX_TOKENS = 400_000
-EVALUATE_TOKENS = 10_000
-TARGET = 0.8
-EPOCH = 256
+MAX_TOKENS = 100_000
+EVALUATE_TOKENS = 8_000
+TARGETS = {"task-a": 0.6, "task-b": 0.6, "none": 0.75}
+EPOCH = 128
+SAMPLES_PER_STEP = 128
 DIGITS = {"min_digits": 1, "max_digits": 1}
 PROMPTS = {
     "task-a": PromptsConfig(
         task="chain_sum", task_config={"min_terms": 2, "max_terms": 5, **DIGITS}, size=EPOCH,
-        held_out=256,
+        held_out=192,
     ),
     "task-b": PromptsConfig(
-        task="basic_arithmetic", size=EPOCH, held_out=256,
+        task="basic_arithmetic", size=EPOCH, held_out=192,
         task_config={
             "min_terms": 2, "max_terms": 5, "operators": ["+", "-"], "allow_parentheses": False,
             **DIGITS,
@@ -69,13 +80,16 @@ PROMPTS = {
     ),
     "none": PromptsConfig(
         task="chain_sum", task_config={"min_terms": 3, "max_terms": 3, **DIGITS}, size=100_000,
-        held_out=256,
+        held_out=192,
     ),
 }  # fmt: skip
+TASKS = ("task-a", "task-b")
 SFT = SftConfig(demonstration="chain_sum_mixed", examples=16_000, batch_size=32, learning_rate=3e-3)
 FIXED = ("fixed-4", "fixed-8", "fixed-16")
-ADAPTIVE = ("min_variance-8", "min_variance-skip-8", "equal_treatment-skip-8", "fixed-skip-8")
-REFILL = "filter_refill-8"
+REFILLED = ("filter_refill-4", "filter_refill-8")
+ADAPTIVE = (
+    "probe_then_commit-4", "min_variance-skip-4", "equal_treatment-skip-4", "fixed-skip-4"
+)  # fmt: skip
 
 
 def rollout(arm: str) -> RolloutConfig:
@@ -86,73 +100,101 @@ def rollout(arm: str) -> RolloutConfig:
         samples_per_prompt=int(size),
         max_concurrent_samples=256,
         sampling=SamplingConfig(max_new_tokens=48),
-        sizing=SizingConfig(sizer=sizer, skip_below=0.3 if skip else 0.0),  # type: ignore[arg-type]
+        sizing=SizingConfig(
+            sizer=sizer,  # type: ignore[arg-type]
+            skip_below=0.3 if skip else 0.0,
+            probe_samples=2,
+        ),
     )
 
 
-async def run(case: str, arm: str, seed: int, start: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """One run to MAX_TOKENS; its curve and what is left of diversity."""
+async def run(
+    case: str, arm: str, seed: int, start: dict[str, torch.Tensor], max_tokens: int
+) -> dict[str, Any]:
+    """One run to the target, or `max_tokens`; its curve and what is left of diversity."""
+    settings, target = rollout(arm), TARGETS[case]
     learner = LearnerConfig(
-        prompts_per_step=32,
+        prompts_per_step=SAMPLES_PER_STEP // settings.samples_per_prompt,
         objective=ObjectiveConfig(advantage="leave_one_out", aggregation="prompt"),
-        optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=5),
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=5),
     )
     with tempfile.TemporaryDirectory() as folder:
         loop = Loop(
-            PROMPTS[case], rollout(arm), learner, PatternMatch().score, start, seed,
-            refill=arm == REFILL, folder=Path(folder),
+            PROMPTS[case], settings, learner, PatternMatch().score, start, seed,
+            refill=arm not in FIXED, folder=Path(folder),
         )  # fmt: skip
         await loop.publish()
-        curve = [(0, float((await loop.evaluate(2)).mean()))]
-        while loop.tokens < MAX_TOKENS and tokens_to(curve) is None:
+        curve = [(0, float((await loop.evaluate(1)).mean()))]
+        while loop.tokens < max_tokens and tokens_to(curve, target) is None:
             await loop.train()
             if loop.tokens >= curve[-1][0] + EVALUATE_TOKENS:
-                curve.append((loop.tokens, float((await loop.evaluate(2)).mean())))
-        last = await loop.evaluate(8)
+                curve.append((loop.tokens, float((await loop.evaluate(1)).mean())))
+        last = await loop.evaluate(4)
         await loop.engine.close()
-    reached = tokens_to(curve)
+    reached = tokens_to(curve, target)
     return {
-        "case": case, "arm": arm, "seed": seed, "tokens": reached or MAX_TOKENS,
+        "case": case, "arm": arm, "seed": seed, "tokens": reached or max_tokens,
         "censored": reached is None, "steps": loop.step, "curve": curve,
-        "pass@1": float(last.mean()), "pass@8": float(last.max(axis=1).mean()),
+        "pass@1": float(last.mean()), "pass@4": float(last.max(axis=1).mean()),
         "issued": np.bincount(loop.issued).tolist(),
     }  # fmt: skip
 
 
-def tokens_to(curve: list[tuple[int, float]]) -> float | None:
-    """Tokens at which a curve first reaches TARGET; None when it does not."""
-    for number, (tokens, reward) in enumerate(curve):
-        if reward >= TARGET:
-            before, low = curve[number - 1] if number else (tokens, reward)
-            share = (TARGET - low) / (reward - low) if reward > low else 0.0
+def tokens_to(curve: list[tuple[int, float]], target: float) -> float | None:
+    """Tokens at which a curve, each two neighbours averaged, first reaches a target; or None."""
+    middles = [((a + b) / 2, (low + high) / 2) for (a, low), (b, high) in pairwise(curve)]
+    for number, (tokens, reward) in enumerate(middles):
+        if reward >= target:
+            before, low = middles[number - 1] if number else (tokens, reward)
+            share = (target - low) / (reward - low) if reward > low else 0.0
             return before + share * (tokens - before)
     return None
+
+
+Key = tuple[str, str, int]
+"""Case, arm, seed."""
+
+
+def run_file(key: Key, folder: Path, max_tokens: int) -> dict[str, Any]:
+    """One run in a process of its own."""
+    start = torch.load(folder / f"start-{key[0]}.pt")
+    return asyncio.run(run(*key, start, max_tokens))
 
 
 class Runs:
     """The runs of one folder, each done once: the bench may be stopped and called again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, jobs: int, max_tokens: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._file = folder, folder / "runs.jsonl"
+        self._folder, self._file, self._jobs = folder, folder / "runs.jsonl", jobs
+        self._max_tokens = max_tokens
         self._done = {(r["case"], r["arm"], r["seed"]): r for r in read_lines(self._file)}
 
-    def get(self, case: str, arm: str, seed: int) -> dict[str, Any]:
-        """The result of a run, from the folder or made now."""
-        key = (case, arm, seed)
-        if key not in self._done:
-            self._done[key] = asyncio.run(run(case, arm, seed, self._start(case)))
-            with self._file.open("a") as file:
-                file.write(json.dumps(self._done[key]) + "\n")
-            print(json.dumps(self._done[key]), flush=True)
-        return self._done[key]
+    def make(self, keys: Sequence[Key], examples: int) -> None:
+        """Do all of some runs that are not done, `jobs` at a time."""
+        for case in PROMPTS:
+            self._start(case, examples)
+        missing = [key for key in keys if key not in self._done]
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self._jobs, mp_context=context) as pool:
+            for result in pool.map(
+                run_file, missing, repeat(self._folder), repeat(self._max_tokens)
+            ):
+                self._done[result["case"], result["arm"], result["seed"]] = result
+                with self._file.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+                print(json.dumps(result), flush=True)
 
-    def _start(self, case: str) -> dict[str, torch.Tensor]:
+    def get(self, case: str, arm: str, seed: int) -> dict[str, Any]:
+        """The result of a run that was made."""
+        return self._done[case, arm, seed]
+
+    def _start(self, case: str, examples: int) -> None:
         path = self._folder / f"start-{case}.pt"
         if not path.exists():
             prompts = PROMPTS[case].model_copy(update={"size": 100_000})
-            torch.save(warm_start(prompts, SFT, seed=0), path)
-        return torch.load(path)
+            sft = SFT.model_copy(update={"examples": examples})
+            torch.save(warm_start(prompts, sft, seed=0), path)
 
     def median_tokens(self, case: str, arm: str, seeds: list[int]) -> float:
         """Over seeds."""
@@ -161,8 +203,7 @@ class Runs:
 
 def choose(runs: Runs, arms: tuple[str, ...], seeds: list[int]) -> tuple[str, dict[str, float]]:
     """The arm with the least sum of medians over the two tasks, and all the sums."""
-    sums = {arm: sum(runs.median_tokens(case, arm, seeds) for case in ("task-a", "task-b"))
-            for arm in arms}  # fmt: skip
+    sums = {arm: sum(runs.median_tokens(case, arm, seeds) for case in TASKS) for arm in arms}
     return min(sums, key=lambda arm: sums[arm]), sums
 
 
@@ -174,13 +215,13 @@ def confirm(runs: Runs, case: str, ours: str, peer: str, seeds: list[int]) -> di
     return {
         "bench": "sizing", "case": case, "ours": median(r["tokens"] for r in mine),
         "peer": median(r["tokens"] for r in theirs), "peer_name": peer, "ratio": interval.value,
-        "unit": f"generated tokens to held-out reward {TARGET}", "runs": len(seeds),
+        "unit": f"generated tokens to held-out reward {TARGETS[case]}", "runs": len(seeds),
         "spread": [interval.low, interval.high],
         "notes": "synchronous loop in one process; spread: bootstrap 95% interval of the ratio",
         "ours_name": ours, "seeds": seeds,
         "censored": [sum(r["censored"] for r in mine), sum(r["censored"] for r in theirs)],
         "pass@1": [median(r["pass@1"] for r in side) for side in (mine, theirs)],
-        "pass@8": [median(r["pass@8"] for r in side) for side in (mine, theirs)],
+        "pass@4": [median(r["pass@4"] for r in side) for side in (mine, theirs)],
     }  # fmt: skip
 
 
@@ -190,15 +231,28 @@ def main() -> None:
     parser.add_argument("--choose", default="0,1,2,3,4", type=numbers)
     parser.add_argument("--confirm", default="5,6,7,8,9", type=numbers)
     parser.add_argument("--work", type=Path, default=new_work_folder("sizing"))
+    parser.add_argument("--jobs", default=2, type=int, help="runs at the same time, a core each")
+    parser.add_argument("--smoke", action="store_true", help="one seed each, few tokens")
     parser.add_argument("--dry", action="store_true", help="print, but record nothing")
     args = parser.parse_args()
-    runs = Runs(args.work)
-    adaptive, adaptive_sums = choose(runs, ADAPTIVE, args.choose)
-    fixed, fixed_sums = choose(runs, FIXED, args.choose)
+    chosen, confirmed, max_tokens, examples = args.choose, args.confirm, MAX_TOKENS, SFT.examples
+    if args.smoke:
+        chosen, confirmed, max_tokens, examples = [100], [101], 4_000, 6_000
+    runs = Runs(args.work, args.jobs, max_tokens)
+    arms = (*ADAPTIVE, *FIXED, *REFILLED)
+    runs.make([(case, arm, seed) for seed in chosen for arm in arms for case in TASKS], examples)
+    ours, sums = choose(runs, ADAPTIVE, chosen)
+    peers = []
+    for group in (FIXED, REFILLED):
+        peer, of_peers = choose(runs, group, chosen)
+        peers.append(peer)
+        sums |= of_peers
+    runs.make([(case, arm, seed) for seed in confirmed for arm in (ours, *peers)
+               for case in PROMPTS], examples)  # fmt: skip
     for case in PROMPTS:
-        for peer in (fixed, REFILL):
-            line = confirm(runs, case, adaptive, peer, args.confirm)
-            emit(line | {"choice": adaptive_sums | fixed_sums}, record=not args.dry)
+        for peer in peers:
+            line = confirm(runs, case, ours, peer, confirmed)
+            emit(line | {"choice": sums}, record=not (args.dry or args.smoke))
 
 
 if __name__ == "__main__":

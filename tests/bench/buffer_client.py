@@ -4,6 +4,7 @@ Told on stdin, line by line: `claim N`, `put`, `put64`, `quit`; answers with a l
 """
 
 import asyncio
+import contextlib
 import json
 import sys
 import time
@@ -64,34 +65,51 @@ async def put_all(client: BufferClient, held: list, size: int) -> float:
     return time.perf_counter() - began
 
 
+class Puts:
+    """One connection: claims and hands in."""
+
+    def __init__(self, client: BufferClient) -> None:
+        self.client = client
+        self.held: list = []
+
+    async def claim(self, number: int) -> dict:
+        """Claim so many samples and make them."""
+        manifest = (await self.client.await_version()).manifest
+        assert manifest is not None
+        serving = manifest.version
+        claims = await self.client.claim(serving, number)
+        self.held = [
+            (trajectory(c.ticket.prompt.uid, index, c.attempt, serving), c.lease_id)
+            for c in claims.claims
+            for index in c.indices
+        ]
+        return {"rows": len(self.held)}
+
+    async def put(self, size: int) -> dict:
+        """Hand in what is held."""
+        return {"seconds": await put_all(self.client, self.held, size), "rows": len(self.held)}
+
+
 async def main() -> None:
     """Obey."""
-    endpoint, name = sys.argv[1:3]
-    async with BufferClient(endpoint, "bench", name) as client:
-        held: list = []
+    endpoint, name, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [BufferClient(endpoint, "bench", f"{name}.{i}") for i in range(number)]
+        puts = [Puts(await stack.enter_async_context(client)) for client in clients]
         while True:
             words = (await asyncio.to_thread(sys.stdin.readline)).split() or ["quit"]
-            answer: dict = {}
+            began = time.perf_counter()
             if words[0] == "claim":
-                manifest = (await client.await_version()).manifest
-                assert manifest is not None
-                serving = manifest.version
-                claims = await client.claim(serving, int(words[1]))
-                held = [
-                    (
-                        trajectory(c.ticket.prompt.uid, index, c.attempt, serving),
-                        c.lease_id,
-                    )
-                    for c in claims.claims
-                    for index in c.indices
-                ]
-                answer = {"rows": len(held)}
+                answers = [await each.claim(int(words[1])) for each in puts]
             elif words[0] in ("put", "put64"):
-                answer = {"seconds": await put_all(client, held, 1 if words[0] == "put" else BATCH)}
-                answer["rows"] = len(held)
+                size = 1 if words[0] == "put" else BATCH
+                answers = await asyncio.gather(*(each.put(size) for each in puts))
             else:
                 return
-            print(json.dumps(answer), flush=True)
+            seconds = time.perf_counter() - began
+            rows = sum(answer["rows"] for answer in answers)
+            print(json.dumps({"seconds": seconds, "rows": rows}), flush=True)
 
 
-asyncio.run(main())
+if __name__ == "__main__":
+    asyncio.run(main())

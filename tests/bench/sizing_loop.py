@@ -40,6 +40,7 @@ from slipstream.rollout.history import History
 from slipstream.rollout.prompts import PromptSource
 from slipstream.rollout.samples import completion_of, training_requests, trajectory_of
 from slipstream.rollout.sizing import Controller
+from slipstream.rollout.tickets import commit_chance
 
 TINY = Path(models.__file__).parent / "tiny"
 NOWHERE = events.Ref(segment=0, offset=0, length=0, digest=0)
@@ -56,6 +57,10 @@ def warm_start(prompts: PromptsConfig, sft: SftConfig, seed: int) -> dict[str, t
         examples = read_examples(file, models.load_tokenizer(TINY))
     run_sft(model, examples, sft, seed=seed)
     return {name: tensor.clone() for name, tensor in models.policy_weights(model).items()}
+
+
+MOST_ROUNDS = 50
+"""Of refilling one batch."""
 
 
 @dataclass
@@ -111,9 +116,11 @@ class Loop:
         """One step: a batch of groups, one update, the next version."""
         wanted = self.learner.prompts_per_step
         groups: list[TrajectoryGroup] = []
-        while len(groups) < wanted:
+        for _ in range(MOST_ROUNDS):  # a policy without any signal would be refilled for ever
             drawn = await self._groups(wanted - len(groups))
             groups += [group for group in drawn if not self.refill or _mixed(group)]
+            if len(groups) == wanted:
+                break
         held = self.engine.serving
         assert held is not None
         self.step += 1
@@ -149,9 +156,23 @@ class Loop:
         self.history.apply(self.history.sequence + 1, event, lambda _: ticket)
 
     async def _sample(self, tickets: list[Ticket]) -> list[TrajectoryGroup]:
-        """Generate and score all samples of some tickets."""
-        found: dict[int, list[Trajectory]] = {ticket.prompt.uid: [] for ticket in tickets}
-        claims = {ticket.prompt.uid: _claim(ticket) for ticket in tickets}
+        """Generate and score all samples of some tickets, those of second stages included."""
+        found = await self._generate({ticket.prompt.uid: _claim(ticket) for ticket in tickets})
+        wholes, more = {ticket.prompt.uid: ticket for ticket in tickets}, {}
+        for uid, first, known in self.history.probed:
+            sizing = self.controller.commit(first, known, commit_chance(self.seed, uid))
+            wholes[uid] = Ticket(prompt=wholes[uid].prompt, sizing=sizing)
+            self.issued[uid] = n = sizing.num_samples
+            self._fold(events.Extended(uid=uid, num_samples=n, ticket=NOWHERE))
+            if n > first.num_samples:
+                more[uid] = _claim(wholes[uid], first.num_samples)
+        for uid, samples in (await self._generate(more)).items():
+            found[uid] += samples
+        return [_group(wholes[uid], samples) for uid, samples in found.items()]
+
+    async def _generate(self, claims: dict[int, Claim]) -> dict[int, list[Trajectory]]:
+        """uid -> the samples of its claim, in order."""
+        found: dict[int, list[Trajectory]] = {uid: [] for uid in claims}
         requests = {}
         for uid, claim in claims.items():
             ids = models.render_prompt(self.tokenizer, claim.ticket.prompt.messages)
@@ -166,11 +187,11 @@ class Loop:
             )  # fmt: skip
             found[uid].append(made)
             self.tokens += made.num_policy_tokens
-        groups = [_group(claims[uid].ticket, samples) for uid, samples in found.items()]
-        for group in groups:  # in a fixed order, so that a run repeats itself
-            for sample in group.samples:
-                self._finished(sample.trajectory)
-        return groups
+        for samples in found.values():  # in a fixed order, so that a run repeats itself
+            samples.sort(key=lambda sample: sample.index)
+            for sample in samples:
+                self._finished(sample)
+        return found
 
     def _finished(self, trajectory: Trajectory) -> None:
         facts = events.Facts(
@@ -201,8 +222,8 @@ class Loop:
         return rewards
 
 
-def _claim(ticket: Ticket) -> Claim:
-    indices = tuple(range(ticket.sizing.num_samples))
+def _claim(ticket: Ticket, first: int = 0) -> Claim:
+    indices = tuple(range(first, ticket.sizing.num_samples))
     return Claim(lease_id="bench", ticket=ticket, attempt=0, indices=indices, lease_s=60.0)
 
 
@@ -219,10 +240,9 @@ def _evaluation(prompt: Prompt, rollout: RolloutConfig, samples: int) -> Ticket:
 
 
 def _group(ticket: Ticket, samples: list[Trajectory]) -> TrajectoryGroup:
-    ordered = sorted(samples, key=lambda sample: sample.index)
     return TrajectoryGroup(
         prompt=ticket.prompt, attempt=0, sizing=ticket.sizing,
-        samples=tuple(TrainingSample(trajectory=sample, trained=True) for sample in ordered),
+        samples=tuple(TrainingSample(trajectory=sample, trained=True) for sample in samples),
     )  # fmt: skip
 
 

@@ -430,7 +430,7 @@ class ReplayMachine(RuleBasedStateMachine):
         for group in groups.values():
             assert (group.drop_reason is not None) == (group.state == "DROPPED")
             assert group.drop_reason not in ("stale", "expired", "orphaned")
-            whole = group.complete and group.indices("READY")
+            whole = group.complete and bool(group.indices("READY"))
             held = group.staged and whole and group.state == "INFLIGHT"
             assert held == (group.uid in self.replay.state.staged)
             assert group.state != "READY" or not (group.staged and whole)

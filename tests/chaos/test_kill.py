@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 import time
 from collections import Counter
@@ -89,3 +90,24 @@ def test_after_every_kill_and_resume_the_books_are_exact(run: Run, kills: int) -
     run.start_also("audit", "run")
     assert "0 staleness violations, 0 orphaned tokens" in run.output.read_text()
     run.record_property("steps trained", run.lines())
+
+
+@pytest.mark.slow
+def test_a_run_whose_machine_is_lost_goes_on_from_its_copy(run: Run) -> None:
+    copy = run.folder / "elsewhere"
+    run.start("run", "chaos.toml", f"buffer.copy_to={copy}", "--output", "run", "--no-export")
+    run.wait_for_step(6)
+    assert run.supervisor is not None
+    run.supervisor.kill()
+    run.supervisor.wait()
+    for process in run.processes():
+        process.kill()
+    wait_until(lambda: run.processes() == [], END_DEADLINE_S)
+    shutil.rmtree(run.run_dir)
+    shutil.copytree(copy, run.run_dir)
+    run.start_also("audit", "run")  # raises unless it is exact
+    run.start("resume", "run", "--no-export")
+    assert run.wait(START_DEADLINE_S) == 0, run.output.read_text()
+    assert run.step() == STEPS
+    assert "audit: ok, issued" in run.output.read_text()
+    assert "0 staleness violations, 0 orphaned tokens" in run.output.read_text()

@@ -150,9 +150,9 @@ class Started:
     def __init__(self, process: subprocess.Popen[bytes], output: Path) -> None:
         self.process, self.output = process, output
 
-    def ended(self, exit_code: int = 0) -> str:
+    def ended(self, exit_code: int = 0, timeout_s: float = TIMEOUT_S) -> str:
         """What it said, once it ended as it should."""
-        code = self.process.wait(timeout=TIMEOUT_S)
+        code = self.process.wait(timeout=timeout_s)
         said = self.output.read_text()
         assert code == exit_code, said
         return said

@@ -51,6 +51,24 @@ def test_at_no_staleness_a_run_under_ray_equals_the_local_one_to_the_bit(
     assert not any("SLIPSTREAM_CURVE" in spec for spec in specs)
 
 
+def test_two_learner_ranks_under_ray_equal_two_local_ones_and_meet_on_the_nodes_address(
+    system: Any, cluster: Cluster
+) -> None:
+    system.make_inputs(torch.float64)
+    system.experiment(steps=4, dtype="float64", max_concurrent=1)
+    plain = ("run", "experiment.toml", "--no-export", "cluster.learner_ranks=2", "--output")
+    system.start(*plain, "local").ended()
+    address = ("--launcher", "ray", "--address", cluster.address)
+    told = system.start(*plain, "ray", *address, "cluster.tcp=true").ended()
+    assert "audit: ok" in told
+    local, placed = system.folder / "local", system.folder / "ray"
+    assert losses(placed) == losses(local)
+    assert list(losses(local)) == [1, 2, 3, 4]
+    host = (placed / "processes" / "learner.b0.meet").read_text().split()[0]
+    assert host == ray.util.get_node_ip_address()
+    assert (placed / "logs" / "learner-1.log").exists()
+
+
 def test_a_run_goes_on_when_a_worker_its_node_and_the_learner_are_lost(
     system: Any, cluster: Cluster
 ) -> None:

@@ -1,9 +1,12 @@
 """A checkpoint counts when it is whole, and only then; `kill -9` at any moment leaves one."""
 
+import asyncio
 import json
 import os
+import random
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from slipstream.learner.checkpoint import (
 )
 from slipstream.learner.config import CheckpointConfig
 from slipstream.learner.policy import weights_digest
+from slipstream.learner.trainer import Trainer
 
 BYTES = {"weights.safetensors": b"w" * 1000, "optimizer.safetensors": b"o" * 500}
 
@@ -271,3 +275,53 @@ def test_a_checkpoint_holds_what_was_published_and_the_random_state(
     assert all(torch.equal(saved[name], sent[name]) for name in saved)
     assert "rng.torch" in load_file(found.folder / "optimizer.safetensors")
     assert [v.step for v in buffer.saved] == [0, 2]
+
+
+@pytest.mark.slow
+def test_of_fifty_saving_processes_killed_at_random_each_leaves_the_newest_complete_checkpoint(
+    make_spec, fake_buffer, record_property
+):
+    """Each resumes from what the one before left, trains and saves without pause, and is killed."""
+    spec = make_spec(dtype="float32", max_staleness_steps=10**6)
+    rng, newest, reached = random.Random(0), (0, 0), []
+    Trainer(spec).prepare(threading.Event())
+    root = spec.run_dir / "checkpoints"
+    parents: dict[int, tuple[int, int]] = {}
+    for kill in range(1, 51):
+        parents[kill] = newest
+        branch = {"branch": kill, "branch_parents": dict(parents), "resume_from": newest}
+        resumed = spec.model_copy(update=branch)
+        go, told = os.pipe()
+        if (child := os.fork()) == 0:
+            save_without_pause(resumed, fake_buffer(), told)
+        os.close(told)
+        assert os.read(go, 1) == b"."  # it is about to save for the first time
+        os.close(go)
+        time.sleep(rng.uniform(0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        whole = [f for f in complete_folders(root) if f.name.endswith(f".b{kill}")]
+        found, problems = find_checkpoint(root)
+        assert problems == []  # none that counts is damaged
+        if whole:
+            assert found.folder == whole[0]
+        weights = load_file(found.folder / "weights.safetensors")
+        assert weights_digest(weights) == found.version.digest
+        newest = (found.version.branch, found.version.step)
+        reached.append(newest[1])
+    assert reached == sorted(reached)  # no checkpoint that was complete is lost
+    assert len(set(reached)) > 10
+    record_property("steps reached", reached)
+
+
+def save_without_pause(spec, buffer, told):
+    """Never returns; its error would show as an end other than by the kill."""
+    try:
+        trainer = Trainer(spec)
+        trainer.prepare(threading.Event())
+        os.write(told, b".")
+        while True:
+            trainer.train(asyncio.run(buffer.take(trainer.held.step + 1, wait_s=0)))
+            trainer.save()
+    finally:
+        os._exit(3)

@@ -7,10 +7,14 @@ import math
 import msgspec
 import numpy as np
 import pytest
+from slipstream.buffer.records import Stage
 from slipstream.learner import objective
 from slipstream.learner.batch import samples_of
 from slipstream.learner.config import LearnerConfig, ObjectiveConfig
 from slipstream.learner.step import _part
+from slipstream.rollout.config import RolloutConfig, SizingConfig
+from slipstream.rollout.history import Known
+from slipstream.rollout.sizing import Controller
 
 SIZES = (2, 3, 5)
 WEIGHTS = (1.0, 3.0, 0.5)
@@ -22,12 +26,29 @@ def config(advantage: str, aggregation: str) -> LearnerConfig:
     return LearnerConfig(objective=chosen)
 
 
-def expected_factors(make, learner: LearnerConfig) -> np.ndarray:
-    """[prompts] expected update along g over |g|^2, of the learner's own weights and advantages.
+def update(groups, learner: LearnerConfig, uid: int, p: float) -> float:
+    """A prompt's part of an update along its g, over |g|^2, by the learner's own weights and
+    advantages. A score averages g / p for a passing sample and -g / (1 - p) for a failing one."""
+    samples = samples_of(groups, learner.objective)
+    part = _part(samples, len(groups), learner, lambda rows: rows)  # type: ignore
+    return sum(
+        s.weight * float(s.advantage) / part.denominator
+        * (1 / p if s.trajectory.score.value else -1 / (1 - p))
+        for s in part.samples if s.trajectory.uid == uid
+    )  # fmt: skip
 
-    Exact: every outcome of one prompt's group by its probability, the other groups fixed. A score
-    averages g / p for a passing sample and -g / (1 - p) for a failing one.
-    """
+
+def chance_of(outcome, p: float) -> float:
+    return math.prod(p if r else 1 - p for r in outcome)
+
+
+def outcomes(size: int):
+    return itertools.product((0.0, 1.0), repeat=size)
+
+
+def expected_factors(make, learner: LearnerConfig) -> np.ndarray:
+    """[prompts] expected `update`. Exact: every outcome of one prompt's group by its probability,
+    the other groups fixed."""
     rng = np.random.default_rng(0)
 
     def group(uid: int, rewards):
@@ -41,17 +62,10 @@ def expected_factors(make, learner: LearnerConfig) -> np.ndarray:
     factors = []
     for uid, (size, p) in enumerate(zip(SIZES, RATES, strict=True)):
         total = 0.0
-        for outcome in itertools.product((0.0, 1.0), repeat=size):
+        for outcome in outcomes(size):
             groups = [group(other, [0.0, 1.0] * n if other != uid else outcome)
                       for other, n in enumerate(SIZES)]  # fmt: skip
-            samples = samples_of(groups, learner.objective)
-            part = _part(samples, len(groups), learner, lambda rows: rows)  # type: ignore
-            chance = math.prod(p if r else 1 - p for r in outcome)
-            total += chance * sum(
-                s.weight * s.advantage / part.denominator
-                * (1 / p if s.trajectory.score.value else -1 / (1 - p))
-                for s in part.samples if s.trajectory.uid == uid
-            )  # fmt: skip
+            total += chance_of(outcome, p) * update(groups, learner, uid, p)
         factors.append(total)
     return np.array(factors)
 
@@ -60,6 +74,92 @@ def test_the_expected_update_is_each_true_gradient_by_its_weight_whatever_the_si
     factors = expected_factors(make, config("leave_one_out", "prompt"))
     assert factors / factors[0] == pytest.approx(np.array(WEIGHTS), rel=1e-12)
     assert factors[0] == pytest.approx(1 / (len(SIZES) * 256))
+
+
+def probe_factor(make, p: float, decide) -> float:
+    """Expected `update` of a prompt that is probed with 3 samples and committed, or not, to 5.
+
+    Exact, over every outcome of both stages and the chance between them.
+
+    Args:
+        make: the fixture.
+        p: its pass rate.
+        decide: outcome of the probe -> [(probability, decision on the whole group)].
+    """
+    learner, rng = config("leave_one_out", "prompt"), np.random.default_rng(0)
+    other = make.group(1, [make.trajectory(1, i, rng, reward=float(i)) for i in range(2)])
+
+    def group(rewards, sizing):
+        made = make.group(0, [make.trajectory(0, i, rng, reward=r) for i, r in enumerate(rewards)])
+        return msgspec.structs.replace(made, sizing=sizing)
+
+    total = 0.0
+    for probe in outcomes(3):
+        for likelihood, sizing in decide(probe):
+            for rest in outcomes(sizing.num_samples - 3):
+                groups = [group((*probe, *rest), sizing), other]
+                chance = chance_of(probe, p) * likelihood * chance_of(rest, p)
+                total += chance * update(groups, learner, 0, p)
+    return total * 2 * 256
+
+
+def by_the_rule(probe):
+    """Both ways in which the sizer's own decision can fall, after this probe of an unseen prompt.
+
+    The prior is that of `History`, its evidence that of the probe alone.
+    """
+    rollout = RolloutConfig(
+        samples_per_prompt=5, sizing=SizingConfig(sizer="probe_then_commit", probe_samples=3)
+    )
+    controller, passes = Controller(rollout, by_std=False), sum(probe)
+    unseen = Known(source_id="p/0", passes=0.2, fails=1.8, evidence=0, tokens=1.0, score_norm=1.0,
+                   last_step=None)  # fmt: skip
+    seen = msgspec.structs.replace(
+        unseen, passes=passes + 0.2, fails=3 - passes + 1.8, evidence=3, unseen_spread=unseen.spread
+    )
+    (first,) = controller.decide([unseen], [(64, "")])
+    assert (first.num_samples, first.staged) == (3, True)
+    whole, stopped = (controller.commit(first, seen, chance) for chance in (0.0, 1.0 - 1e-12))
+    assert (whole.num_samples, whole.staged, stopped.staged) == (5, False, False)
+    q = 1.0 if whole == stopped else 0.4 / whole.stages[1].weight
+    assert passes or 0 < q < 0.9, "a hopeless probe must be able to end the group"
+    return [(q, whole), (1 - q, stopped)]
+
+
+def pooled(probe):
+    """The planted bias: the same decisions, trained as groups of one stage."""
+    return [(q, msgspec.structs.replace(d, stages=())) for q, d in by_the_rule(probe)]
+
+
+def unweighted(probe):
+    """Another: stages apart, but the second not weighed by how rarely it is drawn."""
+    stages = (Stage(num_samples=3, weight=0.6), Stage(num_samples=2, weight=0.4))
+    return [(q, msgspec.structs.replace(d, stages=stages[: len(d.stages)]))
+            for q, d in by_the_rule(probe)]  # fmt: skip
+
+
+@pytest.mark.parametrize("p", [0.02, 0.1, 0.5, 0.9])
+def test_a_probe_and_what_follows_from_it_are_together_the_true_gradient(make, p):
+    assert probe_factor(make, p, by_the_rule) == pytest.approx(1, rel=1e-9)
+
+
+@pytest.mark.parametrize("planted", [pooled, unweighted])
+@pytest.mark.parametrize("p", [0.02, 0.1])
+def test_the_planted_biases_of_a_probe_are_seen(make, p, planted):
+    assert abs(probe_factor(make, p, planted) - 1) > 0.02
+
+
+def test_a_baseline_never_holds_a_later_stage_and_a_lost_sample_leaves_the_others_in_theirs(make):
+    rng = np.random.default_rng(0)
+    made = make.group(0, [make.trajectory(0, i, rng, reward=r) for i, r in
+                          ((0, 1.0), (2, 0.0), (3, 1.0), (4, 0.0))])  # fmt: skip
+    stages = (Stage(num_samples=3, weight=0.6), Stage(num_samples=2, weight=2.0))
+    sizing = msgspec.structs.replace(made.sizing, num_samples=5, stages=stages, weight=3.0)
+    samples = samples_of(
+        [msgspec.structs.replace(made, sizing=sizing)], ObjectiveConfig(advantage="leave_one_out")
+    )
+    assert [s.advantage for s in samples] == pytest.approx([1, -1, 1 - 1 / 3, -2 / 3])
+    assert [s.share for s in samples] == pytest.approx([0.9, 0.9, 3.0, 3.0])
 
 
 @pytest.mark.parametrize(

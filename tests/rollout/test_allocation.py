@@ -217,12 +217,24 @@ def probe_and_top_up(outcomes: np.ndarray) -> np.ndarray:
     return leave_one_out(used) / len(used)
 
 
+def probe_and_top_up_if_mixed(outcomes: np.ndarray) -> np.ndarray:
+    used = outcomes if 0 < outcomes[:4].sum() < 4 else outcomes[:4]
+    return leave_one_out(used) / len(used)
+
+
+RULES = {
+    "stop when mixed": stop_when_mixed,
+    "probe, top up": probe_and_top_up,
+    "probe, top up if mixed": probe_and_top_up_if_mixed,
+}
+
+
 def test_the_documented_biases_of_stopping_by_outcomes_are_the_exact_ones():
     page = (Path(__file__).parents[2] / "docs" / "sizing.md").read_text()
     lines = {row[1].strip(): row[2:-1] for line in page.splitlines()
              if len(row := line.split("|")) == 9 + 1}  # fmt: skip
     rates = [float(cell) for cell in lines["p"]]
-    for name, rule in (("stop when mixed", stop_when_mixed), ("probe, top up", probe_and_top_up)):
+    for name, rule in RULES.items():
         exact = [f"{enumerated_factor(p, rule):.2f}" for p in rates]
         assert [cell.strip() for cell in lines[name]] == exact
 

@@ -21,7 +21,7 @@ from slipstream.buffer.records import (
 from slipstream.rollout.history import FILE, FORGET, History
 
 
-def ticket(uid: int, num_samples: int, items: int = 5) -> Ticket:
+def ticket(uid: int, num_samples: int, items: int = 5, staged: bool = False) -> Ticket:
     prompt = Prompt(
         uid=uid,
         source_id=f"sum/{uid % items}",
@@ -29,7 +29,7 @@ def ticket(uid: int, num_samples: int, items: int = 5) -> Ticket:
         messages=(Message(role="user", content="?"),),
     )
     sizing = SizingDecision(
-        sizer="fixed", num_samples=num_samples, max_new_tokens=8, reason="by hand"
+        sizer="fixed", num_samples=num_samples, max_new_tokens=8, reason="by hand", staged=staged
     )
     return Ticket(prompt=prompt, sizing=sizing)
 
@@ -41,9 +41,9 @@ def facts(reward: float | None, tokens: int = 4, step: int = 0, norm: float = 2.
 NOWHERE = Ref(segment=0, offset=0, length=0, digest=0)
 
 
-def put(journal: Journal, uid: int, num_samples: int) -> events.Put:
-    stored = journal.append(ticket(uid, num_samples))
-    return events.Put(uid=uid, num_samples=num_samples, ticket=stored)
+def put(journal: Journal, uid: int, num_samples: int, *, staged: bool = False) -> events.Put:
+    stored = journal.append(ticket(uid, num_samples, staged=staged))
+    return events.Put(uid=uid, num_samples=num_samples, ticket=stored, staged=staged)
 
 
 def finished(uid: int, index: int, **seen) -> events.Finished:
@@ -87,6 +87,11 @@ def random_events(journal: Journal, draw) -> list[events.AnyEvent]:
         elif kind == 5 and uid:
             decisions = (Decision(index=0, trained=True),)
             made.append(events.Taken(uid=uid - 1, step=step + 1, decisions=decisions))
+        elif kind == 6:
+            made.append(put(journal, uid, 2, staged=True))
+            uid += 1
+        elif kind == 7 and uid:
+            made.append(events.Returned(uid=uid - 1, indices=(0,), attempt=1, reason="expired"))
         elif uid:
             seen = {"reward": (kind % 7) / 6, "tokens": kind, "step": step, "norm": kind / 3}
             made.append(finished(max(0, uid - 1 - kind % 3), kind % 2, **seen))
@@ -112,6 +117,25 @@ def test_stored_copy_and_later_events_give_the_bits_of_the_whole_fold(tmp_path_f
     assert resumed.dump() == whole.dump()
     assert whole.sequence == len(made)
     journal.close()
+
+
+def test_a_probe_is_decided_on_what_was_known_when_it_was_complete(journal):
+    seen = history()
+
+    def folded(*new: events.AnyEvent) -> list:
+        journal.commit(list(new))
+        seen.catch_up(journal)
+        return seen.probed
+
+    assert not folded(put(journal, 0, 2, staged=True), finished(0, 1, reward=1.0))
+    ((uid, sizing, known),) = folded(finished(0, 0, reward=1.0))
+    assert (uid, sizing.num_samples, known.evidence) == (0, 2, 2)
+    later = put(journal, 5, 2), finished(5, 0, reward=0.0), published(40)
+    assert folded(*later)[0][2] == known, "what comes later changes no decision"
+    assert not folded(events.Returned(uid=0, indices=(1,), attempt=1, reason="lost"))
+    voided = events.Voided(uid=0, indices=(1,), reason="quarantined", step=41)
+    assert folded(voided)[0][2] != known
+    assert not folded(events.Extended(uid=0, num_samples=4, ticket=NOWHERE))
 
 
 def test_a_damaged_copy_is_refused_by_name_and_the_journal_or_priors_replace_it(journal, tmp_path):

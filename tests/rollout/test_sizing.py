@@ -3,7 +3,9 @@ decision says why. The unbiasedness tests draw whole windows on softmax problems
 known exactly; each states, and checks, the power it has."""
 
 import math
+import re
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from slipstream.buffer.events import Facts, Finished, Put, Ref
 from slipstream.buffer.journal import Journal
 from slipstream.buffer.records import SizingDecision
+from slipstream.learner.advantage import staged_advantages
 from slipstream.rollout.config import (
     EvalConfig,
     FeederSpec,
@@ -22,7 +25,8 @@ from slipstream.rollout.config import (
 )
 from slipstream.rollout.history import Known
 from slipstream.rollout.prompts import PromptSource
-from slipstream.rollout.sizing import Controller, TicketMaker, length_limit
+from slipstream.rollout.sizing import Controller
+from slipstream.rollout.tickets import TicketMaker, commit_chance, length_limit
 
 WINDOWS = 1500
 GROUPS = 32
@@ -114,9 +118,9 @@ def until_mixed(problem: Softmax, answers: np.ndarray) -> np.ndarray:
 
 
 def rollout(sizer: SizerName, **sizing) -> RolloutConfig:
-    return RolloutConfig(
-        samples_per_prompt=8, sizing=SizingConfig(sizer=sizer, max_samples=16, **sizing)
-    )
+    if sizer != "probe_then_commit":
+        sizing = {"max_samples": 16, **sizing}
+    return RolloutConfig(samples_per_prompt=8, sizing=SizingConfig(sizer=sizer, **sizing))
 
 
 ADAPTIVE: tuple[SizerName, ...] = ("equal_treatment", "hardness_weighted", "min_variance")
@@ -132,6 +136,43 @@ def test_the_planted_bias_of_sizing_a_group_by_its_own_outcomes_is_caught():
     draws = updates(Softmax(), rollout("min_variance"), windows=300, peek=True)
     with pytest.raises(AssertionError):
         check_mean_is(np.ones(draws.shape[1]), draws, detects=0.4)
+
+
+def probed_update(problem: Softmax, controller: Controller, x: int, *, pool: bool = False) -> float:
+    """One group of prompt x in two stages, along g; `pool` plants the bias of forgetting them."""
+    before = problem.known(x, 6)
+    (first,) = controller.decide([before], [(64, "")])
+    answers = problem.draw(x, first.num_samples)
+    rewards = problem.reward_K[answers]
+    passes = before.passes + rewards.sum()
+    after = msgspec.structs.replace(
+        before, passes=passes, fails=before.passes + before.fails + len(rewards) - passes
+    )
+    whole = controller.commit(first, after, problem.random.random())
+    answers = np.append(answers, problem.draw(x, whole.num_samples - len(answers)))
+    sizes = [stage.num_samples for stage in whole.stages]
+    weights = [stage.weight / stage.num_samples for stage in whole.stages]
+    if pool:
+        sizes, weights = [whole.num_samples], [1.0 / whole.num_samples]
+    advantages = staged_advantages(problem.reward_K[answers].tolist(), sizes)
+    shares = np.repeat(weights, sizes)
+    return float((shares * advantages * problem.along_XK[x][answers]).sum())
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_a_probe_then_commit_update_is_the_true_gradient_and_pooling_its_stages_is_not(pool):
+    problem = Softmax()
+    controller = Controller(rollout("probe_then_commit", min_commit=0.2), by_std=False)
+    draws = np.array([
+        [probed_update(problem, controller, x, pool=pool) for x in range(len(problem.rates))]
+        for _ in range(8000)
+    ])  # fmt: skip
+    if pool:
+        draws = draws[:, [0, 5]]  # where a probe says most
+        with pytest.raises(AssertionError, match="<="):
+            check_mean_is(np.ones(2), draws, detects=0.2)
+    else:
+        check_mean_is(np.ones(draws.shape[1]), draws, detects=0.2)
 
 
 def test_dars_weighed_by_size_follows_its_own_target_and_not_the_mean_gradient():
@@ -266,6 +307,42 @@ def spec(run_dir, **sizing) -> FeederSpec:
         ),
         eval=EvalConfig(), steps=5,
     )  # fmt: skip
+
+
+def test_a_second_stage_is_decided_from_the_ledger_alone_and_said_in_words(tmp_path):
+    journal = Journal(tmp_path)
+    settings_ = {"sizer": "probe_then_commit", "probe_samples": 2, "min_commit": 0.2}
+    source = PromptSource(PromptsConfig(size=50, held_out=5), 0)
+    maker = TicketMaker(spec(tmp_path, **settings_), source)
+    nowhere = Ref(segment=0, offset=0, length=0, digest=0)
+    for uid, ticket in enumerate(maker.tickets(range(40))):
+        assert (ticket.sizing.num_samples, ticket.sizing.staged) == (2, True)
+        put = Put(uid=uid, num_samples=2, ticket=journal.append(ticket), staged=True)
+        samples = [Finished(uid=uid, index=i, payload=nowhere,
+                            facts=Facts(spans=((0, 0, 10),), reward=0.0, score_norm=5.0))
+                   for i in range(2)]  # fmt: skip
+        journal.commit([put, *samples])
+        if uid == 20:
+            maker.commits()
+            maker.save()
+    decided = maker.commits()
+    restarted = TicketMaker(spec(tmp_path, **settings_), source)
+    assert restarted.commits() == decided
+    sizes = [decided[uid].num_samples for uid in range(40)]
+    assert set(sizes) == {2, 4}, "some are committed, some are not"
+    for uid, sizing in decided.items():
+        assert not sizing.staged
+        weights = [stage.weight for stage in sizing.stages]
+        told = re.search(r"a probe of 2 of 4; .*probability (\S+), chance (\S+):", sizing.reason)
+        assert told, sizing.reason
+        q, chance = float(told[1]), float(told[2])
+        assert 0.2 <= q < 1
+        assert chance == pytest.approx(commit_chance(0, uid), abs=0.005)
+        assert weights[0] == 0.5
+        assert (sizing.num_samples == 4) == (commit_chance(0, uid) < q or abs(chance - q) < 0.01)
+        if sizing.num_samples == 4:
+            assert weights[1] == pytest.approx(0.5 / q, rel=0.03)
+    journal.close()
 
 
 def test_tickets_follow_the_journal_and_a_restart_decides_the_same(tmp_path):
