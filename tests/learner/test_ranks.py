@@ -145,8 +145,15 @@ def test_losses_gradients_and_weights_do_not_depend_on_the_number_of_ranks(
         slow({}, "float32", 1e-5),
     ],
     ids=[
-        "lora", "checkpoint-stream", "sequence", "ewma", "critic", "packed", "noise", "float32",
-    ],  # fmt: skip
+        "lora",
+        "checkpoint-stream",
+        "sequence",
+        "ewma",
+        "critic",
+        "packed",
+        "noise",
+        "float32",
+    ],
 )
 def test_what_works_on_one_rank_works_on_several(
     make_spec, run_loop, run_ranks, fake_buffer, rows_of, build_policy, changes, dtype, tolerance
