@@ -73,9 +73,9 @@ def packed_attention(
 
 def _alone(query: Tensor, key: Tensor, value: Tensor, scale: float, grouped: bool) -> Tensor:
     """Of one segment."""
-    heads_first = (t.transpose(0, 1)[None] for t in (query, key, value))
+    query, key, value = (t.transpose(0, 1)[None] for t in (query, key, value))
     mixed = scaled_dot_product_attention(
-        *heads_first, is_causal=True, scale=scale, enable_gqa=grouped
+        query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
     )
     return mixed[0].transpose(0, 1)
 
@@ -97,8 +97,8 @@ def _forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows = (t[0].transpose(0, 1) for t in (query, key, value))
-    return packed_attention(*rows, segments, scale)[None], None
+    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+    return packed_attention(query, key, value, segments, scale)[None], None
 
 
 def enable(model: PreTrainedModel) -> None:

@@ -324,7 +324,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 class _NoSums(Sums):
     """A step's metrics depend on data."""
 
-    def count(self, *_: Any) -> None:
+    def count(self, *_: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Nothing."""
 
 
