@@ -124,6 +124,9 @@ bench-loss: $(LOSS_VENV)/.installed
 
 bench-rewards: $(TRL_VENV)/.installed $(LOSS_VENV)/.installed
 
+bench-study-%: $(INSTALLED)  ## a study: tests/bench/study_NAME.py; hours
+	$(BIN)/python tests/bench/study_$(subst -,_,$*).py
+
 bench-%: $(INSTALLED)  ## run tests/bench/bench_NAME.py; prints one JSON object a line
 	$(BIN)/python tests/bench/bench_$(subst -,_,$*).py
 

@@ -63,6 +63,9 @@ def plan(
     experiment: ExperimentArgument,
     overrides: OverridesArgument = None,
     all: Annotated[bool, typer.Option("--all", help="Defaults, too.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also a learner rank's real step, without data.")
+    ] = False,
 ) -> None:
     """Say what a run would do: every value and its origin, batches, staleness, memory."""
     from rich.console import Console
@@ -75,6 +78,14 @@ def plan(
         print_plan(make_plan(loaded), Console(), show_all=all)
     else:
         print(plan_text(loaded, show_all=all), end="")
+    if deep:
+        from .deep import dry_run, require_fit, sentences
+
+        found = dry_run(loaded.experiment)
+        print("\nOne learner rank, its step run without data")
+        for sentence in sentences(loaded.experiment, found):
+            print(f"  - {sentence}")
+        require_fit(loaded.experiment, found)
 
 
 @app.command()

@@ -43,6 +43,9 @@ class ClusterConfig(Settings):
     """Processes that share the learner's work: each holds a part of every weight and trains a part
     of every batch (FSDP2). Changes gradients by rounding alone; a run resumes on any number. Under
     Ray on as few nodes as possible."""
+    gpu_memory_gib: Annotated[float, Field(ge=0)] = 0.0
+    """Device memory that one learner rank may use, less what CUDA, NCCL and other processes on the
+    device take; `slipstream plan --deep` refuses what needs more. 0: not stated."""
     spread: bool = True
     """Ray: rollout workers on as many nodes as possible; false: on as few."""
     placement: Literal["split", "shared"] = "split"

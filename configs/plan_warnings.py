@@ -71,6 +71,11 @@ def _about_learning(experiment: Experiment) -> Iterator[str]:
             f"learner.optimizer.warmup_steps = {learner.optimizer.warmup_steps} is not over when "
             f"the run is ({learner.steps} steps)"
         )
+    if objective.advantage == "gae" and experiment.buffer.drop_no_signal:
+        yield (
+            "buffer.drop_no_signal = true drops groups of equal rewards, from which a critic "
+            '(learner.objective.advantage = "gae") learns, too; set it to false'
+        )
     objective, behaviour = learner.objective, learner.objective.proximal == "behaviour"
     if objective.correction == "none" and experiment.buffer.max_staleness_steps and not behaviour:
         yield (
@@ -117,6 +122,8 @@ def _without_effect(experiment: Experiment) -> Iterator[tuple[str, str]]:
     if anchor == "first_pass":
         for key in ("clip_low", "clip_high"):
             yield f"learner.objective.{key}", "the ratio is 1, see learner.objective.proximal"
+    if experiment.learner.packed:
+        yield "learner.share_prompts", "learner.packed = true gives each sample its own segment"
     if experiment.learner.objective.correction != "mask":
         yield "learner.objective.correction_low", 'it needs learner.objective.correction = "mask"'
     if experiment.learner.objective.correction == "none":

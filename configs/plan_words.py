@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from ..learner.config import ObjectiveConfig
 from ..rollout.config import SAME_SIZE
+from .rank_memory import rank_peak, rank_tokens
 from .schema import Experiment
 from .sizes import ModelSize, bytes_text, machine_memory, memory_costs, total_bytes
 
@@ -220,6 +221,12 @@ def memory(experiment: Experiment, size: ModelSize | None) -> Iterator[str]:
     costs = memory_costs(experiment, size)
     for what, cost in costs.items():
         yield f"{what}: {bytes_text(cost.num_bytes)} ({cost.how})"
+    ranks, peak = experiment.cluster.learner_ranks, rank_peak(experiment, size)
+    yield (
+        f"device of {'the learner' if ranks == 1 else f'one of {ranks} learner ranks'}: about "
+        f"{bytes_text(peak)} at its peak, activations of "
+        f"{rank_tokens(experiment):,} tokens included; `plan --deep` says it exactly"
+    )
     yield (
         f"together about {bytes_text(total_bytes(costs))} of this machine's "
         f"{bytes_text(machine_memory())}"

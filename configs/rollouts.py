@@ -158,6 +158,8 @@ def _advantages(run_dir: Path, entries: list[Entry]) -> dict[tuple[int, int], fl
     """What the learner computed from the groups that the step took."""
     resolved = json.loads((run_dir / "resolved.json").read_bytes())
     kind = resolved["learner"]["objective"]["advantage"]
+    if kind == "gae":  # by token, from values that only the learner had
+        return {}
     kind = "group_mean" if kind == "gigpo" else kind  # of the whole episode
     groups: dict[int, list[Entry]] = {}
     for entry in entries:

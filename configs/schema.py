@@ -112,7 +112,7 @@ def check_batch(experiment: Experiment) -> Iterator[str]:
             f"{prompts}, so a step cannot be cut into equal updates; set updates_per_step = "
             f"{nearest} or make prompts_per_step a multiple of {updates}"
         )
-    if rollout.samples_per_prompt < 2:
+    if rollout.samples_per_prompt < 2 and learner.objective.advantage != "gae":
         yield (
             "rollout.samples_per_prompt = 1 leaves nothing to compare within a group: learner."
             f'objective.advantage = "{learner.objective.advantage}" would always be 0; set '

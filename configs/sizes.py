@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..buffer.errors import ConfigError
-from .models import TINY_DIR, read_json, read_shapes, weight_files
+from .models import TINY_DIR, read_json, read_shapes, shape_dir, weight_files
 from .schema import Experiment
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -41,6 +41,17 @@ class ModelSize:
     linear: dict[str, int] = field(default_factory=dict)
     """Inputs plus outputs of the linear layers of each name, over all layers: an adapter of rank r
     has r times so many parameters."""
+    layers: int
+    layer_parameters: int
+    outer_parameters: int
+    """Embedding, last norm and head: what is not in a layer."""
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    queries: int
+    """Heads x head size."""
+    keys: int
+    """Key-value heads x head size."""
 
 
 def model_size(model: str) -> ModelSize | None:
@@ -54,6 +65,8 @@ def model_size(model: str) -> ModelSize | None:
     if model.startswith("builtin:"):
         return _from_config(read_json(TINY_DIR / "config.json"), has_weights=False)
     folder = Path(model).expanduser()
+    if not folder.is_dir() and (shape := shape_dir(model)):
+        return _from_config(read_json(shape / "config.json"), has_weights=True)
     if not folder.is_dir():
         raise ConfigError(f'model = "{model}": there is no folder {folder.resolve()}')
     shapes = (read_shapes(file).values() for file in weight_files(folder))
@@ -90,6 +103,14 @@ def _from_config(
         has_weights=has_weights,
         num_experts=config.get("num_local_experts") or config.get("num_experts") or 0,
         linear={name: layers * width for name, width in linear.items()},
+        layers=layers,
+        layer_parameters=layer,
+        outer_parameters=embeddings + hidden,
+        vocabulary=vocabulary,
+        hidden=hidden,
+        intermediate=intermediate,
+        queries=queries,
+        keys=keys,
     )
 
 
@@ -113,13 +134,8 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> dict[str, Cost]:
     if rollout.kv_memory_mb:
         cache = min(cache, rollout.kv_memory_mb << 20)
     copies = 2 if experiment.eval.enabled else 1
-    trained, lora = size.num_parameters, experiment.learner.lora
-    if lora.rank:
-        trained = lora.rank * sum(size.linear.get(n, 0) for n in lora.targets or size.linear)
-    moment_bytes: float = max(4, element)
-    if experiment.learner.optimizer.name == "adamw_8bit":
-        moment_bytes = 1 + 4 / 256  # a float32 scale for each block of 256
-    moments = int(2 * trained * moment_bytes)
+    trained, lora = trained_parameters(experiment, size), experiment.learner.lora
+    moments = int(2 * trained * moment_bytes(experiment))
     gradients = trained * (max(4, element) if lora.rank else element)
     reference = weights if experiment.learner.objective.kl_coefficient else 0
     average = experiment.learner.objective.proximal == "ewma"
@@ -159,6 +175,21 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> dict[str, Cost]:
             counts=False,
         ),
     }
+
+
+def moment_bytes(experiment: Experiment) -> float:
+    """Of one of Adam's two moments of a parameter."""
+    if experiment.learner.optimizer.name == "adamw_8bit":
+        return 1 + 4 / 256  # a float32 scale for each block of 256
+    return max(4, DTYPE_BYTES[experiment.dtype])
+
+
+def trained_parameters(experiment: Experiment, size: ModelSize) -> int:
+    """All of them, or those of the adapters."""
+    lora = experiment.learner.lora
+    if not lora.rank:
+        return size.num_parameters
+    return lora.rank * sum(size.linear.get(n, 0) for n in lora.targets or size.linear)
 
 
 def total_bytes(costs: dict[str, Cost]) -> int:

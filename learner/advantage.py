@@ -1,6 +1,6 @@
 """Advantages: how much better a sample did than its siblings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -9,6 +9,9 @@ from .config import BatchAdvantage
 
 EPS = 1e-6
 """Added to the standard deviation, in units of reward."""
+
+WHITE_EPS = 1e-8
+"""Added to a variance."""
 
 
 def group_advantages(
@@ -92,6 +95,56 @@ def batch_advantages(
     centred = [group_advantages(rewards_G, "group_mean") for rewards_G in rewards_PG]
     rms = (sum(float((c**2).sum()) for c in centred) / max(1, len(scored))) ** 0.5
     return [c / (rms + EPS) for c in centred]
+
+
+def generalised_advantages(
+    reward: float, values_N: np.ndarray, *, discount: float, decay: float
+) -> np.ndarray:
+    """[N] float64 generalised advantage of each token of one sample, whose reward comes at its end.
+
+    A_t = sum over l of (discount x decay)^l (r_{t+l} + discount V_{t+l+1} - V_{t+l}), V = 0 behind
+    the last token, also when it was cut off by the token limit. A_t + V_t is the critic's target.
+
+    Args:
+        reward: of the sample.
+        values_N: [N] float64, what the critic expects before each token that the policy wrote;
+            tokens of others between them count as no step.
+        discount: gamma.
+        decay: lambda; at 1 a token's advantage is its discounted reward - V_t.
+    Source: GAE eq. 16 (arXiv:1506.02438).
+    """
+    deltas_N = discount * np.append(values_N[1:], 0.0) - values_N
+    deltas_N[-1] += reward
+    advantages_N, to_go = np.empty(len(values_N)), 0.0
+    for t in reversed(range(len(values_N))):
+        to_go = deltas_N[t] + discount * decay * to_go
+        advantages_N[t] = to_go
+    return advantages_N
+
+
+Total = Callable[[Sequence[float]], list[float]]
+"""Sums over the learner's ranks."""
+
+
+def whitened(
+    values: Sequence[np.ndarray], counted: Sequence[np.ndarray], total: Total = list
+) -> list[np.ndarray]:
+    """(value - mean) / sqrt(variance + 1e-8), both over what counts in all arrays together; the
+    variance is the sample's (divided by n - 1), and with fewer than two values nothing is changed.
+
+    Args:
+        values: float64 each.
+        counted: bool each: which of the values are in mean and variance.
+        total: where the arrays are those of one rank of several.
+    Source: PPO's usual advantage normalisation, as verl and TRL write it.
+    """
+    pool = np.concatenate([v[c] for v, c in zip(values, counted, strict=True)])
+    number, summed = total([len(pool), pool.sum()])
+    if number < 2:
+        return list(values)
+    mean = summed / number
+    (squares,) = total([((pool - mean) ** 2).sum()])
+    return [(v - mean) / np.sqrt(squares / (number - 1) + WHITE_EPS) for v in values]
 
 
 def gigpo_advantages(

@@ -25,7 +25,7 @@ from ..buffer.records import (
 from ..kernels.definition import KeptSets
 from .advantage import batch_advantages, gigpo_advantages, staged_advantages
 from .config import ObjectiveConfig
-from .rows import MAX_SHARED_INPUTS, Layout, Piece, lay_out, row_width
+from .rows import MAX_SHARED_INPUTS, Layout, Piece, lay_out, pack, row_width
 
 R = TypeVar("R")
 RatioLaw = Literal["temperature", "kept_set"]
@@ -41,7 +41,8 @@ class Sample:
 
     trajectory: Trajectory
     advantage: float | np.ndarray
-    """Of all trained tokens, or of each: [num_trained] float64."""
+    """Of all trained tokens, or of each: [num_trained] float64. Under GAE the reward, see
+    `critic.judged`."""
     first_trained: int
     """Policy-written tokens before this one (the stale prefix) are context with zero weight."""
     weight: float = 1.0
@@ -82,6 +83,9 @@ class MicroBatch(Rows):
     """bool: some key is older than the version that wrote the token (`kv_mixture`)."""
     num_inputs: int
     """Inputs without padding."""
+    values_T: Tensor | None = None
+    """The critic's, of the held version; None without one, like the next."""
+    returns_T: Tensor | None = None
     filler: bool = False
     """Whether it is there only because the other ranks have one more; nothing in it has weight."""
 
@@ -143,6 +147,8 @@ def _advantages(
     if objective.advantage == "leave_one_out":
         pairs = zip(rewards_PG, stages_P, strict=True)
         return [staged_advantages(rewards_G, stages).tolist() for rewards_G, stages in pairs]
+    if objective.advantage == "gae":
+        return [[reward or 0.0 for reward in rewards_G] for rewards_G in rewards_PG]
     return [a.tolist() for a in batch_advantages(rewards_PG, objective.advantage)]
 
 
@@ -177,6 +183,7 @@ def plan_micro_batches(
     max_tokens: int,
     *,
     share_prompts: bool = True,
+    packed: bool = False,
     num_ranks: int = 1,
 ) -> list[list[list[Sample]]]:
     """Cut samples into micro-batches of rows, at most `max_tokens` padded inputs each.
@@ -189,13 +196,15 @@ def plan_micro_batches(
         samples: in canonical order.
         max_tokens: bounds the memory of one forward and backward; changes no gradient.
         share_prompts: whether samples of one prompt may share a row.
+        packed: micro-batches are packed: rows hold one sample each, and none is padded.
         num_ranks: among whom they will be dealt (`own_share`); with one, nothing is evened out.
     Returns:
         Micro-batches of rows of samples.
     """
-    rows = _share_prefixes(samples, min(max_tokens, MAX_SHARED_INPUTS) if share_prompts else 0)
+    shared = min(max_tokens, MAX_SHARED_INPUTS) if share_prompts and not packed else 0
+    rows = _share_prefixes(samples, shared)
     wide = sorted(((_width(row), row) for row in rows), key=lambda pair: pair[0])
-    plan = _cut(wide, max_tokens)
+    plan = _cut(wide, max_tokens, packed)
     rounds = math.ceil(len(plan) / num_ranks)
     if len(plan) == rounds * num_ranks:
         return plan
@@ -203,19 +212,21 @@ def plan_micro_batches(
     low, high = 1, max_tokens
     while low < high:
         middle = (low + high) // 2
-        if len(_cut(wide, middle)) <= rounds * num_ranks:
+        if len(_cut(wide, middle, packed)) <= rounds * num_ranks:
             high = middle
         else:
             low = middle + 1
-    return _cut(wide, high)
+    return _cut(wide, high, packed)
 
 
-def _cut(wide: Sequence[tuple[int, list[Sample]]], max_tokens: int) -> list[list[list[Sample]]]:
+def _cut(
+    wide: Sequence[tuple[int, list[Sample]]], max_tokens: int, packed: bool
+) -> list[list[list[Sample]]]:
     plan: list[list[list[Sample]]] = []
     inputs = 0
     for width, row in wide:
         # Sorted: the newest row is the widest, so it sets the width of all.
-        padded = (len(plan[-1]) + 1 if plan else 1) * width
+        padded = inputs + width if packed else (len(plan[-1]) + 1 if plan else 1) * width
         wasteful = padded - inputs - width > MAX_PADDING * padded
         if not plan or padded > max_tokens or (wasteful and inputs >= EFFICIENT_TOKENS):
             plan.append([])
@@ -280,6 +291,8 @@ def collate(
     held: Version,
     dtype: torch.dtype,
     law: RatioLaw = "temperature",
+    *,
+    packed: bool = False,
 ) -> MicroBatch:
     """Everything known of the trained tokens of some samples, lined up.
 
@@ -288,11 +301,13 @@ def collate(
         held: the version the learner holds, for `clean_T`.
         dtype: of the loss's arithmetic.
         law: `kept_set`: log-probabilities are renormalised over the recorded kept ids.
+        packed: put all samples into one row, see `rows.pack`.
     Raises:
         CorruptData: a record that cannot be trained on, by uid.
     """
-    layout = lay_out([[_piece(sample) for sample in row] for row in rows])
     samples = [sample for row in rows for sample in row]
+    pieces = [[_piece(sample) for sample in row] for row in rows]
+    layout = pack([piece for row in pieces for piece in row]) if packed else lay_out(pieces)
     counts = np.array([sample.num_trained for sample in samples])
 
     def spread(values: list[float]) -> Tensor:

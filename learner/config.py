@@ -24,16 +24,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "surrogate": "cispo", "proximal": "behaviour", "clip_high": 4.0,
         "advantage": "group_mean_batch_std", "aggregation": "prompt_token",
     },
-    "ppo": {"proximal": "behaviour", "clip_high": 0.2, "advantage": "batch_std"},
+    "ppo": {"proximal": "behaviour", "clip_high": 0.2, "advantage": "gae"},
     "raft": {"surrogate": "raft", "correction": "none", "advantage": "best"},
 }  # fmt: skip
-"""What a preset sets; the rest is the default. DAPO's dynamic sampling is `buffer.drop_no_signal`;
-`ppo` has no critic, its baseline is the batch's mean."""
+"""What a preset sets; the rest is the default. DAPO also filters: `buffer.drop_no_signal`."""
 
 BatchAdvantage = Literal[
     "group_std", "group_mean", "leave_one_out", "group_mean_batch_std", "batch_std", "best"
 ]
-AdvantageKind = BatchAdvantage | Literal["gigpo"]
+AdvantageKind = BatchAdvantage | Literal["gigpo", "gae"]
 Proximal = Literal["auto", "recomputed", "first_pass", "behaviour", "interpolated", "ewma"]
 
 
@@ -47,7 +46,7 @@ class ObjectiveConfig(Settings):
 
     preset: str = "grpo"
     """Sets the keys below where they are not given: grpo (decoupled), dapo, dr_grpo, cispo, gspo,
-    scalerl, ppo (without a critic) or raft."""
+    scalerl, ppo (with a critic) or raft."""
     surrogate: Annotated[str, Field(min_length=1)] = "ppo"
     """`ppo`: clipped on both sides; `cispo`: capped weight without gradient, no token is silenced;
     `raft`: plain likelihood; an entry point of `slipstream.surrogates`; or `module:function` with
@@ -79,7 +78,16 @@ class ObjectiveConfig(Settings):
     `leave_one_out`: reward - mean of the others, RLOO; `group_mean_batch_std`: `group_mean` over
     its root mean square in the batch, ScaleRL; `batch_std`: normalised over the batch alone,
     REINFORCE++; `best`: 1 for the highest reward, else 0, RAFT; `gigpo`: `group_mean` of episodes
-    plus that of turns taken in the same state."""
+    plus that of turns taken in the same state; `gae`: of each token by a critic, a value head on
+    the policy trained beside it, whitened over the batch, one more forward (PPO)."""
+    discount: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """`gae`: how much a token counts of the reward that comes one token later."""
+    gae_decay: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """`gae`: lambda; 1: from the reward alone, 0: from the critic's next value alone."""
+    value_coefficient: Annotated[float, Field(ge=0)] = 0.1
+    """`gae`: weight of the critic's loss, through which it also moves the policy's layers."""
+    value_clip: Annotated[float, Field(gt=0)] = 0.2
+    """`gae`: how far a value may move in a step, in units of reward."""
     step_discount: Annotated[float, Field(ge=0, le=1)] = 0.95
     """`gigpo`: how much a turn counts of the rewards that come one turn later."""
     step_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -136,6 +144,8 @@ class OptimizerConfig(Settings):
     name: Literal["adamw", "adamw_8bit"] = "adamw"
     """`adamw_8bit`: moments in 8 bits by blocks of 256 (torchao), a quarter of their memory."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    critic_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Of the value head of `objective.advantage = "gae"`; it warms up and scales with the other."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -188,6 +198,14 @@ class LearnerConfig(Settings):
     share_prompts: bool = True
     """Compute the prompt of a group's samples once instead of once per sample. Changes gradients by
     rounding alone; no effect on samples too long to be put side by side."""
+    packed: bool = False
+    """Put all samples of a micro-batch into one row, without padding and without `share_prompts`;
+    attention stays within each sample (torch's varlen FlashAttention on CUDA). For long samples of
+    different lengths. Changes gradients by rounding alone."""
+    noise_scale: bool = False
+    """Report the gradient noise scale, in prompts, as `noise_scale`: batches below it lose little
+    by being larger. Each update's micro-batches are planned by halves of its prompts, and one more
+    norm is taken. Needs 2 prompts an update."""
     activations: Literal["keep", "checkpoint", "stream"] = "keep"
     """What backward needs of the forward pass. `keep`: all of it; `checkpoint`: each layer's input,
     the layer is computed again; `stream`: the same, `stream_tokens` of a row at a time, the longest
@@ -221,6 +239,7 @@ class LearnerConfig(Settings):
         center = 1 / (1 - self.objective.proximal_decay) - 1
         optimizer = {
             "learning_rate": self.optimizer.learning_rate / math.sqrt(c),
+            "critic_learning_rate": self.optimizer.critic_learning_rate / math.sqrt(c),
             "betas": tuple(beta ** (1 / c) for beta in self.optimizer.betas),
             "tuned_at": 0,
         }
@@ -235,10 +254,15 @@ class LearnerConfig(Settings):
     @model_validator(mode="after")
     def _streams(self) -> Self:
         advantage = self.objective.advantage
-        if self.stream and advantage in ("batch_std", "group_mean_batch_std"):
+        if self.stream and advantage in ("batch_std", "group_mean_batch_std", "gae"):
             raise ValueError(
                 f'learner.stream cannot train groups before learner.objective.advantage = "'
                 f'{advantage}" has seen the whole batch; use "group_std" or set stream = false'
+            )
+        if self.stream and self.noise_scale:
+            raise ValueError(
+                "learner.noise_scale compares halves of a whole batch, which learner.stream does "
+                "not have; set one of them to false"
             )
         if self.stream and self.updates_per_step > 1:
             raise ValueError(
@@ -248,7 +272,7 @@ class LearnerConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _layers_fit(self) -> Self:
+    def _parts_fit(self) -> Self:
         if self.lora.rank and self.activations == "stream":
             raise ValueError(
                 'learner.activations = "stream" knows the layers\' own weights alone, not the '
@@ -258,6 +282,11 @@ class LearnerConfig(Settings):
             raise ValueError(
                 'learner.compile and learner.activations = "stream" both replace the forward pass '
                 'of the layers; use "checkpoint" or compile = false'
+            )
+        if self.packed and self.activations == "stream":
+            raise ValueError(
+                "learner.packed = true makes one row, whose samples would see one another under "
+                'learner.activations = "stream"; use "checkpoint"'
             )
         if "lm_head" in self.lora.targets:
             raise ValueError(
@@ -315,3 +344,15 @@ class LearnerSpec(Settings):
     resume_from: tuple[int, int] | None = None
     tensorboard: bool = True
     wandb_project: str = ""
+
+
+class DrySpec(Settings):
+    """What a dry run of one learner rank is told (`learner/dry.py`)."""
+
+    model_dir: Path
+    """A folder with `config.json`; weights are not looked at."""
+    dtype: Literal["float32", "float64", "bfloat16"]
+    config: LearnerConfig
+    ranks: int
+    sample_tokens: int
+    """Of the longest sample, prompt included."""

@@ -84,30 +84,38 @@ def _layers(model: PreTrainedModel) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
-@contextmanager
 @torch.no_grad()
-def merged(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
-    """The model as engines hold it, inside a `with`: its weights by their transformers names, the
-    adapters merged in; logits inside are those that it is served with. For a model without adapters
-    the same without a copy.
+def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights as engines hold them, by their transformers names, the adapters merged in: new
+    tensors where they are, none for a model without adapters.
 
     The sum is taken in float32 at least and rounded once, to the dtype of W.
     """
-    layers, changed = _layers(model), {}
+    changed = {f"{name}.base_layer.weight": _sum(layer) for name, layer in _layers(model).items()}
+    return {
+        name.replace(".base_layer.", "."): changed.get(name, weight)
+        for name, weight in policy_weights(model).items()
+        if ".lora_" not in name
+    }
+
+
+def _sum(layer: Any) -> Tensor:
+    weight = layer.get_base_layer().weight.detach()
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(precise) + layer.get_delta_weight(_NAME).to(precise)).to(weight.dtype)
+
+
+@contextmanager
+@torch.no_grad()
+def merged(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model computes with the adapters merged in, as it is served."""
+    layers = _layers(model)
     own = {name: _kept(layer.get_base_layer().weight) for name, layer in layers.items()}
     try:
-        for name, layer in layers.items():
-            precise = torch.promote_types(own[name].dtype, torch.float32)
-            change = layer.get_delta_weight(_NAME).to(precise)
-            whole = (own[name].to(precise) + change).to(own[name].dtype)
-            _put(layer.get_base_layer().weight, whole)
-            changed[f"{name}.base_layer.weight"] = whole
+        for layer in layers.values():
+            _put(layer.get_base_layer().weight, _sum(layer))
             layer.enable_adapters(False)
-        yield {
-            name.replace(".base_layer.", "."): changed.get(name, weight)
-            for name, weight in policy_weights(model).items()
-            if ".lora_" not in name
-        }
+        yield
     finally:
         for name, layer in layers.items():
             _put(layer.get_base_layer().weight, own[name])

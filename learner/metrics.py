@@ -99,4 +99,12 @@ def step_metrics(sums: Sums, groups: Sequence[TrajectoryGroup], num_updates: int
     }
     if "kl_reference" in sums.by_token:
         metrics["kl_reference"] = sums.mean("kl_reference")
+    if "value_loss" in sums.by_token:
+        variance = sums.mean("returns_squared") - sums.mean("returns") ** 2
+        metrics["value_loss"] = sums.mean("value_loss")
+        metrics["value_clipped_fraction"] = sums.mean("value_clipped")
+        # How much of the returns the critic knew before the step; 0 when it knows their mean alone.
+        metrics["value_explained"] = (
+            1 - sums.mean("value_error") / variance if variance > 1e-12 else None
+        )
     return metrics

@@ -97,6 +97,28 @@ def likelihood_surrogate(
     return -advantages_T * current_T, torch.zeros_like(current_T, dtype=torch.bool)
 
 
+def clipped_value_loss(
+    values_T: Tensor, held_values_T: Tensor, returns_T: Tensor, *, clip: float
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error of the critic, the worse of two: as it is, and kept near where it was.
+
+    Args:
+        values_T: [T] float, of the critic being trained.
+        held_values_T: [T] float, at the start of the step (no gradient).
+        returns_T: [T] float, the targets.
+        clip: how far from `held_values_T` a value still gets a gradient, in units of reward.
+    Returns:
+        loss_T to be minimised, clipped_T bool: the bounded error is the one taken.
+    Raises:
+        ValueError: shapes differ.
+    Source: PPO's reference implementation (openai/baselines, ppo2), as TRL and verl have it.
+    """
+    _same_shape(values=values_T, held_values=held_values_T, returns=returns_T)
+    bounded_T = values_T.clamp(held_values_T - clip, held_values_T + clip)
+    plain_T, bounded_T = (values_T - returns_T).square(), (bounded_T - returns_T).square()
+    return torch.maximum(plain_T, bounded_T) / 2, (bounded_T > plain_T).detach()
+
+
 Surrogate = Callable[..., tuple[Tensor, Tensor]]
 
 SURROGATES: dict[str, Surrogate] = {

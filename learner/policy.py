@@ -18,12 +18,14 @@ from transformers import PreTrainedModel
 
 from ..buffer.errors import ConfigError, CorruptData
 from ..buffer.weight_files import Piece
-from ..kernels import dispatch
+from ..kernels import attention, dispatch
 from ..kernels.definition import FullLoss, Head, TokenLoss
 from ..kernels.models import DTYPE_NAMES, assign_weights
 from . import lora
 from .batch import Rows
 from .config import OptimizerConfig
+from .critic import PREFIX, make_critic, values_of
+from .noise import looked_back, scale
 from .ranks import ALONE, Ranks
 from .rows import Layout
 from .shards import Stored, as_bytes, local, room_for
@@ -32,6 +34,7 @@ R = TypeVar("R")
 
 RNG_NAME = "rng.torch"
 AVERAGE_WEIGHT_NAME = "average.weight"
+NOISE_NAME = "noise.sums"
 PROBE_ROWS, PROBE_TOKENS = 1, 8
 """Few: training stands still meanwhile."""
 BLOCK_8BIT = 256
@@ -54,6 +57,8 @@ class Policy:
         config: OptimizerConfig,
         average_decay: float | None = None,
         ranks: Ranks = ALONE,
+        *,
+        critic: bool = False,
     ) -> None:
         """Take over a model; nothing is copied unless it is bfloat16 or averaged. What needs no
         gradient (all but the adapters under LoRA) is not trained.
@@ -63,6 +68,7 @@ class Policy:
             config: of AdamW.
             average_decay: of the exponential average that `averaged` shows; None: there is none.
             ranks: among whom the model is sharded.
+            critic: whether there is a value head, see `critic.py`.
         """
         self.model, self.config, self.ranks = model, config, ranks
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -75,10 +81,32 @@ class Policy:
                        for n, r in self.rows.items()}  # fmt: skip
             self.masters = {name: master.requires_grad_() for name, master in precise.items()}
         self.optimizer = make_optimizer(list(self.masters.values()), config)
+        self.critic = make_critic(model) if critic else None
+        if self.critic is not None:
+            self._add_critic(self.critic)
         self.average_decay = average_decay
         self.average = {} if average_decay is None else self._copy_of_masters()
         self.average_weight = torch.ones((), dtype=torch.float64)
         """Sum of decay^i over the updates so far: what the average divides by."""
+        self.noise_sums = torch.zeros(2, dtype=torch.float64)
+
+    def note_noise(self, noise: float, signal: float) -> dict[str, float | None]:
+        """Metrics of the gradient's noise and signal, see `noise.py`, with what was before."""
+        self.noise_sums = looked_back(self.noise_sums, noise, signal)
+        return {
+            "gradient_noise": noise,
+            "gradient_signal": signal,
+            "noise_scale": scale(self.noise_sums),
+        }
+
+    def _add_critic(self, critic: torch.nn.Linear) -> None:
+        """Train it beside the model, at its own rate; it needs no master, it is not rounded."""
+        own = {PREFIX + name: parameter for name, parameter in critic.named_parameters()}
+        self.parameters |= own
+        if self.masters is not self.parameters:
+            self.masters = {**self.masters, **own}
+        factor = self.config.critic_learning_rate / self.config.learning_rate
+        self.optimizer.add_param_group({"params": list(own.values()), "factor": factor})
 
     def _copy_of_masters(self) -> dict[str, Tensor]:
         return {name: master.detach().clone() for name, master in self.masters.items()}
@@ -120,10 +148,11 @@ class Policy:
             self.readers = None
         clip_grads_with_norm_(self.masters.values(), self.config.max_grad_norm, grad_norm)
         for group in self.optimizer.param_groups:
+            rate = learning_rate * group.get("factor", 1.0)
             if isinstance(group["lr"], Tensor):  # torchao's, which compiles the rate in otherwise
-                group["lr"].fill_(learning_rate)
+                group["lr"].fill_(rate)
             else:
-                group["lr"] = learning_rate
+                group["lr"] = rate
         with self._stance():
             self.optimizer.step()
         self.clear_gradients()
@@ -145,10 +174,23 @@ class Policy:
                 grad = parameter.grad
                 master = self.masters[name]
                 master.grad = None if grad is None else local(grad).to(master.dtype)
-        norm = get_total_norm([p.grad for p in self.masters.values() if p.grad is not None])
-        if self.ranks.size > 1:
-            norm = norm.new_tensor(self.ranks.total([float(norm) ** 2])[0]).sqrt()
-        return norm
+        if self.ranks.size == 1:
+            return get_total_norm([p.grad for p in self.masters.values() if p.grad is not None])
+        own = [m.grad for n, m in self.masters.items() if not n.startswith(PREFIX)]
+        norm = get_total_norm([grad for grad in own if grad is not None])
+        square = self.ranks.total([float(norm) ** 2])[0] + self._sum_critic()
+        return norm.new_tensor(square).sqrt()
+
+    def _sum_critic(self) -> float:
+        """Give every rank the sum of the critic's gradients; returns its squared norm. The critic
+        is whole on each of them, so nobody else sums it."""
+        square = 0.0
+        for parameter in self.critic.parameters() if self.critic is not None else ():
+            assert parameter.grad is not None
+            summed = self.ranks.total(parameter.grad.flatten().tolist())
+            parameter.grad.copy_(parameter.grad.new_tensor(summed).view_as(parameter.grad))
+            square += sum(value**2 for value in summed)
+        return square
 
     def clear_gradients(self) -> None:
         """Forget accumulated gradients."""
@@ -158,8 +200,7 @@ class Policy:
 
     def weights(self) -> dict[str, Tensor]:
         """What is published; no copies but of weights that adapters change."""
-        with lora.merged(self.model) as weights:
-            return weights
+        return lora.merged_weights(self.model)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """AdamW's moments, float32 masters if there are any, and torch's random state, by name."""
@@ -171,12 +212,14 @@ class Policy:
                     state[f"{name}:{field}.scale"] = value.scale
                 else:
                     state[f"{name}:{field}"] = self._as_part(name, value)
-            if self.rounded:
+            if self.rounded or name.startswith(PREFIX):
                 state[f"{name}:master"] = self._as_part(name, master.detach())
             if self.average:
                 state[f"{name}:average"] = self._as_part(name, self.average[name])
         if self.average:
             state[AVERAGE_WEIGHT_NAME] = self.average_weight
+        if self.noise_sums.any():
+            state[NOISE_NAME] = self.noise_sums
         return state
 
     def _as_part(self, name: str, rows: Tensor) -> Tensor:
@@ -200,7 +243,7 @@ class Policy:
             name, of_parameter, _ = key.rpartition(":")
             if of_parameter and name not in self.parameters:
                 raise CorruptData(f"the optimizer state names {name}, which the model has not")
-            if of_parameter or key in (RNG_NAME, AVERAGE_WEIGHT_NAME):
+            if of_parameter or key in (RNG_NAME, AVERAGE_WEIGHT_NAME, NOISE_NAME):
                 room[key] = room_for(what, self.parameters.get(name))
         return room
 
@@ -220,7 +263,9 @@ class Policy:
             value = local(value)
             if key == AVERAGE_WEIGHT_NAME:
                 self.average_weight = value.clone()
-            if key in (RNG_NAME, AVERAGE_WEIGHT_NAME):
+            if key == NOISE_NAME:
+                self.noise_sums = value.clone()
+            if key in (RNG_NAME, AVERAGE_WEIGHT_NAME, NOISE_NAME):
                 continue
             if name not in self.masters:
                 raise CorruptData(f"the optimizer state names {name}, which the model has not")
@@ -290,11 +335,22 @@ def gathered(model: PreTrainedModel, work: Callable[[], R]) -> R:
     return done
 
 
-def whole_loss(model: PreTrainedModel, rows: Rows, token_loss: TokenLoss) -> FullLoss:
+def whole_loss(
+    model: PreTrainedModel,
+    rows: Rows,
+    token_loss: TokenLoss,
+    beside: Callable[[Tensor], Tensor] | None = None,
+) -> FullLoss:
     """As `fused_loss`, for an objective that has to see all tokens of a sample at once."""
-    logprobs_T, entropy_T = score(model, rows)
-    loss_T, seen_T = token_loss(logprobs_T, entropy_T, slice(0, len(logprobs_T)))
-    return FullLoss(loss_T.sum(), logprobs_T.detach(), entropy_T.detach(), dict(seen_T))
+
+    def work() -> FullLoss:
+        hidden_TD, targets_T, head = _scored(model, rows)
+        logprobs_T, entropy_T = dispatch.scores(hidden_TD, targets_T, head)
+        loss_T, seen_T = token_loss(logprobs_T, entropy_T, slice(0, len(logprobs_T)))
+        loss = loss_T.sum() if beside is None else loss_T.sum() + beside(hidden_TD)
+        return FullLoss(loss, logprobs_T.detach(), entropy_T.detach(), dict(seen_T))
+
+    return gathered(model, work)
 
 
 @torch.no_grad()
@@ -303,9 +359,33 @@ def score_frozen(model: PreTrainedModel, rows: Rows) -> Tensor:
     return gathered(model, lambda: dispatch.frozen_scores(*_scored(model, rows)))[0]
 
 
-def fused_loss(model: PreTrainedModel, rows: Rows, token_loss: TokenLoss) -> FullLoss:
-    """A token-separable objective over the scored tokens, fused with the LM head."""
-    return gathered(model, lambda: dispatch.full(*_scored(model, rows), token_loss))
+def fused_loss(
+    model: PreTrainedModel,
+    rows: Rows,
+    token_loss: TokenLoss,
+    beside: Callable[[Tensor], Tensor] | None = None,
+) -> FullLoss:
+    """A token-separable objective over the scored tokens, fused with the LM head.
+
+    Args:
+        model: the policy.
+        rows: what it is run over.
+        token_loss: of each scored token.
+        beside: a term that is a function of the scored tokens' hidden states, [T, D] -> scalar.
+    """
+
+    def work() -> FullLoss:
+        hidden_TD, targets_T, head = _scored(model, rows)
+        result = dispatch.full(hidden_TD, targets_T, head, token_loss)
+        return result if beside is None else result._replace(loss=result.loss + beside(hidden_TD))
+
+    return gathered(model, work)
+
+
+@torch.no_grad()
+def expected_returns(critic: torch.nn.Linear, model: PreTrainedModel, rows: Rows) -> Tensor:
+    """[T] the critic's value of each scored token, before it is written."""
+    return gathered(model, lambda: values_of(critic, scored_hidden(model, rows)))
 
 
 def _scored(model: PreTrainedModel, rows: Rows) -> tuple[Tensor, Tensor, Head]:
@@ -329,12 +409,16 @@ def hidden_states(model: PreTrainedModel, layout: Layout) -> Tensor:
 
     Rows without a shared prefix get no mask: transformers then uses torch's causal kernel.
     """
-    mask = layout.mask_BLL
+    mask, more = layout.mask_BLL, {}
+    if layout.segments is not None:
+        attention.enable(model)  # one that was not would see through the walls between samples
+        more = {"segments": layout.segments}
     output = model.get_decoder()(
         input_ids=layout.input_ids_BL,
         position_ids=layout.position_ids_BL,
         attention_mask=None if mask is None else mask[:, None],
         use_cache=False,
+        **more,
     )
     return output.last_hidden_state
 

@@ -2,6 +2,8 @@
 
     one sample a row     p p p a a a .             causal, no mask
     shared prefix        p p p a a a b b c c c .   each of a, b, c sees the prompt and itself
+    packed               p p p a a a p p p b b     all samples in one row, no padding, see
+                                                   kernels/attention.py
 
 Samples of a group differ only behind their prompt, so the prompt is computed once: with eight short
 answers to a long question most of the work is saved, and no log-probability or gradient changes
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..kernels.attention import Segments
 
 MAX_SHARED_INPUTS = 512
 """Longest row with a shared prefix. Its attention is computed over all pairs of tokens, those that
@@ -34,6 +38,8 @@ class Layout:
     positions_T: Tensor
     """Where, in [B * L], the hidden state lies that predicts each scored token."""
     targets_T: Tensor
+    segments: Segments | None = None
+    """Of a packed row: its samples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +99,27 @@ def lay_out(rows: Sequence[Sequence[Piece]]) -> Layout:
         mask_BLL=_mask(torch.from_numpy(segments_BL)) if sharing else None,
         positions_T=torch.from_numpy(np.concatenate(positions)),
         targets_T=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+    )
+
+
+def pack(pieces: Sequence[Piece]) -> Layout:
+    """All samples in one row, one behind the other, positions counted anew in each.
+
+    Args:
+        pieces: their `num_prefix` is ignored.
+    """
+    lengths = [len(piece.token_ids) - 1 for piece in pieces]
+    starts = np.cumsum([0, *lengths])
+    inputs = np.concatenate([piece.token_ids[:-1] for piece in pieces]).astype(np.int64)
+    positions = [p.places - 1 + at for p, at in zip(pieces, starts[:-1], strict=True)]
+    targets = np.concatenate([piece.token_ids[piece.places] for piece in pieces])
+    return Layout(
+        input_ids_BL=torch.from_numpy(inputs)[None],
+        position_ids_BL=torch.cat([torch.arange(n) for n in lengths])[None],
+        mask_BLL=None,
+        positions_T=torch.from_numpy(np.concatenate(positions)),
+        targets_T=torch.from_numpy(targets.astype(np.int64)),
+        segments=Segments.of(lengths),
     )
 
 

@@ -3,11 +3,12 @@
 Shape suffix: T trained tokens of a micro-batch.
 """
 
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..buffer.messages import ProofLine
 from ..buffer.records import TrainingSample, Trajectory, TrajectoryGroup, Version
 from ..buffer.staleness import LivePath, proof_line
 from ..kernels import dispatch
-from . import objective
+from . import noise, objective
 from .batch import (
     MicroBatch,
     RatioLaw,
@@ -32,10 +33,12 @@ from .batch import (
     updates_of,
 )
 from .config import LearnerConfig, ObjectiveConfig
+from .critic import judged, value_term
 from .imitation import imitate
 from .metrics import Sums, step_metrics
-from .policy import Policy, fused_loss, score_frozen, whole_loss
+from .policy import Policy, expected_returns, fused_loss, score_frozen, whole_loss
 from .ranks import ALONE, Ranks
+from .shards import local
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,9 @@ class _Part:
     denominator: float
     proximal: list[Tensor | None]
     """Per micro-batch; None: derived from the current policy while the loss is computed."""
+    num_prompts: int = 0
+    half: tuple[int, int] | None = None
+    """Micro-batches and prompts of its first half, when the two are apart (`noise_scale`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +82,8 @@ def train_step(
 
     1. Samples in the order (uid, index). Per group, over all samples with a reward, trained or not:
        advantage = (reward - mean) / (std + 1e-6), std of the population (`group_std`), or as
-       `advantage.batch_advantages` says of the other kinds; float64.
+       `advantage.batch_advantages` says of the other kinds; float64. Under `gae` values come from
+       one more forward of the policy as it is before the first update, see `critic.judged`.
     2. The groups are cut, in order of uid, into U parts [P i // U, P (i + 1) // U); each part is
        one optimizer update. The proximal policy is, by `proximal`: the current one without
        gradient (`first_pass`); that before the first update, scored for the whole batch
@@ -88,7 +95,8 @@ def train_step(
        surrogate = -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), or another one;
        loss = correction * surrogate + kl_coefficient * KL - entropy_coefficient * entropy, where
        correction (no gradient) = min(proximal / behaviour, correction_high), or zeroed, or 1.
-       The correction weighs the surrogate alone.
+       The correction weighs the surrogate alone. Under `gae` value_coefficient *
+       `objective.clipped_value_loss` is added.
     4. The loss of an update is the sum over its trained tokens divided by their number (`token`),
        or the mean over samples of each one's token mean (`sequence`), or the mean over prompts of
        token sums / (samples x max_new_tokens) (`prompt`) or of token means (`prompt_token`);
@@ -121,26 +129,35 @@ def train_step(
     """
     started, ranks = time.perf_counter(), policy.ranks
     samples = samples_of(groups, config.objective)
+    dtype = policy.loss_dtype
+    line_up = partial(collate, held=held, dtype=dtype, law=ratio_law, packed=config.packed)
     parts = [
-        _part(
-            own, len(uids), config, lambda r: collate(r, held, policy.loss_dtype, ratio_law), ranks
-        )
+        _part(own, len(uids), config, line_up, ranks)
         for part in updates_of(groups, config.updates_per_step)
         if (uids := {group.prompt.uid for group in part})
         if (own := [s for s in samples if s.trajectory.uid in uids])
     ]
     proof = _prove(parts, step, max_staleness_steps, path, ranks)
+    if policy.critic is not None:
+        values = partial(expected_returns, policy.critic, policy.model)
+        every = [batch for part in parts for batch in part.batches]
+        batches = iter(judged(values, every, config.objective, ranks.total))
+        for part in parts:
+            part.batches[:] = islice(batches, len(part.batches))
     anchor = config.objective.anchor(config.updates_per_step)
     if anchor == "recomputed" and len(parts) > 1:
         for part in parts:
             part.proximal[:] = [score_frozen(policy.model, batch) for batch in part.batches]
     rate = config.optimizer.rate_at(step)
-    sums, norms, shown = Sums(), [], {}
+    sums, norms, noisy, shown = Sums(), [], [], {}
     for part in parts:
         if anchor == "ewma":
             with policy.averaged():
                 part.proximal[:] = [score_frozen(policy.model, batch) for batch in part.batches]
-        _accumulate(policy, part, config.objective, reference, sums, step)
+        of_half = _accumulate(policy, part, config.objective, reference, sums, step)
+        if part.half is not None:
+            sizes = part.half[1], part.num_prompts
+            noisy.append(noise.noise_and_signal(of_half, _squared_norm(policy), *sizes))
         if part is parts[0]:
             shown = imitate(policy, demonstrations, config, held=held, step=step)
         norms.append(_checked_norm(policy, step))
@@ -148,6 +165,9 @@ def train_step(
     sums = Sums.merged(ranks.exchange(asdict(sums)))
     metrics = step_metrics(sums, groups, len(parts)) | shown
     metrics |= {"grad_norm": float(max(norms)), "learning_rate": rate}
+    if noisy:
+        means = (sum(values) / len(noisy) for values in zip(*noisy, strict=True))
+        metrics |= policy.note_noise(*means)
     metrics["train_seconds"] = time.perf_counter() - started
     metrics["train_tokens_per_s"] = sums.inputs / metrics["train_seconds"]
     return StepResult(metrics=metrics, proof=proof)
@@ -194,9 +214,10 @@ class StreamedStep:
         began_s = time.perf_counter()
         self._groups += groups
         if samples := samples_of(groups, self._config.objective):
-            line_up = functools.partial(
-                collate, held=self._held, dtype=self._policy.loss_dtype, law=self._law
-            )
+            line_up = partial(
+                collate, held=self._held, dtype=self._policy.loss_dtype, law=self._law,
+                packed=self._config.packed,
+            )  # fmt: skip
             ranks = self._policy.ranks
             part = _part(samples, len(groups), self._config, line_up, ranks)
             proof = _prove([part], self._step, self._bound, self._path, ranks)
@@ -262,17 +283,42 @@ def _part(
     else:
         weights, denominator = objective.token_weights(lengths, aggregation)
     samples = [replace(s, weight=w) for s, w in zip(samples, weights, strict=True)]
-    plan = plan_micro_batches(
-        samples,
-        config.micro_batch_tokens,
-        share_prompts=config.share_prompts,
-        num_ranks=ranks.size,
-    )
-    own = own_share(plan, ranks.rank, ranks.size)
-    batches = [moved(line_up(rows), ranks.device) for rows in own]
+    halves, half_prompts = [samples], 0
+    if config.noise_scale and num_prompts > 1:
+        halves, half_prompts = _halves(samples, num_prompts)
+    plans = [
+        plan_micro_batches(
+            each,
+            config.micro_batch_tokens,
+            share_prompts=config.share_prompts,
+            packed=config.packed,
+            num_ranks=ranks.size,
+        )
+        for each in halves
+    ]
+    shares = [own_share(plan, ranks.rank, ranks.size) for plan in plans]
+    batches = [moved(line_up(rows), ranks.device) for plan in shares for rows in plan]
     return _Part(
-        samples=samples, batches=batches, denominator=denominator, proximal=[None] * len(batches)
+        samples=samples,
+        batches=batches,
+        denominator=denominator,
+        proximal=[None] * len(batches),
+        num_prompts=num_prompts,
+        half=(len(shares[0]), half_prompts) if half_prompts else None,
     )
+
+
+def _halves(samples: list[Sample], num_prompts: int) -> tuple[list[list[Sample]], int]:
+    """The samples by halves of their prompts, and how many prompts the first half has. Prompts
+    come in the order of the stream, so either half is as good a draw as the other.
+
+    A prompt without a trained sample counts to the second half: its gradient is 0 in either.
+    """
+    uids = sorted({sample.trajectory.uid for sample in samples})
+    first = set(uids[: num_prompts // 2])
+    inside = [s for s in samples if s.trajectory.uid in first]
+    rest = [s for s in samples if s.trajectory.uid not in first]
+    return ([inside, rest], len(first)) if rest else ([samples], 0)
 
 
 def _prove(
@@ -317,21 +363,28 @@ def _accumulate(
     reference: PreTrainedModel | None,
     sums: Sums,
     step: int,
-) -> None:
-    """Forward and backward of one update, micro-batch by micro-batch.
+) -> float:
+    """Forward and backward of one update, micro-batch by micro-batch; returns the squared norm of
+    the mean gradient of its first half, if it has one.
 
     Raises:
         TrainingFailed: the loss is not finite.
     """
-    value = 0.0
-    for batch, anchor_T in zip(part.batches, part.proximal, strict=True):
+    value, of_half = 0.0, 0.0
+    for number, (batch, anchor_T) in enumerate(zip(part.batches, part.proximal, strict=True)):
+        if part.half is not None and number == part.half[0]:
+            of_half = _squared_norm(policy) * (part.num_prompts / part.half[1]) ** 2
         reference_T = None
         if config.kl_coefficient > 0:
             assert reference is not None, "a KL term needs its reference policy"
             reference_T = score_frozen(reference, batch)
         terms = _TokenLoss(batch, config, anchor_T, reference_T, part.denominator)
         run = whole_loss if config.needs_whole_samples else fused_loss
-        result = run(policy.model, batch, terms)
+        seen_T: dict[str, Tensor] = {}
+        beside = None
+        if policy.critic is not None:
+            beside = value_term(policy.critic, batch, config, part.denominator, seen_T)
+        result = run(policy.model, batch, terms, beside)
         result.loss.backward()
         if batch.filler:
             continue
@@ -339,13 +392,21 @@ def _accumulate(
         # The gap to the engine is that of the held version: `ewma` anchors elsewhere.
         elsewhere = config.proximal == "ewma"
         held_T = result.logprobs_T if anchor_T is None or elsewhere else anchor_T
-        sums.count(batch, held_T, result.seen_T)
+        sums.count(batch, held_T, {**result.seen_T, **seen_T})
     if not math.isfinite(whole := policy.ranks.total([value])[0]):
         raise TrainingFailed(
             f"step {step}: the loss is {whole}; the weights are as before this update. Resume "
             "from the last checkpoint, with a lower learning rate if it comes again"
         )
     sums.loss += value
+    return of_half
+
+
+def _squared_norm(policy: Policy) -> float:
+    """Of the model's gradients so far, over all ranks."""
+    own = (p.grad for p in policy.model.parameters())
+    norm = noise.squared_norm(None if grad is None else local(grad) for grad in own)
+    return policy.ranks.total([norm])[0]
 
 
 @dataclass(frozen=True, slots=True)

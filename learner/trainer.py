@@ -23,7 +23,7 @@ from ..buffer.staleness import LivePath
 from ..buffer.weight_fetch import use
 from ..buffer.weight_files import Outbox
 from ..buffer.weight_holder import Holder, own_endpoint
-from ..kernels import streambp
+from ..kernels import attention, streambp
 from ..kernels.models import (
     ModelError,
     assign_weights,
@@ -171,26 +171,31 @@ class Trainer:
     def _policy(self, model: PreTrainedModel) -> Policy:
         objective = self.spec.config.objective
         decay = objective.proximal_decay if objective.proximal == "ewma" else None
-        return Policy(model, self.spec.config.optimizer, decay, self.ranks)
+        critic = objective.advantage == "gae"
+        return Policy(model, self.spec.config.optimizer, decay, self.ranks, critic=critic)
 
     def _load_model(self) -> PreTrainedModel:
         """The model to be trained, keeping for backward what `learner.activations` says.
 
         Raises:
-            ConfigError: its layers cannot be streamed, or not be checkpointed.
+            ConfigError: its layers cannot be streamed, checkpointed or packed.
         """
         spec = self.spec
         model = load_policy(spec.model_dir, spec.dtype, spec.seed)
         if spec.config.lora.rank:
             lora.add_adapters(model, spec.config.lora, spec.seed)
         kind = spec.config.activations
+        key = f'learner.activations = "{kind}"'
         try:
             if kind == "stream":
                 streambp.enable(model, spec.config.stream_tokens)
             elif kind == "checkpoint":
                 checkpoint_layers(model)
+            if spec.config.packed:
+                key = "learner.packed = true"
+                attention.enable(model)
         except ValueError as error:
-            raise ConfigError(f'learner.activations = "{kind}": {error}') from error
+            raise ConfigError(f"{key}: {error}") from error
         if spec.config.compile:
             compile_layers(model)
         shard(model, self.ranks)

@@ -49,8 +49,7 @@ def adapted(build_policy):
 def merged_copy(model, build_policy, dtype="float64"):
     """A plain model with the merged weights."""
     plain = build_policy(dtype)
-    with lora.merged(model) as weights:
-        assign_weights(plain, weights)
+    assign_weights(plain, lora.merged_weights(model))
     return plain
 
 
@@ -70,9 +69,9 @@ def test_adapters_change_nothing_at_first_and_are_the_same_for_a_seed(build_poli
         torch.rand(3)
         lora.add_adapters(model, RANK, seed=5)
         states.append(lora.adapter_state(model))
-        with lora.merged(model) as weights:
-            assert weights.keys() == policy_weights(plain).keys()
-            assert all(torch.equal(weights[n], w) for n, w in policy_weights(plain).items())
+        weights = lora.merged_weights(model)
+        assert weights.keys() == policy_weights(plain).keys()
+        assert all(torch.equal(weights[n], w) for n, w in policy_weights(plain).items())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 

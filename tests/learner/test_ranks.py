@@ -111,7 +111,8 @@ def weights_of(spec, at=None):
 def assert_alike(spec, other, rows_of, tolerance: float, steps=(1, 2, 3, 4)) -> None:
     want, got = rows_of(spec.run_dir), rows_of(other.run_dir)
     for step in steps:
-        for key in ("loss", "grad_norm", "entropy", "ratio_mean", "correction_mean"):
+        own = {"value_loss", "gradient_noise", "gradient_signal"} & want[step].keys()
+        for key in ("loss", "grad_norm", "entropy", "ratio_mean", "correction_mean", *own):
             assert got[step][key] == pytest.approx(want[step][key], rel=tolerance, abs=tolerance)
         for key in ("tokens_trained", "proof", "updates", "tokens_processed"):
             assert got[step][key] == want[step][key]
@@ -138,9 +139,21 @@ def test_losses_gradients_and_weights_do_not_depend_on_the_number_of_ranks(
         ({"activations": "checkpoint", "stream": True}, "float64", 1e-9),
         slow({"objective": ObjectiveConfig(preset="gspo")}, "float64", 1e-9),
         slow({"objective": ObjectiveConfig(proximal="ewma")}, "float64", 1e-9),
+        ({"objective": ObjectiveConfig(preset="ppo", gae_decay=0.9)}, "float64", 1e-9),
+        slow({"packed": True, "micro_batch_tokens": 40}, "float64", 1e-9),
+        slow({"noise_scale": True, "micro_batch_tokens": 20}, "float64", 1e-9),
         slow({}, "float32", 1e-5),
     ],
-    ids=["lora", "checkpoint-stream", "sequence", "ewma", "float32"],
+    ids=[
+        "lora",
+        "checkpoint-stream",
+        "sequence",
+        "ewma",
+        "critic",
+        "packed",
+        "noise",
+        "float32",
+    ],
 )
 def test_what_works_on_one_rank_works_on_several(
     make_spec, run_loop, run_ranks, fake_buffer, rows_of, build_policy, changes, dtype, tolerance
