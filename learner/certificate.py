@@ -262,7 +262,8 @@ class Inquiry:
     def _dtypes(self) -> Iterator[tuple[str, str, Callable[[Sample], Tensor]]]:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             if dtype != self._model.dtype:
-                cast = copy.deepcopy(self._model).to(dtype)
+                cast: Any = copy.deepcopy(self._model)
+                cast = cast.to(dtype)
                 name = str(dtype).removeprefix("torch.")
                 yield "dtype", f"the engine computes in {name}", self._plain(cast)
 
@@ -278,7 +279,7 @@ class Inquiry:
 
             return score
 
-        begin = self._tokenizer.bos_token_id
+        begin: Any = self._tokenizer.bos_token_id
         if begin is None:
             begin = self._tokenizer.eos_token_id
         yield (

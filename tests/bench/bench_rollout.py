@@ -102,8 +102,8 @@ def tiny(bench: Bench) -> None:
     work = trace("rollout_tiny", 448)[: 64 if bench.small else None]
     theirs = Transformers(folder)
     with closing(Ours(folder, rows=256)) as ours:
-        sides = bench.in_turn(lambda: ours.run(work), lambda: theirs.run(work))
-    bench.compare("tiny", *sides, "transformers.generate, one static batch", 10.0)
+        mine, peer = bench.in_turn(lambda: ours.run(work), lambda: theirs.run(work))
+    bench.compare("tiny", mine, peer, "transformers.generate, one static batch", 10.0)
 
 
 def smollm2(bench: Bench) -> None:
@@ -206,8 +206,8 @@ def adversarial(bench: Bench, folder: Path, rows: int) -> None:
     prompts = [[draw.randrange(3, 448) for _ in range(20)] for _ in range(2)]
     work = [(prompt, 200) for prompt in prompts for _ in range(rows)]
     with closing(Ours(folder, rows)) as plain, closing(drafting(folder, rows)) as ours:
-        sides = bench.in_turn(lambda: ours.run(work, 3.0), lambda: plain.run(work, 3.0))
-    bench.compare(f"adversarial-b{rows}", *sides, "ours without speculation", 0.97)
+        mine, peer = bench.in_turn(lambda: ours.run(work, 3.0), lambda: plain.run(work, 3.0))
+    bench.compare(f"adversarial-b{rows}", mine, peer, "ours without speculation", 0.97)
 
 
 def drafting(folder: Path, rows: int, ends: bool = False) -> Ours:

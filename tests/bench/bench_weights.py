@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,8 @@ DECODE_ROWS = 16
 def make_model(folder: Path, layers: int | None) -> LlamaForCausalLM:
     """The model, and its folder for an engine: with the built-in tokenizer, which is not used."""
     changes = {} if layers is None else {"num_hidden_layers": layers}
-    config = LlamaConfig(**(SMOLLM2_CONFIG | changes))
+    settings: dict[str, Any] = SMOLLM2_CONFIG | changes
+    config = LlamaConfig(**settings)
     config.save_pretrained(str(folder))
     AutoTokenizer.from_pretrained(str(TINY)).save_pretrained(str(folder))
     torch.manual_seed(0)
@@ -180,7 +182,7 @@ def random_pieces(num_bytes: int) -> dict[str, Piece]:
 
 def raw_sender(num_bytes: int, port: "multiprocessing.Queue[int]") -> None:
     """Sends so many bytes to whoever connects, once and again."""
-    data = memoryview(random_pieces(num_bytes)["a"].bytes_N)
+    data = random_pieces(num_bytes)["a"].bytes_N.data
     with socket.create_server(("127.0.0.1", 0)) as server:
         port.put(server.getsockname()[1])
         while True:
@@ -191,10 +193,11 @@ def raw_sender(num_bytes: int, port: "multiprocessing.Queue[int]") -> None:
 
 def publisher_process(folder: Path, num_bytes: int, plain: bool, told, asked) -> None:
     """Publishes once; says afterwards how much it has sent, whenever asked."""
-    outbox = Outbox(folder, holder=Holder(LOOPBACK, plain=plain))
+    holder = Holder(LOOPBACK, plain=plain)
+    outbox = Outbox(folder, holder=holder)
     told.put(outbox.publish(Version(branch=0, step=1), random_pieces(num_bytes)))
     while asked.get():
-        told.put(outbox.holder.sent_bytes)
+        told.put(holder.sent_bytes)
 
 
 def over_zmq(runs: int, num_bytes: int, plain: bool) -> dict:
@@ -215,7 +218,7 @@ def over_zmq(runs: int, num_bytes: int, plain: bool) -> dict:
         target = np.zeros(num_bytes, np.uint8)
 
         def by_socket() -> float:
-            view, got = memoryview(target), 0
+            view, got = target.data, 0
             began = time.perf_counter()
             with socket.create_connection(("127.0.0.1", number)) as connection:
                 while got < num_bytes:
@@ -257,7 +260,7 @@ def receive(number: int, folder: Path, manifest: WeightsManifest, rate: int, sta
         time.sleep(max(0.0, state["due_s"] - time.monotonic()))
         accept(self, chunk, source, bytes_N)
 
-    Fetch._accept = throttled
+    setattr(Fetch, "_accept", throttled)  # noqa: B010  pyright knows no method that takes it
     inbox = Inbox(folder / f"r{number}", LOOPBACK)
     start.wait()
     began = time.perf_counter()

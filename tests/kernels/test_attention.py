@@ -1,5 +1,7 @@
 """Packed attention: each segment as if it were alone, and nothing of all pairs of tokens."""
 
+from typing import Any
+
 import pytest
 import torch
 from slipstream.kernels import attention
@@ -106,8 +108,14 @@ def test_a_mask_of_all_pairs_is_seen_by_the_same_test():
 
 
 def test_models_that_cannot_be_packed_are_refused():
-    small = {"num_hidden_layers": 1, "hidden_size": 8, "vocab_size": 9, "intermediate_size": 8,
-             "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
+    small: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "hidden_size": 8,
+        "vocab_size": 9,
+        "intermediate_size": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
     mistral = AutoModelForCausalLM.from_config(MistralConfig(sliding_window=4, **small))
     with pytest.raises(ValueError, match="sliding-window"):
         attention.enable(mistral)

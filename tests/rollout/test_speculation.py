@@ -357,9 +357,12 @@ async def test_drafts_drawn_from_another_law_leave_the_targets_and_a_wrong_rule_
     small = tiny.saved(tiny.policy(folder, 2, noise=0.1))
     speculation = speculate(engine, DraftModel(small, 64, "rejection"), depth=3)
     if wrong:
-        monkeypatch.setattr(
-            decoder, "verify", lambda *a: verify(*a[:5], np.full(len(a[5]), 0.5), *a[6:])
-        )
+
+        def coin(logits, laws, uniforms, drafts, draft_laws, accept, ratio_law):
+            half = np.full(len(accept), 0.5)
+            return verify(logits, laws, uniforms, drafts, draft_laws, half, ratio_law)
+
+        monkeypatch.setattr(decoder, "verify", coin)
     counts = await counted(tiny, engine, LAW, 4)
     assert 0.3 < speculation.accepted / speculation.drafted < 0.95
     assert set(counts) <= set(texts)
