@@ -31,7 +31,8 @@ _PREFILL_TOKENS = 8192
 """Prompt tokens of one forward while no sample waits for its next token: bounds its memory."""
 _SHARED_BYTES = 1 << 20
 """Of a prompt's keys and values in one layer, as often as they would be read too often each step:
-from so many on it is faster to read them once for all of a group (measured)."""
+from so many on they are read once for all of a group. An estimate: what the bytes cost to read
+against what a second attention costs to set up and merge."""
 
 
 class _Fed(NamedTuple):
