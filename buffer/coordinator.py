@@ -383,7 +383,11 @@ class Coordinator:
             groups=tuple(sorted(groups, key=lambda group: group.prompt.uid)),
             proof=proof,
             journal_sequence=self.sequence,
-            demonstrations=tuple(self.journal.read(s.payload, Trajectory) for s in shown),
+            demonstrations=tuple(
+                self.journal.read(s.payload, Trajectory)
+                for s in shown
+                if self.journal.intact(s.payload)
+            ),
         )
 
     def _part(self, step: int, groups: Sequence[TrajectoryGroup]) -> messages.Part:

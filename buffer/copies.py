@@ -16,7 +16,7 @@ from pathlib import Path
 
 LEDGER = "ledger.sqlite"
 MANIFEST = "manifest.json"
-LIVE = ("ledger.sqlite", "logs", "processes", "tensorboard", "export", "segments", "checkpoints")
+LIVE = ("logs", "processes", "tensorboard", "export", "segments", "checkpoints", "weights")
 """Copied in another way, or not needed to go on."""
 
 
@@ -33,24 +33,35 @@ def copy_run(run_dir: Path, target: Path, sealed_before: int, sequence: int) -> 
         OSError, sqlite3.Error: it cannot be read or written.
     """
     target.mkdir(parents=True, exist_ok=True, mode=0o700)
-    segments = [p for p in (run_dir / "segments").glob("*.seg") if int(p.stem) < sealed_before]
-    for path in sorted(segments):
-        _copy(path, target / "segments" / path.name)
-    for manifest in sorted((run_dir / "checkpoints").glob(f"*/{MANIFEST}")):
-        folder = manifest.parent
-        with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
-            if json.loads(manifest.read_bytes())["journal_sequence"] > sequence:
-                continue
-            files = sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST)
-            for path in files:  # the manifest last: it makes the checkpoint
-                _copy(path, target / "checkpoints" / folder.name / path.name)
+    segments = sorted((run_dir / "segments").glob("*.seg"))
+    saved = sorted((run_dir / "checkpoints").glob(f"*/{MANIFEST}"))
+    for path in segments:
+        if int(path.stem) < sealed_before:
+            _copy(path, target / "segments" / path.name)
+    copied = [manifest for manifest in saved if _copy_checkpoint(manifest, target, sequence)]
+    if saved and not copied:
+        raise OSError("every checkpoint was replaced by a newer one while it was copied")
     for path in sorted(run_dir.rglob("*")):
         inside = path.relative_to(run_dir)
-        if path.is_file() and not inside.parts[0].startswith(LIVE):
-            _copy(path, target / inside)
-    _copy_ledger(run_dir / LEDGER, target / LEDGER, sequence)
-    _remove_others((target / "segments").glob("*.seg"), run_dir / "segments")
-    _remove_others((target / "checkpoints").glob("*"), run_dir / "checkpoints")
+        if path.is_file() and inside.parts[0] not in LIVE and not inside.name.startswith(LEDGER):
+            with contextlib.suppress(FileNotFoundError):  # a temporary file
+                _copy(path, target / inside)
+    _copy_ledger(run_dir, target, sequence)
+    _remove_others((target / "segments").glob("*.seg"), segments)
+    _remove_others((target / "checkpoints").glob("*"), [each.parent for each in copied])
+
+
+def _copy_checkpoint(manifest: Path, target: Path, sequence: int) -> bool:
+    """Copy a checkpoint that the ledger up to `sequence` has seen; False when it is gone."""
+    folder = manifest.parent
+    with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
+        if json.loads(manifest.read_bytes())["journal_sequence"] > sequence:
+            return False
+        files = sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST)
+        for path in files:  # the manifest last: it makes the checkpoint
+            _copy(path, target / "checkpoints" / folder.name / path.name)
+        return True
+    return False
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -67,20 +78,23 @@ def _copy(source: Path, target: Path) -> None:
     partial.replace(target)
 
 
-def _copy_ledger(source: Path, target: Path, sequence: int) -> None:
-    """Copy the ledger as of one event, by SQLite's own backup."""
-    partial = target.with_name(f".{target.name}.partial")
-    partial.unlink(missing_ok=True)
+def _copy_ledger(run_dir: Path, target: Path, sequence: int) -> None:
+    """Copy the ledger as of one event. SQLite's own backup makes it, on the run's disk: where the
+    copy goes, SQLite's locks may not hold."""
+    made = run_dir / f".{LEDGER}.copy"
+    made.unlink(missing_ok=True)
     with (
-        contextlib.closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True)) as ledger,
-        contextlib.closing(sqlite3.connect(partial)) as copy,
+        contextlib.closing(
+            sqlite3.connect(f"{(run_dir / LEDGER).resolve().as_uri()}?mode=ro", uri=True)
+        ) as ledger,
+        contextlib.closing(sqlite3.connect(made)) as copy,
     ):
         ledger.backup(copy)
         copy.execute("DELETE FROM events WHERE sequence > ?", (sequence,))
         copy.commit()
         copy.execute("PRAGMA journal_mode = DELETE")  # no file beside it
-    _sync(partial)
-    partial.replace(target)
+    _copy(made, target / LEDGER)
+    made.unlink()
 
 
 def _sync(path: Path) -> None:
@@ -89,10 +103,11 @@ def _sync(path: Path) -> None:
     os.close(descriptor)
 
 
-def _remove_others(copies: Iterable[Path], originals: Path) -> None:
-    """Drop what the run has dropped; the newer things that replace it are copied already."""
+def _remove_others(copies: Iterable[Path], originals: Iterable[Path]) -> None:
+    """Drop what the run had dropped; the newer things that replace it are copied already."""
+    kept = {path.name for path in originals}
     for copy in copies:
-        if not (originals / copy.name).exists():
+        if copy.name not in kept:
             if copy.is_dir():
                 (copy / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(copy)

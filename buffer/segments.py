@@ -6,6 +6,7 @@ A process never appends to a file of an earlier one: what a crash tore stays whe
 nothing refers to it.
 """
 
+import errno
 import os
 import struct
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ SEGMENT_BYTES = 256 << 20
 """A new file is begun after so many bytes."""
 WRITE_BYTES = 1 << 20
 """So much is gathered before it is written: one call for the usual turn of the service."""
+OPEN_FILES = 64
+"""Descriptors kept for reading."""
 _HEADER = struct.Struct("<4sIQ")
 _MAGIC = b"SLP1"
 
@@ -120,9 +123,7 @@ class Segments:
         """
         where = f"{self._path(ref.segment)} at {ref.offset}"
         try:
-            if ref.segment not in self._read_fds:
-                self._read_fds[ref.segment] = os.open(self._path(ref.segment), os.O_RDONLY)
-            fd = self._read_fds[ref.segment]
+            fd = self._reading(ref.segment)
             if ref.segment == self._number and self._unwritten:
                 self._write()
             record = os.pread(fd, _HEADER.size + ref.length, ref.offset)
@@ -132,6 +133,8 @@ class Segments:
                 "buffer.keep_rollouts_gb"
             ) from error
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise  # says nothing of the payload
             raise CorruptData(f"{where} cannot be read: {error}") from error
         payload = record[_HEADER.size :]
         if record[: _HEADER.size] != _HEADER.pack(_MAGIC, ref.length, ref.digest):
@@ -139,6 +142,14 @@ class Segments:
         if len(payload) != ref.length or xxhash.xxh3_64_intdigest(payload) != ref.digest:
             raise CorruptData(f"{where}: the payload's checksum does not match")
         return payload
+
+    def _reading(self, number: int) -> int:
+        """A descriptor of a file; those that were opened last stay open."""
+        if number not in self._read_fds:
+            while len(self._read_fds) >= OPEN_FILES:
+                os.close(self._read_fds.pop(next(iter(self._read_fds))))
+            self._read_fds[number] = os.open(self._path(number), os.O_RDONLY)
+        return self._read_fds[number]
 
     def close(self) -> None:
         """Let go of the files; what is not synced is not kept."""

@@ -431,8 +431,9 @@ class State:
         if known is not None and scored and max(scored) < self.success_reward:
             since = (self.path.branch, step)
             self.wanted[group.uid] = replace(known, since=since)
-            if len(self.wanted) > self.success_pool:
-                del self.wanted[next(iter(self.wanted))]
+            waiting = [uid for uid, each in self.wanted.items() if each.shown is None]
+            if len(waiting) > self.success_pool:
+                del self.wanted[waiting[0]]
 
     def _count_reward(self, group: Group, index: int) -> None:
         """Leave a finished sample's reward to the next take's proof line, and to the pool."""
@@ -450,6 +451,9 @@ class State:
             if sample.state == "READY" and sample.facts is not None:  # it will be finished again
                 self.finished.add(-sample.facts.num_tokens, trajectories=-1)
                 self.rewards_since.pop((group.uid, sample.attempt, index), None)
+                known = self.successes.get(group.source)
+                if known is not None and known.payload == sample.payload:
+                    del self.successes[group.source]
             group.samples[index] = Sample(attempt=event.attempt)
         number = len(event.indices) if event.reason != "resumed" else 0
         self._count_drops(event.reason, number, self.reissued)
@@ -537,8 +541,10 @@ class State:
         ended = self.ended_segments.items()
         self.ended_segments = {k: s for k, s in ended if s >= event.first_segment}
         for pool in (self.successes, self.wanted):
-            for key in [k for k, v in pool.items() if v.payload.segment < event.first_segment]:
-                del pool[key]
+            gone = [k for k, v in pool.items() if v.payload.segment < event.first_segment]
+            for key in gone:
+                if pool[key].shown is None:
+                    del pool[key]
 
     def _branch_opened(self, event: events.BranchOpened) -> None:
         """Undo what is off the new path: takes, drops and counts of lost steps, and every lease.

@@ -90,7 +90,8 @@ class Inbox:
             else shard
             for shard in manifest.shards
         )  # fmt: skip
-        self._forget(len(shards) * (KEPT_VERSIONS + 1))  # one may be evaluated
+        with _locked(self._folder / "lock"):
+            self._forget(len(shards) * (KEPT_VERSIONS + 1))  # one may be evaluated
         return WeightsManifest(version=manifest.version, shards=shards)
 
     def _fetch(self, shard: Shard) -> Shard:
@@ -98,23 +99,26 @@ class Inbox:
         with _locked(self._folder / "lock"):
             if not path.exists():
                 partial = path.with_suffix(".partial")
+                for other in set(self._folder.glob("*.partial")) - {partial}:
+                    other.unlink()  # of a version that was retired before all of it was here
                 if fresh := not partial.exists():
                     with contextlib.suppress(FileNotFoundError):  # pages that need not be made
                         os.replace(self._folder / "spare", partial)
                 Fetch(self, shard, partial, fresh).run(self._deadline_s)
                 os.replace(partial, path)
-            os.utime(path)
+            # By atime alone: who loads the file tells by its mtime that it has not changed.
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
         return msgspec.structs.replace(shard, path=str(path), holder="")
 
     def _forget(self, num_kept: int) -> None:
         """Remove all but the files that were used last; one is kept for its pages."""
-        files = {f: f.stat().st_mtime_ns for f in self._folder.glob("*.safetensors")}
+        files = {f: f.stat().st_atime_ns for f in self._folder.glob("*.safetensors")}
         for file in sorted(files, key=lambda f: files[f])[:-num_kept]:
             with contextlib.suppress(FileNotFoundError):
                 os.replace(file, self._folder / "spare")
         kept = {file.stem for file in self._folder.glob("*.*")}
-        for digest in [digest for digest in self.holder.offers if digest not in kept]:
-            del self.holder.offers[digest]
+        for digest in [digest for digest in list(self.holder.offers) if digest not in kept]:
+            self.holder.offers.pop(digest, None)
 
 
 class Fetch:
@@ -146,10 +150,12 @@ class Fetch:
                     self._ask()
                 for source, answer in self._receive():
                     self._take(source, answer)
-            while self._news or self._asking:  # so that others are sent to us for the last, too
-                self._ask(wanted=0)
-                for source, answer in self._receive():
-                    self._take(source, answer)
+            # So that others are sent to us for the last ones, too; we have what we came for.
+            with contextlib.suppress(CorruptData, PeerLost):
+                while self._news or self._asking:
+                    self._ask(wanted=0)
+                    for source, answer in self._receive():
+                        self._take(source, answer)
         finally:
             for own in self._sockets.values():
                 own.close()
@@ -202,7 +208,7 @@ class Fetch:
                 self._begin(answer)
             case Sources(chunks=chunks):
                 self._asking = False
-                self._ask_at_s = 0 if chunks or self._coming else time.monotonic() + AGAIN_S
+                self._ask_at_s = 0.0 if chunks else time.monotonic() + AGAIN_S
                 for number, named in chunks:
                     where = named or self._shard.holder
                     self._coming[number] = (where, time.monotonic())
@@ -274,9 +280,14 @@ class Fetch:
             or self._asking
             or any(source == publisher for source, _ in self._coming.values())
         )
+        # Asked for and never sent, whatever else it answers: a connection that was lost on the way.
+        lost = any(
+            source == publisher and now - asked_s > self._deadline_s
+            for source, asked_s in self._coming.values()
+        )
         if not owed:
             self._heard_s = now
-        elif now - self._heard_s > self._deadline_s:
+        elif lost or now - self._heard_s > self._deadline_s:
             raise PeerLost(
                 f"weights {self._shard.path}: {publisher.partition(' ')[0]} has not answered for "
                 f"{self._deadline_s:g} s; its process is gone or frozen"

@@ -134,8 +134,9 @@ class Outbox:
 
     @property
     def files(self) -> dict[Version, Path]:
-        """Where the versions lie that are not retired."""
-        return {version: Path(shard.path) for version, shard in self._shards.items()}
+        """Where the versions lie that are not retired; the service may have retired more."""
+        paths = {version: Path(shard.path) for version, shard in self._shards.items()}
+        return {version: path for version, path in paths.items() if path.exists()}
 
     def adopt(self, manifest: WeightsManifest) -> WeightsManifest:
         """Hold a version of one file, whoever wrote it, and serve it."""
@@ -161,7 +162,10 @@ class Outbox:
         kept_N = self._maps.pop(inode, None)
         if kept_N is None or kept_N.nbytes != num_bytes:
             kept_N = map_file(path, num_bytes)
-        known = {file.stat().st_ino for file in self._files()}
+        known = set[int]()
+        for file in self._files():
+            with suppress(FileNotFoundError):  # the service may retire one meanwhile
+                known.add(file.stat().st_ino)
         self._maps = {key: own_N for key, own_N in self._maps.items() if key in known}
         self._maps[inode] = kept_N
         return kept_N

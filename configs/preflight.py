@@ -37,7 +37,13 @@ async def preflight(spec: PreflightSpec) -> None:
         load_environment(spec.environment)
     # At once, on two cores: both are on the way to the first step.
     checks = [check_reward(spec.reward, probed)] if spec.reward is not None else []
-    await asyncio.gather(*checks, asyncio.to_thread(write_examples, spec))
+    tasks = [asyncio.ensure_future(w) for w in (*checks, asyncio.to_thread(write_examples, spec))]
+    try:
+        await asyncio.gather(*tasks)
+    finally:  # in order: the event loop's end would cancel a reward process being started, too
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 def check_model(folder: Path) -> None:

@@ -168,7 +168,7 @@ class History:
         def ticket(ref: Ref) -> Ticket | None:
             try:
                 return journal.read(ref, Ticket)
-            except CorruptData:  # the buffer quarantines that prompt
+            except CorruptData:  # quarantined, or removed above `buffer.keep_rollouts_gb`
                 return None
 
         for event in journal.events(after=self.sequence):
@@ -328,7 +328,10 @@ class History:
             (folder / FORGET).unlink()
         elif (folder / FILE).exists():
             stored = _read(folder / FILE)
-            if stored.half_life_steps == self._now.half_life_steps:
+            # In a copy of the run the stored history may have seen more than the ledger.
+            if stored.sequence <= sequence and (
+                stored.half_life_steps == self._now.half_life_steps
+            ):
                 self._now = stored
 
 

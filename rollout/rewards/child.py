@@ -145,14 +145,21 @@ class RewardChild(asyncio.SubprocessProtocol):
         on_lost: Callable[["RewardChild", list[Job]], None],
     ) -> Self:
         mark = uuid.uuid4().hex
-        _, child = await asyncio.get_running_loop().subprocess_exec(
-            lambda: cls(config, on_answer, on_lost, mark),
-            *(sys.executable, "-m", "slipstream.rollout.rewards.process", str(os.getpid())),
-            start_new_session=True,
-            # One sample at a time: more threads would only take cores from the engines.
-            env={"OMP_NUM_THREADS": "1", **os.environ, MARK: mark},
+        started = asyncio.ensure_future(
+            asyncio.get_running_loop().subprocess_exec(
+                lambda: cls(config, on_answer, on_lost, mark),
+                *(sys.executable, "-m", "slipstream.rollout.rewards.process", str(os.getpid())),
+                start_new_session=True,
+                # One sample at a time: more threads would only take cores from the engines.
+                env={"OMP_NUM_THREADS": "1", **os.environ, MARK: mark},
+            )
         )
-        return child
+        try:
+            return (await asyncio.shield(started))[1]
+        except asyncio.CancelledError:
+            # Cancelled half-way, asyncio of Python 3.11 may wait for the process's end for ever.
+            await (await started)[1].stop()
+            raise
 
     @property
     def pid(self) -> int:
