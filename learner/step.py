@@ -154,7 +154,8 @@ def train_step(
         if anchor == "ewma":
             with policy.averaged():
                 part.proximal[:] = [score_frozen(policy.model, batch) for batch in part.batches]
-        of_half = _accumulate(policy, part, config.objective, reference, sums, step)
+        args = (config.objective, reference, sums, step)
+        of_half = _accumulate(policy, part, *args, updated=part is not parts[0])
         if part.half is not None:
             sizes = part.half[1], part.num_prompts
             noisy.append(noise.noise_and_signal(of_half, _squared_norm(policy), *sizes))
@@ -363,9 +364,12 @@ def _accumulate(
     reference: PreTrainedModel | None,
     sums: Sums,
     step: int,
+    *,
+    updated: bool = False,
 ) -> float:
     """Forward and backward of one update, micro-batch by micro-batch; returns the squared norm of
-    the mean gradient of its first half, if it has one.
+    the mean gradient of its first half, if it has one. `updated`: the policy is no longer the held
+    version.
 
     Raises:
         TrainingFailed: the loss is not finite.
@@ -392,6 +396,8 @@ def _accumulate(
         # The gap to the engine is that of the held version: `ewma` anchors elsewhere.
         elsewhere = config.proximal == "ewma"
         held_T = result.logprobs_T if anchor_T is None or elsewhere else anchor_T
+        if updated and held_T is result.logprobs_T:  # our own updates would count as a gap
+            batch = replace(batch, clean_T=torch.zeros_like(batch.clean_T))
         sums.count(batch, held_T, {**result.seen_T, **seen_T})
     if not math.isfinite(whole := policy.ranks.total([value])[0]):
         raise TrainingFailed(
