@@ -57,7 +57,7 @@ BANDS = {
     "float32": Band(max=1e-3, mean=1e-4, kl=1e-6),
     "bfloat16": Band(max=2.0, mean=0.05, kl=5e-3),
 }
-"""By the policy's dtype; `learner.logprob_band` says otherwise."""
+"""By the engine's dtype; `learner.logprob_band` says otherwise."""
 
 
 def leaves_band(metrics: Mapping[str, Any], band: Band) -> str:

@@ -330,7 +330,7 @@ class Trainer:
             model_dir=spec.model_dir,
             dtype=spec.dtype,
             kept_law=spec.ratio_law == "kept_set",
-            band=BANDS[spec.dtype]._replace(**spec.config.logprob_band),
+            band=BANDS[spec.engine_dtype]._replace(**spec.config.logprob_band),
         )
 
     @functools.cached_property

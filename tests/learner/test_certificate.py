@@ -175,3 +175,17 @@ def test_a_step_outside_its_band_says_why_and_goes_on(make_spec, run_loop, fake_
     assert rows[0]["logprob_gap_kl"] > BANDS["float32"].kl
     assert rows[1]["logprob_gap_tokens"] == 0
     assert rows[1]["certificate"] == ""
+
+
+def test_the_band_is_that_of_what_the_engine_computes_in(
+    make_spec, run_loop, fake_buffer, monkeypatch
+) -> None:
+    bands = []
+
+    def noted(*_, band, **__):
+        bands.append(band)
+        return ""
+
+    monkeypatch.setattr("slipstream.learner.trainer.certify", noted)
+    run_loop(make_spec(steps=1, dtype="float32", engine_dtype="bfloat16"), fake_buffer())
+    assert bands == [BANDS["bfloat16"]]
