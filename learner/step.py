@@ -199,7 +199,8 @@ class StreamedStep:
         self._path, self._bound = path, max_staleness_steps
         self._law: RatioLaw = ratio_law
         self._reference = reference
-        self._groups: list[TrajectoryGroup] = []
+        self.groups: list[TrajectoryGroup] = []
+        """What was added."""
         self._samples: list[Sample] = []
         self._denominators: list[float] = []
         self._weighted = 0
@@ -213,7 +214,7 @@ class StreamedStep:
             TrainingFailed, CorruptData: as `train_step`.
         """
         began_s = time.perf_counter()
-        self._groups += groups
+        self.groups += groups
         if samples := samples_of(groups, self._config.objective):
             line_up = partial(
                 collate, held=self._held, dtype=self._policy.loss_dtype, law=self._law,
@@ -247,7 +248,7 @@ class StreamedStep:
         denominator = sum(self._denominators)
         if config.objective.aggregation == "prompt":  # num_prompts x the largest budget of all
             most = max(sample.trajectory.sampling.max_new_tokens for sample in self._samples)
-            denominator = float(len(self._groups) * most)
+            denominator = float(len(self.groups) * most)
         for parameter in self._policy.parameters.values():
             if parameter.grad is not None:
                 parameter.grad /= denominator
@@ -257,7 +258,7 @@ class StreamedStep:
         norm = _checked_norm(self._policy, self._step)
         self._policy.update(rate, norm)
         self._sums = Sums.merged(ranks.exchange(asdict(self._sums)))
-        metrics = step_metrics(self._sums, self._groups, 1) | shown
+        metrics = step_metrics(self._sums, self.groups, 1) | shown
         metrics |= {"grad_norm": float(norm), "learning_rate": rate}
         metrics["train_seconds"] = self._seconds + time.perf_counter() - began_s
         metrics["train_tokens_per_s"] = self._sums.inputs / metrics["train_seconds"]

@@ -308,29 +308,31 @@ class Trainer:
             if self.spec.config.stream:
                 self._add(batch.step, batch.groups)
                 assert self._streamed is not None
+                groups = self._streamed.groups
                 result, self._streamed = self._streamed.close(batch.demonstrations), None
             else:
                 law = self._law(batch.step)
-                shown = batch.demonstrations
-                result = train_step(self.policy, batch.groups, **law, demonstrations=shown)
+                shown, groups = batch.demonstrations, batch.groups
+                result = train_step(self.policy, groups, **law, demonstrations=shown)
             if self.ranks.first:
-                result.metrics["certificate"] = self._certificate(result, batch)
+                result.metrics["certificate"] = self._certificate(result, groups)
             self._hold(self.policy, batch.step)
         self.journal_sequence = batch.journal_sequence
         return result
 
-    def _certificate(self, result: StepResult, batch: Batch) -> str:
+    def _certificate(self, result: StepResult, groups: Sequence[TrajectoryGroup]) -> str:
         """Why the step's log-prob gap is outside its band; empty when it is not."""
         spec = self.spec
         return certify(
             result.metrics,
-            batch.groups,
+            groups,
             self.held,
             files=self.outbox.files,
             model_dir=spec.model_dir,
             dtype=spec.dtype,
             kept_law=spec.ratio_law == "kept_set",
             band=BANDS[spec.engine_dtype]._replace(**spec.config.logprob_band),
+            merged=spec.config.lora.rank > 0,
         )
 
     @functools.cached_property
