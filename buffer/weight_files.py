@@ -55,16 +55,23 @@ class Outbox:
     """The files of one publisher; the folder is the supervisor's."""
 
     def __init__(
-        self, directory: Path, name: str = "weights", holder: Holder | None = None
+        self,
+        directory: Path,
+        name: str = "weights",
+        holder: Holder | None = None,
+        *,
+        reuse: bool = True,
     ) -> None:
-        """Remove what an earlier process of that name left; the folder is made when missing.
+        """Remove what an earlier process of that name left, published or not (`.held`); the folder
+        is made when missing.
 
         Args:
             directory: on tmpfs when the weights fit.
             name: of this publisher, unique in the folder.
             holder: who serves them to other hosts.
+            reuse: keep a spare, for `write`; others do not use it.
         """
-        self.holder = holder
+        self.holder, self._reuse = holder, reuse
         self._directory, self._name = directory.resolve(), name
         self._maps: dict[int, np.ndarray] = {}
         """By inode, which no other file gets while it is mapped: mapping a file again costs more
@@ -72,7 +79,7 @@ class Outbox:
         self._shards: dict[Version, Shard] = {}
         self._directory.mkdir(parents=True, exist_ok=True)
         stem = re.escape(name)
-        ours = re.compile(rf"{stem}-\d+\.\d+\.safetensors|{stem}\.(partial|spare)")
+        ours = re.compile(rf"{stem}-\d+\.\d+\.(safetensors|held)|{stem}\.(partial|spare)")
         for path in self._directory.iterdir():
             if ours.fullmatch(path.name):
                 path.unlink(missing_ok=True)
@@ -131,6 +138,8 @@ class Outbox:
             if self.holder and shard.digest not in {own.digest for own in self._shards.values()}:
                 self.holder.offers.pop(shard.digest, None)
             retire(Path(shard.path))
+        if not self._reuse:  # the service retires, too
+            (self._directory / f"{self._name}.spare").unlink(missing_ok=True)
 
     @property
     def files(self) -> dict[Version, Path]:

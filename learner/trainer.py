@@ -224,7 +224,7 @@ class Trainer:
         parts = shards.parts_of(self.policy.weights())
         try:
             if self.ranks.first:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
+                _ = self.outbox  # made first: it clears the folder
                 shards.make_file(self._file, parts)
             self.ranks.exchange(None)
             shards.fill_file(self._file, parts)
@@ -342,7 +342,7 @@ class Trainer:
         if self.spec.serve_weights:
             holder = Holder(own_endpoint(self.spec.endpoint, "learner"))
             self._used = use(self.spec.weights_dir)
-        return Outbox(self.spec.weights_dir, holder=holder)
+        return Outbox(self.spec.weights_dir, holder=holder, reuse=self.ranks.size == 1)
 
     def write_weights(self) -> WeightsManifest:
         """Put the held version where engines can load it."""

@@ -259,7 +259,10 @@ def test_each_rank_writes_its_own_rows_of_what_is_published_and_saved(
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     spec = make_spec(steps=2)
+    spec.weights_dir.mkdir()
+    (spec.weights_dir / "weights-0.9.held").write_bytes(b"of a learner that was killed")
     run_ranks(spec, size)
+    assert {path.suffix for path in spec.weights_dir.iterdir()} == {".safetensors"}
     num_bytes = sum(w.numel() * w.element_size() for w in weights_of(spec).values())
     published = []
     for path in tmp_path.glob("*.written"):
