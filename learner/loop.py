@@ -62,13 +62,13 @@ async def main(spec: LearnerSpec) -> None:
             await asyncio.shield(prepared)
         except asyncio.CancelledError:
             stop.set()  # the warm start ends at its next update; there is nothing to save yet
-            await prepared
-            return
+            await _to_the_end(prepared)
         if spec.rank:
             await _to_the_end(asyncio.get_running_loop().run_in_executor(pool, follow, trainer))
             return
-        async with BufferClient(spec.endpoint, spec.run_id, "learner") as client:
-            await LearnerLoop(spec, trainer, client, pool).run()
+        if not stop.is_set():
+            async with BufferClient(spec.endpoint, spec.run_id, "learner") as client:
+                await LearnerLoop(spec, trainer, client, pool).run()
         trainer.end()
 
 

@@ -1,5 +1,6 @@
 """Several learner ranks do what one does: same losses, same weights, and any number resumes."""
 
+import asyncio
 import errno
 import functools
 import json
@@ -223,6 +224,29 @@ def test_a_run_that_is_closed_saves_and_lets_every_rank_go(make_spec, fake_buffe
     ]
     assert ended(children) == [0, 0]
     assert find_checkpoint(spec.run_dir / "checkpoints")[0].version.step == 3
+
+
+@pytest.mark.parametrize("stopped", [(0,), (0, 1)])
+def test_a_stop_while_ranks_prepare_lets_every_rank_go_and_leaves_no_weights(make_spec, stopped):
+    async def run(spec) -> None:
+        task, plain = asyncio.current_task(), Trainer.prepare
+        assert task is not None
+        cancel = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, task.cancel)
+
+        def prepare(self, stop: threading.Event) -> None:
+            if spec.rank in stopped:
+                cancel()
+                stop.wait()
+            plain(self, stop)
+
+        Trainer.prepare = prepare  # of this fork
+        await loop_module.main(spec)
+
+    spec = make_spec()
+    (spec.run_dir / "processes").mkdir()
+    specs = [spec.model_copy(update={"rank": rank, "ranks": 2}) for rank in (0, 1)]
+    assert ended([forked(lambda s=s: asyncio.run(run(s))) for s in specs]) == [0, 0]
+    assert not list(spec.weights_dir.iterdir())
 
 
 def test_a_rank_that_cannot_write_its_part_leaves_the_earlier_checkpoint_and_says_so(
