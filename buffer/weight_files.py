@@ -146,6 +146,16 @@ class Outbox:
         """Where the versions lie that are not retired."""
         return {version: Path(shard.path) for version, shard in self._shards.items()}
 
+    @property
+    def receiving(self) -> int:
+        """How many hosts have fetched from us, and do not have all of the newest version."""
+        if self.holder is None or not self._shards:
+            return 0
+        newest = list(self._shards.values())[-1].digest
+        hosts = {d: o.tracker.hosts() for d, o in self.holder.offers.items() if o.tracker}
+        whole = {host for host, has_all in hosts[newest].items() if has_all}
+        return len({host for asked in hosts.values() for host in asked} - whole)
+
     def adopt(self, manifest: WeightsManifest) -> WeightsManifest:
         """Hold a version of one file, whoever wrote it, and serve it."""
         (shard,) = manifest.shards

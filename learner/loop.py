@@ -48,6 +48,9 @@ R = TypeVar("R")
 POLL_S = 5.0
 """The service answers a take at the latest after so long, and says on whom it waits."""
 
+SERVE_S = 30.0
+"""How long a learner at its end stays for the hosts that fetch the last version from it."""
+
 STOP_PATIENCE_S = 5.0
 """After SIGTERM: how long to try to tell a buffer service that may be gone already."""
 
@@ -68,8 +71,18 @@ async def main(spec: LearnerSpec) -> None:
             return
         if not stop.is_set():
             async with BufferClient(spec.endpoint, spec.run_id, "learner") as client:
-                await LearnerLoop(spec, trainer, client, pool).run()
+                await (loop := LearnerLoop(spec, trainer, client, pool)).run()
+                if not loop.stopping:
+                    await _served(trainer)
         trainer.end()
+
+
+async def _served(trainer: Trainer) -> None:
+    """Stay until who fetches from us has the last version; not for ever, nor after SIGTERM."""
+    with contextlib.suppress(asyncio.CancelledError, TimeoutError):
+        async with asyncio.timeout(SERVE_S):
+            while trainer.outbox.receiving:
+                await asyncio.sleep(0.05)
 
 
 def follow(trainer: Trainer) -> None:
