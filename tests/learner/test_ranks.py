@@ -227,19 +227,21 @@ def test_a_run_that_is_closed_saves_and_lets_every_rank_go(make_spec, fake_buffe
 
 
 @pytest.mark.parametrize("stopped", [(0,), (0, 1)])
-def test_a_stop_while_ranks_prepare_lets_every_rank_go_and_leaves_no_weights(make_spec, stopped):
+def test_a_stop_while_ranks_prepare_lets_every_rank_go_and_leaves_no_weights(
+    make_spec, stopped, monkeypatch
+):
     async def run(spec) -> None:
         task, plain = asyncio.current_task(), Trainer.prepare
         assert task is not None
-        cancel = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, task.cancel)
+        loop = asyncio.get_running_loop()
 
         def prepare(self, stop: threading.Event) -> None:
             if spec.rank in stopped:
-                cancel()
+                loop.call_soon_threadsafe(task.cancel)
                 stop.wait()
             plain(self, stop)
 
-        Trainer.prepare = prepare  # of this fork
+        monkeypatch.setattr(Trainer, "prepare", prepare)  # of this fork
         await loop_module.main(spec)
 
     spec = make_spec()
