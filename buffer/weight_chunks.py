@@ -162,6 +162,14 @@ class Tracker:
         for name in [n for n, r in self._receivers.items() if now - r.heard_s > SILENCE_S]:
             self._give_up(name)
 
+    def hosts(self) -> dict[str, bool]:
+        """Of each host that asked, whether one of its processes has all chunks; from any thread."""
+        whole: dict[str, bool] = {}
+        for name in list(self._receivers):
+            host = name.partition(" ")[0].rpartition(":")[0]
+            whole[host] = whole.get(host, False) or all(name in each for each in self._having)
+        return whole
+
     def assign(self, receiver: str, wanted: int) -> list[tuple[int, str]]:
         """Up to so many chunks that it lacks: those nobody has first, then the rarest."""
         asker, chosen = self._receivers[receiver], []

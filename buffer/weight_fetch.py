@@ -82,7 +82,7 @@ class Inbox:
         """The same version in files of this host; blocks while it is fetched.
 
         Raises:
-            PeerLost: a publisher was silent for the deadline.
+            PeerLost: a publisher was silent for the deadline, and its file is not visible here.
             CorruptData: a publisher no longer has it, or sends what is not what was published.
         """
         shards = tuple(
@@ -104,7 +104,12 @@ class Inbox:
                 if fresh := not partial.exists():
                     with contextlib.suppress(FileNotFoundError):  # pages that need not be made
                         os.replace(self._folder / "spare", partial)
-                Fetch(self, shard, partial, fresh).run(self._deadline_s)
+                try:
+                    Fetch(self, shard, partial, fresh).run(self._deadline_s)
+                except PeerLost:  # the last version is still wanted when the learner has ended
+                    if not Path(shard.path).exists():
+                        raise
+                    return msgspec.structs.replace(shard, holder="")
                 os.replace(partial, path)
             # By atime alone: who loads the file tells by its mtime that it has not changed.
             os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))

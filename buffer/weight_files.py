@@ -55,16 +55,23 @@ class Outbox:
     """The files of one publisher; the folder is the supervisor's."""
 
     def __init__(
-        self, directory: Path, name: str = "weights", holder: Holder | None = None
+        self,
+        directory: Path,
+        name: str = "weights",
+        holder: Holder | None = None,
+        *,
+        reuse: bool = True,
     ) -> None:
-        """Remove what an earlier process of that name left; the folder is made when missing.
+        """Remove what an earlier process of that name left, published or not (`.held`); the folder
+        is made when missing.
 
         Args:
             directory: on tmpfs when the weights fit.
             name: of this publisher, unique in the folder.
             holder: who serves them to other hosts.
+            reuse: keep a spare, for `write`; others do not use it.
         """
-        self.holder = holder
+        self.holder, self._reuse = holder, reuse
         self._directory, self._name = directory.resolve(), name
         self._maps: dict[int, np.ndarray] = {}
         """By inode, which no other file gets while it is mapped: mapping a file again costs more
@@ -72,7 +79,7 @@ class Outbox:
         self._shards: dict[Version, Shard] = {}
         self._directory.mkdir(parents=True, exist_ok=True)
         stem = re.escape(name)
-        ours = re.compile(rf"{stem}-\d+\.\d+\.safetensors|{stem}\.(partial|spare)")
+        ours = re.compile(rf"{stem}-\d+\.\d+\.(safetensors|held)|{stem}\.(partial|spare)")
         for path in self._directory.iterdir():
             if ours.fullmatch(path.name):
                 path.unlink(missing_ok=True)
@@ -131,12 +138,24 @@ class Outbox:
             if self.holder and shard.digest not in {own.digest for own in self._shards.values()}:
                 self.holder.offers.pop(shard.digest, None)
             retire(Path(shard.path))
+        if not self._reuse:  # the service retires, too
+            (self._directory / f"{self._name}.spare").unlink(missing_ok=True)
 
     @property
     def files(self) -> dict[Version, Path]:
         """Where the versions lie that are not retired; the service may have retired more."""
         paths = {version: Path(shard.path) for version, shard in self._shards.items()}
         return {version: path for version, path in paths.items() if path.exists()}
+
+    @property
+    def receiving(self) -> int:
+        """How many hosts have fetched from us, and do not have all of the newest version."""
+        if self.holder is None or not self._shards:
+            return 0
+        newest = list(self._shards.values())[-1].digest
+        hosts = {d: o.tracker.hosts() for d, o in self.holder.offers.items() if o.tracker}
+        whole = {host for host, has_all in hosts[newest].items() if has_all}
+        return len({host for asked in hosts.values() for host in asked} - whole)
 
     def adopt(self, manifest: WeightsManifest) -> WeightsManifest:
         """Hold a version of one file, whoever wrote it, and serve it."""

@@ -33,6 +33,8 @@ def rank_peak(experiment: Experiment, size: ModelSize) -> int:
     state = trained * (2 * moment_bytes(experiment) + precise * copied + average)
     gradients = trained * own
     held = (weights + state) / ranks
+    if ranks > 1:  # the reference has no backward pass, after which its outer weights would go
+        held += (references - 1) * size.outer_parameters * element
     norm = held + (gradients + trained * precise * copied) / ranks
     publishing = held
     if adapters:  # every adapted weight once more, and the sum of one in float32

@@ -56,7 +56,9 @@ def ray_launcher(
             run_id = launch.run.run_id
             with scratch(launch.run_dir, run_id, bytes_per_version, fetch=fetch) as places:
                 if far:
-                    places = _reachable(places, here, launch)
+                    learners = facts[: launch.experiment.cluster.learner_ranks]
+                    hosts = {each["address"] for each in learners}
+                    places = _reachable(places, here, launch, len(hosts))
                 with _keys(new_keys() if far else {}) as keys:
                     yield places, lambda plan: start_on_ray(plan, launch, placement, keys)
         finally:
@@ -66,20 +68,20 @@ def ray_launcher(
         ray.shutdown()
 
 
-def _reachable(places: Scratch, address: str, launch: Launch) -> Scratch:
+def _reachable(places: Scratch, address: str, launch: Launch, learner_hosts: int) -> Scratch:
     """The same places for processes on other machines: a port, and weights where the learner is or,
-    as files, in the run folder."""
+    as files or written by ranks on several hosts, in the run folder."""
     with socket.create_server((address, 0)) as server:
         port = server.getsockname()[1]
     places = dataclasses.replace(places, endpoint=f"tcp://{address}:{port}")
-    if launch.experiment.buffer.weights != "files":
-        published, fetched = (
-            host_dir(launch.run.run_id, kind) for kind in ("published", "fetched")
-        )
-        return dataclasses.replace(places, weights_dir=published, fetched_dir=fetched)
-    weights = launch.run_dir / "weights"
-    weights.mkdir(mode=0o700, exist_ok=True)
-    return dataclasses.replace(places, weights_dir=weights)
+    run_id, as_files = launch.run.run_id, launch.experiment.buffer.weights == "files"
+    fetched = None if as_files else host_dir(run_id, "fetched")
+    if as_files or learner_hosts > 1:
+        published = launch.run_dir / "weights"
+        published.mkdir(mode=0o700, exist_ok=True)
+    else:
+        published = host_dir(run_id, "published")
+    return dataclasses.replace(places, weights_dir=published, fetched_dir=fetched)
 
 
 @contextmanager

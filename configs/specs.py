@@ -189,7 +189,7 @@ def worker_spec(launch: Launch, places: Scratch, name: str) -> WorkerSpec:
 
 def learner_spec(launch: Launch, places: Scratch, rank: int = 0) -> LearnerSpec:
     """One learner rank's. Tracking is off there: the supervisor writes it from the metrics file."""
-    experiment = launch.experiment
+    experiment, served = launch.experiment, launch.experiment.rollout.weights
     return LearnerSpec(
         run_id=launch.run.run_id,
         run_dir=launch.run_dir,
@@ -199,6 +199,7 @@ def learner_spec(launch: Launch, places: Scratch, rank: int = 0) -> LearnerSpec:
         seed=experiment.seed,
         model_dir=launch.model_dir,
         dtype=experiment.dtype,
+        engine_dtype=experiment.dtype if served == "as_trained" else served,
         config=experiment.learner,
         sft=experiment.sft,
         sft_file=launch.sft_file,

@@ -57,7 +57,7 @@ BANDS = {
     "float32": Band(max=1e-3, mean=1e-4, kl=1e-6),
     "bfloat16": Band(max=2.0, mean=0.05, kl=5e-3),
 }
-"""By the policy's dtype; `learner.logprob_band` says otherwise."""
+"""By the engine's dtype; `learner.logprob_band` says otherwise."""
 
 
 def leaves_band(metrics: Mapping[str, Any], band: Band) -> str:
@@ -100,9 +100,10 @@ class Sample:
         return torch.from_numpy(recorded.astype(np.float64))
 
 
-def comparable(groups: Sequence[TrajectoryGroup], held: Version) -> list[Sample]:
-    """The samples with tokens of the held version over its own keys, and those tokens."""
-    found = []
+def comparable(groups: Sequence[TrajectoryGroup], held: Version) -> tuple[list[Sample], bool]:
+    """The samples with tokens of the held version over its own keys, and those tokens; then whether
+    these are all that there are."""
+    found, whole = [], True
     for group in groups:
         for trained in (sample for sample in group.samples if sample.trained):
             trajectory = trained.trajectory
@@ -110,9 +111,11 @@ def comparable(groups: Sequence[TrajectoryGroup], held: Version) -> list[Sample]
                 np.repeat([same_weights(s.version, held) for s in spans], [s.length for s in spans])
                 for spans in (trajectory.versions, trajectory.kv_version_min)
             )
-            if (written_N := np.flatnonzero(same_N & oldest_N)[:MAX_TOKENS]).size:
-                found.append(Sample(trajectory, group.prompt.messages, written_N))
-    return found[:: max(1, len(found) // MAX_LOOKED_AT)]
+            if (written_N := np.flatnonzero(same_N & oldest_N)).size:
+                whole &= written_N.size <= MAX_TOKENS
+                found.append(Sample(trajectory, group.prompt.messages, written_N[:MAX_TOKENS]))
+    stride = max(1, len(found) // MAX_LOOKED_AT)
+    return found[::stride], whole and stride == 1
 
 
 def certify(
@@ -125,6 +128,7 @@ def certify(
     dtype: str,
     kept_law: bool,
     band: Band,
+    merged: bool = False,
 ) -> str:
     """Why a step's gap left its band, in words that begin with a cause; empty when it did not.
 
@@ -137,17 +141,19 @@ def certify(
         dtype: the policy's.
         kept_law: `ratio_law = "kept_set"`.
         band: of the measures.
+        merged: the files hold adapters merged into weights, which is not quite what was trained.
     """
     if not (outside := leaves_band(metrics, band)):
         return ""
-    samples = comparable(groups, held)
+    samples, whole = comparable(groups, held)
     own = next((path for version, path in files.items() if same_weights(version, held)), None)
     if not samples or own is None or MODELS * own.stat().st_size > _memory_bytes() / 2:
         return f"unknown: no samples, file or memory to try the causes on; {outside}"
     others = {v: path for v, path in files.items() if not same_weights(v, held)}
     model = empty_model(model_dir, dtype)
     assign_weights(model, read_weights([own]))
-    inquiry = Inquiry(model, samples, load_tokenizer(model_dir), others, kept_law, band)
+    tokenizer, same = load_tokenizer(model_dir), whole and not merged
+    inquiry = Inquiry(model, samples, tokenizer, others, kept_law, band, same)
     return f"{inquiry.verdict()}; {outside}"
 
 
@@ -162,21 +168,26 @@ class Inquiry:
         others: Mapping[Version, Path],
         kept_law: bool,
         band: Band,
+        same: bool,
     ) -> None:
-        """`model` holds the weights of the held version; see `certify` for the others."""
+        """`model` holds the weights of the held version; `same`: the samples are all that the step
+        compared, and those weights what it compared them with. See `certify` for the others."""
         self._model, self._tokenizer, self._others = model, tokenizer, others
-        self._kept_law, self._band = kept_law, band
+        self._kept_law, self._band, self._same = kept_law, band, same
         self._longest = max(sample.num_prompt for sample in samples)
-        gaps = [(self._gap([sample], self._plain(model))[1], sample) for sample in samples]
-        ranked = sorted(gaps, key=lambda pair: -pair[0])
+        gaps = [(self._gap([sample], self._plain(model)), sample) for sample in samples]
+        self._agree = all(largest <= band.max and mean <= band.mean for (largest, mean), _ in gaps)
+        ranked = sorted(gaps, key=lambda pair: -pair[0][1])
         self._samples = [sample for _, sample in ranked[:MAX_SAMPLES]]
 
     def verdict(self) -> str:
         """`CAUSE: what was tried`."""
         with torch.no_grad():
-            largest, before = self._gap(self._samples, self._plain(self._model))
-            if largest <= self._band.max and before <= self._band.mean:
+            _, before = self._gap(self._samples, self._plain(self._model))
+            if self._agree and self._same:
                 return "padding: scored alone, every sample agrees: rows of the learner mix samples"
+            if self._agree:
+                return "unknown: scored alone, the samples looked at agree"
             best, named = EXPLAINED * before, ""
             for cause, detail, score in self._hypotheses():
                 largest, mean = self._gap(self._samples, score)

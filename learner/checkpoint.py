@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from safetensors import SafetensorError
 
 from ..buffer.errors import ConfigError, CorruptData, TrainingFailed
 from ..buffer.mailbox import file_digest
@@ -138,9 +137,9 @@ def _named(folder: Path, exchange: Callable[[Any], list[Any]]) -> Iterator[None]
     problem: Exception | None = None
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # whatever it is: the others wait for us
         problem = error
-    problems = [each for each in exchange(str(problem or "")) if each]
+    problems = [each for each in exchange(problem and (str(problem) or repr(problem))) if each]
     if problems:
         earlier = next((f.name for f in complete_folders(folder.parent) if f != folder), "none")
         raise TrainingFailed(

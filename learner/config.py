@@ -223,8 +223,9 @@ class LearnerConfig(Settings):
     logprob_band: dict[Literal["max", "mean", "kl"], Annotated[float, Field(gt=0)]] = {}
     """How far apart log-probabilities of engine and learner may be, in nats, over the tokens of one
     version: the largest difference, the mean one, the estimated KL. A step outside looks for the
-    cause and says so (`certificate` in metrics.jsonl). What is not given goes by `dtype`: 1e-3,
-    1e-4 and 1e-6 in float32; 2, 0.05 and 5e-3 in bfloat16."""
+    cause and says so (`certificate` in metrics.jsonl). What is not given goes by what engines
+    compute in (`dtype`, `rollout.weights`): 1e-3, 1e-4 and 1e-6 in float32; 2, 0.05 and 5e-3 in
+    bfloat16."""
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
@@ -328,6 +329,8 @@ class LearnerSpec(Settings):
     model_dir: Path
     """A Hugging Face folder; without weight files the policy is initialised from the seed."""
     dtype: Literal["float32", "float64", "bfloat16"]
+    engine_dtype: Literal["float32", "float64", "bfloat16"]
+    """What engines compute in: `dtype`, or what `rollout.weights` says."""
     config: LearnerConfig
     sft: SftConfig | None = None
     sft_file: Path | None = None

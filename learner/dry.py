@@ -221,7 +221,6 @@ def fake_ranks(size: int) -> Ranks:
 def make_policy(spec: DrySpec, model: PreTrainedModel, ranks: Ranks, ledger: Ledger) -> Policy:
     """The policy as the trainer makes it, with the optimizer's state of an earlier update."""
     config, objective = spec.config, spec.config.objective
-    shard(model, ranks)
     decay = objective.proximal_decay if objective.proximal == "ewma" else None
     critic = objective.advantage == "gae"
     policy = Policy(model, config.optimizer, decay, ranks, critic=critic)
@@ -260,8 +259,20 @@ def make_model(spec: DrySpec) -> PreTrainedModel:
     return model
 
 
-def place(model: PreTrainedModel) -> None:
-    """Give parameters and buffers the device of what is made here; shared ones stay shared."""
+def make_reference(spec: DrySpec, ranks: Ranks, ledger: Ledger) -> PreTrainedModel | None:
+    """The frozen policy of a KL term, as the trainer makes it: without adapters, sharded alike."""
+    if spec.config.objective.kl_coefficient == 0:
+        return None
+    with torch.device("meta"):
+        model = empty_model(spec.model_dir, spec.dtype)
+    place(model, ranks)
+    ledger.name([*model.parameters(), *model.buffers()], "parameters")
+    return model.requires_grad_(False)
+
+
+def place(model: PreTrainedModel, ranks: Ranks) -> None:
+    """Give parameters and buffers the device of what is made here, shared ones stay shared; then
+    leave this rank its part."""
     placed: dict[int, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -274,6 +285,8 @@ def place(model: PreTrainedModel) -> None:
                     wanted = old.requires_grad
                     placed[id(old)] = torch.nn.Parameter(new, wanted) if is_parameter else new
                 tensors[name] = placed[id(old)]  # pyright: ignore
+    if ranks.mesh is not None:  # alone `shard` only moves, which modules of fake tensors cannot
+        shard(model, ranks)
 
 
 def micro_batch(spec: DrySpec, dtype: torch.dtype) -> MicroBatch:
@@ -342,8 +355,9 @@ def run(spec: DrySpec) -> dict[str, Any]:
     real, ranks, model = micro_batch(spec, dtype), fake_ranks(spec.ranks), make_model(spec)
     fake, ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger()
     with as_on_cuda(), fake, ledger, ledger.resizing(), ledger.sharding():
-        place(model)
+        place(model, ranks)
         policy = make_policy(spec, model, ranks, ledger)
+        reference = make_reference(spec, ranks, ledger)
         batch = _fake(real, fake.from_tensor)
         ledger.name(batch.behaviour_T, "activations")
         if policy.critic is not None:
@@ -354,7 +368,7 @@ def run(spec: DrySpec) -> dict[str, Any]:
         part = _Part(samples=[], batches=[batch], denominator=1.0, proximal=[None])
         for name in ("forward and backward pass", "forward and backward pass over gradients"):
             with ledger.stage(name, "activations"):
-                _accumulate(policy, part, objective, None, _NoSums(), 1)
+                _accumulate(policy, part, objective, reference, _NoSums(), 1)
             ledger.name([p.grad for p in policy.parameters.values()], "gradients")
         with ledger.stage("gradient norm", "gradients"):
             norm = _checked_norm(policy, 1)

@@ -48,6 +48,9 @@ R = TypeVar("R")
 POLL_S = 5.0
 """The service answers a take at the latest after so long, and says on whom it waits."""
 
+SERVE_S = 30.0
+"""How long a learner at its end stays for the hosts that fetch the last version from it."""
+
 STOP_PATIENCE_S = 5.0
 """After SIGTERM: how long to try to tell a buffer service that may be gone already."""
 
@@ -62,14 +65,24 @@ async def main(spec: LearnerSpec) -> None:
             await asyncio.shield(prepared)
         except asyncio.CancelledError:
             stop.set()  # the warm start ends at its next update; there is nothing to save yet
-            await prepared
-            return
+            await _to_the_end(prepared)
         if spec.rank:
             await _to_the_end(asyncio.get_running_loop().run_in_executor(pool, follow, trainer))
             return
-        async with BufferClient(spec.endpoint, spec.run_id, "learner") as client:
-            await LearnerLoop(spec, trainer, client, pool).run()
+        if not stop.is_set():
+            async with BufferClient(spec.endpoint, spec.run_id, "learner") as client:
+                await (loop := LearnerLoop(spec, trainer, client, pool)).run()
+                if not loop.stopping:
+                    await _served(trainer)
         trainer.end()
+
+
+async def _served(trainer: Trainer) -> None:
+    """Stay until who fetches from us has the last version; not for ever, nor after SIGTERM."""
+    with contextlib.suppress(asyncio.CancelledError, TimeoutError):
+        async with asyncio.timeout(SERVE_S):
+            while trainer.outbox.receiving:
+                await asyncio.sleep(0.05)
 
 
 def follow(trainer: Trainer) -> None:

@@ -154,7 +154,8 @@ def train_step(
         if anchor == "ewma":
             with policy.averaged():
                 part.proximal[:] = [score_frozen(policy.model, batch) for batch in part.batches]
-        of_half = _accumulate(policy, part, config.objective, reference, sums, step)
+        args = (config.objective, reference, sums, step)
+        of_half = _accumulate(policy, part, *args, updated=part is not parts[0])
         if part.half is not None:
             sizes = part.half[1], part.num_prompts
             noisy.append(noise.noise_and_signal(of_half, _squared_norm(policy), *sizes))
@@ -198,7 +199,8 @@ class StreamedStep:
         self._path, self._bound = path, max_staleness_steps
         self._law: RatioLaw = ratio_law
         self._reference = reference
-        self._groups: list[TrajectoryGroup] = []
+        self.groups: list[TrajectoryGroup] = []
+        """What was added."""
         self._samples: list[Sample] = []
         self._denominators: list[float] = []
         self._weighted = 0
@@ -212,7 +214,7 @@ class StreamedStep:
             TrainingFailed, CorruptData: as `train_step`.
         """
         began_s = time.perf_counter()
-        self._groups += groups
+        self.groups += groups
         if samples := samples_of(groups, self._config.objective):
             line_up = partial(
                 collate, held=self._held, dtype=self._policy.loss_dtype, law=self._law,
@@ -246,7 +248,7 @@ class StreamedStep:
         denominator = sum(self._denominators)
         if config.objective.aggregation == "prompt":  # num_prompts x the largest budget of all
             most = max(sample.trajectory.sampling.max_new_tokens for sample in self._samples)
-            denominator = float(len(self._groups) * most)
+            denominator = float(len(self.groups) * most)
         for parameter in self._policy.parameters.values():
             if parameter.grad is not None:
                 parameter.grad /= denominator
@@ -256,7 +258,7 @@ class StreamedStep:
         norm = _checked_norm(self._policy, self._step)
         self._policy.update(rate, norm)
         self._sums = Sums.merged(ranks.exchange(asdict(self._sums)))
-        metrics = step_metrics(self._sums, self._groups, 1) | shown
+        metrics = step_metrics(self._sums, self.groups, 1) | shown
         metrics |= {"grad_norm": float(norm), "learning_rate": rate}
         metrics["train_seconds"] = self._seconds + time.perf_counter() - began_s
         metrics["train_tokens_per_s"] = self._sums.inputs / metrics["train_seconds"]
@@ -363,9 +365,12 @@ def _accumulate(
     reference: PreTrainedModel | None,
     sums: Sums,
     step: int,
+    *,
+    updated: bool = False,
 ) -> float:
     """Forward and backward of one update, micro-batch by micro-batch; returns the squared norm of
-    the mean gradient of its first half, if it has one.
+    the mean gradient of its first half, if it has one. `updated`: the policy is no longer the held
+    version.
 
     Raises:
         TrainingFailed: the loss is not finite.
@@ -392,6 +397,8 @@ def _accumulate(
         # The gap to the engine is that of the held version: `ewma` anchors elsewhere.
         elsewhere = config.proximal == "ewma"
         held_T = result.logprobs_T if anchor_T is None or elsewhere else anchor_T
+        if updated and held_T is result.logprobs_T:  # our own updates would count as a gap
+            batch = replace(batch, clean_T=torch.zeros_like(batch.clean_T))
         sums.count(batch, held_T, {**result.seen_T, **seen_T})
     if not math.isfinite(whole := policy.ranks.total([value])[0]):
         raise TrainingFailed(

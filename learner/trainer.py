@@ -224,7 +224,7 @@ class Trainer:
         parts = shards.parts_of(self.policy.weights())
         try:
             if self.ranks.first:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
+                _ = self.outbox  # made first: it clears the folder
                 shards.make_file(self._file, parts)
             self.ranks.exchange(None)
             shards.fill_file(self._file, parts)
@@ -308,29 +308,31 @@ class Trainer:
             if self.spec.config.stream:
                 self._add(batch.step, batch.groups)
                 assert self._streamed is not None
+                groups = self._streamed.groups
                 result, self._streamed = self._streamed.close(batch.demonstrations), None
             else:
                 law = self._law(batch.step)
-                shown = batch.demonstrations
-                result = train_step(self.policy, batch.groups, **law, demonstrations=shown)
+                shown, groups = batch.demonstrations, batch.groups
+                result = train_step(self.policy, groups, **law, demonstrations=shown)
             if self.ranks.first:
-                result.metrics["certificate"] = self._certificate(result, batch)
+                result.metrics["certificate"] = self._certificate(result, groups)
             self._hold(self.policy, batch.step)
         self.journal_sequence = batch.journal_sequence
         return result
 
-    def _certificate(self, result: StepResult, batch: Batch) -> str:
+    def _certificate(self, result: StepResult, groups: Sequence[TrajectoryGroup]) -> str:
         """Why the step's log-prob gap is outside its band; empty when it is not."""
         spec = self.spec
         return certify(
             result.metrics,
-            batch.groups,
+            groups,
             self.held,
             files=self.outbox.files,
             model_dir=spec.model_dir,
             dtype=spec.dtype,
             kept_law=spec.ratio_law == "kept_set",
-            band=BANDS[spec.dtype]._replace(**spec.config.logprob_band),
+            band=BANDS[spec.engine_dtype]._replace(**spec.config.logprob_band),
+            merged=spec.config.lora.rank > 0,
         )
 
     @functools.cached_property
@@ -340,7 +342,7 @@ class Trainer:
         if self.spec.serve_weights:
             holder = Holder(own_endpoint(self.spec.endpoint, "learner"))
             self._used = use(self.spec.weights_dir)
-        return Outbox(self.spec.weights_dir, holder=holder)
+        return Outbox(self.spec.weights_dir, holder=holder, reuse=self.ranks.size == 1)
 
     def write_weights(self) -> WeightsManifest:
         """Put the held version where engines can load it."""

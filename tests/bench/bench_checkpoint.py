@@ -34,8 +34,8 @@ def make_trainer(folder: Path) -> Trainer:
     )  # fmt: skip
     spec = LearnerSpec(
         run_id="bench", run_dir=folder, endpoint="", weights_dir=folder, seed=0, model_dir=folder,
-        dtype="float32", config=LearnerConfig(), samples_per_prompt=2, max_staleness_steps=0,
-        ratio_law="temperature", take_deadline_s=1, branch=0,
+        dtype="float32", engine_dtype="float32", config=LearnerConfig(), samples_per_prompt=2,
+        max_staleness_steps=0, ratio_law="temperature", take_deadline_s=1, branch=0,
     )  # fmt: skip
     torch.manual_seed(0)
     trainer = Trainer(spec)

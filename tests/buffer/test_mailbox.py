@@ -58,6 +58,7 @@ def test_only_weights_are_ever_touched(tmp_path: Path) -> None:
     mailbox.add(WeightsManifest(version=version(0), shards=(shard,)))
     for step in (1, 2, 3):
         mailbox.add(publish(tmp_path, step))
+    (tmp_path / "weights-0.4.held").write_bytes(b"of a learner that was killed")
     Outbox(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -96,6 +97,16 @@ def test_pages_are_used_again_and_no_path_ever_shows_other_bytes(tmp_path: Path)
                 confirm(manifest)
     assert len(set(inodes)) == 3
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_without_reuse_no_spare_is_left_whoever_retired_it(tmp_path: Path) -> None:
+    outbox, mailbox = Outbox(tmp_path, reuse=False), Mailbox()
+    for step in range(4):
+        mailbox.add(outbox.publish(version(step), weights(step)))
+        outbox.keep(mailbox.held)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"weights-0.{step}.safetensors" for step in (2, 3)
+    }
 
 
 def test_other_sizes_and_a_service_that_sees_no_files_leave_nothing_behind(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_who_does_not_know_the_key_is_not_answered(publisher, inbox):
     endpoint, _, key = manifest.shards[0].holder.partition(" ")
     assert len(key) == 40
     for holder in (endpoint, f"{endpoint} {zmq.curve_keypair()[0].decode()}"):
-        shard = msgspec.structs.replace(manifest.shards[0], holder=holder)
+        shard = msgspec.structs.replace(manifest.shards[0], holder=holder, path="/elsewhere")
         with pytest.raises(PeerLost):
             inbox("a", 0.5).local(WeightsManifest(version=version(1), shards=(shard,)))
 
@@ -193,6 +193,7 @@ def test_a_publisher_killed_halfway_is_an_error_in_time_and_its_chunks_are_not_f
         accept(self, *chunk)
         if not killed_s:
             process.kill()
+            Path(manifest.shards[0].path).unlink()  # its host is gone
             killed_s.append(time.monotonic())
 
     monkeypatch.setattr(Fetch, "_accept", accept_and_kill)
@@ -203,6 +204,34 @@ def test_a_publisher_killed_halfway_is_an_error_in_time_and_its_chunks_are_not_f
     assert again.shards[0].digest == manifest.shards[0].digest
     verify(receiver.local(again))
     assert 1 <= receiver.resumed < CHUNKS
+
+
+def test_what_a_publisher_that_has_ended_left_where_we_see_it_is_taken(tmp_path, inbox, peer):
+    process, manifest = peer(tmp_path / "learner")
+    process.kill()
+    process.wait()
+    here = inbox("a", 0.3).local(manifest)
+    verify(here)
+    assert not here.shards[0].holder
+
+
+def test_a_publisher_knows_when_every_host_that_fetches_from_it_has_its_newest_version(
+    publisher, inbox, monkeypatch
+):
+    assert publisher.receiving == 0
+    seen, accept = [], Fetch._accept
+
+    def watched(self, *chunk):
+        seen.append(publisher.receiving)
+        accept(self, *chunk)
+
+    monkeypatch.setattr(Fetch, "_accept", watched)
+    for step in (1, 2):
+        manifest = publisher.publish(version(step), pieces(step))
+        assert publisher.receiving == step - 1  # who fetched version 1 will want version 2
+        inbox("ab"[step - 1]).local(manifest)  # another process of that machine may fetch it
+        assert publisher.receiving == 0
+    assert seen == [1] * 2 * CHUNKS
 
 
 def test_a_fetch_goes_on_where_an_earlier_one_was_cut_off(publisher, inbox, tmp_path):

@@ -75,6 +75,26 @@ def test_a_rank_of_two_is_counted_by_kind_and_refused_above_what_is_stated(
     assert "gpu_memory_gib = 0.5" in said.err
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_reference_of_a_kl_term_is_counted_as_parameters(tmp_path, ranks):
+    shape = {
+        "model_type": "llama", "vocab_size": 16_384, "hidden_size": 512, "num_hidden_layers": 2,
+        "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    given = [
+        f"model={tmp_path}", "dtype=bfloat16", f"cluster.learner_ranks={ranks}",
+        "learner.packed=true", "learner.micro_batch_tokens=512",
+        "learner.objective.kl_coefficient=0.1",
+    ]  # fmt: skip
+    experiment = load_experiment("quickstart", given).experiment
+    size = model_size(str(tmp_path))
+    assert size is not None
+    found = dry_run(experiment)
+    assert found["parameters"] >= 2 * size.num_parameters * 2 / ranks
+    assert estimate(experiment) == pytest.approx(found["peak_bytes"], rel=0.1)
+
+
 def test_the_ledger_names_storages_afterwards_and_counts_what_died():
     ledger = Ledger()
     with FakeTensorMode(), ledger:

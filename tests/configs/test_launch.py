@@ -31,7 +31,13 @@ from slipstream.configs.run_dir import (
     read_run,
     write_run,
 )
-from slipstream.configs.specs import Launch, process_names, process_plan, user_module_path
+from slipstream.configs.specs import (
+    Launch,
+    learner_spec,
+    process_names,
+    process_plan,
+    user_module_path,
+)
 from slipstream.configs.track import check_tracking, make_trackers, scalars
 
 ROWS = [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(40)]
@@ -263,6 +269,19 @@ def test_the_processes_are_told_the_same_run_branch_and_endpoint(tmp_path: Path)
     specs = [json.loads(plan.spec.model_dump_json()) for plan in plans.values()]
     assert {spec["endpoint"] for spec in specs} == {"ipc:///tmp/x/buffer"}
     assert {spec["run_id"] for spec in specs} == {read_run(run_dir).run_id}
+
+
+@pytest.mark.parametrize(
+    ("weights", "engine_dtype"), [("as_trained", "float32"), ("bfloat16", "bfloat16")]
+)
+def test_the_learner_is_told_what_engines_compute_in(
+    tmp_path: Path, weights: str, engine_dtype: str
+) -> None:
+    loaded = load(tmp_path, dtype="float32", rollout={"weights": weights})
+    run = read_run(create_run_dir(loaded, None))
+    told = Launch(experiment=loaded.experiment, run=run, run_dir=tmp_path, model_dir=tmp_path)
+    places = scratch.Scratch(endpoint="ipc:///tmp/x/buffer", weights_dir=tmp_path)
+    assert learner_spec(told, places).engine_dtype == engine_dtype
 
 
 def test_user_modules_are_found_in_the_working_directory_and_only_then(tmp_path: Path) -> None:

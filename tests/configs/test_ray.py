@@ -15,8 +15,11 @@ from slipstream.buffer.errors import ConfigError
 from slipstream.configs.load import load_table
 from slipstream.configs.placement import Placement, bundles, shortage
 from slipstream.configs.ray_child import RayChild
-from slipstream.configs.ray_launcher import connect
+from slipstream.configs.ray_launcher import _reachable, connect
+from slipstream.configs.run_dir import create_run_dir, read_run
 from slipstream.configs.schema import Experiment
+from slipstream.configs.scratch import Scratch, host_dir
+from slipstream.configs.specs import Launch
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray leaves sockets to the garbage collector
 
@@ -66,6 +69,27 @@ def test_shared_placement_puts_a_worker_and_a_rank_into_one_bundle() -> None:
     learner, workers = bundles(shared)
     assert learner == [{"CPU": 2.0, "GPU": 1.0}] * 2
     assert workers == [{"CPU": 1.0, "GPU": 0.4}]
+
+
+@pytest.mark.parametrize("weights", ["auto", "zmq", "files"])
+@pytest.mark.parametrize("learner_hosts", [1, 2])
+def test_ranks_on_several_hosts_write_weights_where_all_of_them_see_the_file(
+    tmp_path: Path, weights: str, learner_hosts: int
+) -> None:
+    table = {"launcher": "ray", "runs_dir": str(tmp_path), "buffer": {"weights": weights},
+             "cluster": {"learner_ranks": 2}}  # fmt: skip
+    loaded = load_table(table, name="placed")
+    run_dir = create_run_dir(loaded, None)
+    told = Launch(
+        experiment=loaded.experiment, run=read_run(run_dir), run_dir=run_dir, model_dir=tmp_path
+    )
+    here = Scratch(endpoint="ipc://none", weights_dir=tmp_path)
+    places = _reachable(here, "127.0.0.1", told, learner_hosts)
+    alone = learner_hosts == 1 and weights != "files"
+    shared = run_dir / "weights"
+    assert places.weights_dir == (host_dir(told.run.run_id, "published") if alone else shared)
+    assert shared.is_dir() != alone
+    assert (places.fetched_dir is None) == (weights == "files")
 
 
 @pytest.fixture

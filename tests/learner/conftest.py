@@ -272,7 +272,8 @@ def make_spec(tmp_path: Path, model_dir: Path):
             "take_deadline_s": 5.0,
             "branch": 0,
         }
-        return LearnerSpec(**(fields | changes))
+        fields |= changes
+        return LearnerSpec(**({"engine_dtype": fields["dtype"]} | fields))
 
     return build
 

@@ -98,7 +98,7 @@ class Plant:
 def make_case(make, model_dir: Path, build_policy, tmp_path: Path) -> Callable:
     """`make_case("padding")` -> what `certify` says of a batch with that fault."""
 
-    def case(fault: str, metrics=OUTSIDE, noise: float = 0.0) -> str:
+    def case(fault: str, metrics=OUTSIDE, noise: float = 0.0, **more) -> str:
         tokenizer = load_tokenizer(model_dir)
         held, old = build_policy("float32", 1), build_policy("float32", 1)
         with torch.no_grad():
@@ -136,7 +136,7 @@ def make_case(make, model_dir: Path, build_policy, tmp_path: Path) -> Callable:
             groups.append(msgspec.structs.replace(group, prompt=asked))
         return certify(
             metrics, groups, HELD, files=files, model_dir=model_dir, dtype="float32",
-            kept_law=False, band=BANDS["float32"],
+            kept_law=False, band=BANDS["float32"], **more,
         )  # fmt: skip
 
     torch.manual_seed(0)
@@ -159,6 +159,35 @@ def test_samples_that_agree_alone_accuse_the_rows_they_were_scored_in(make_case:
     assert make_case("none").startswith("padding: scored alone, every sample agrees")
 
 
+@pytest.mark.parametrize("seen", ["some samples", "some tokens", "merged weights"])
+def test_nothing_is_accused_when_the_guilty_may_not_have_been_looked_at(
+    make_case: Callable, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if seen == "some samples":
+        monkeypatch.setattr("slipstream.learner.certificate.MAX_LOOKED_AT", 1)
+    if seen == "some tokens":
+        monkeypatch.setattr("slipstream.learner.certificate.MAX_TOKENS", ANSWER - 1)
+    said = make_case("none", merged=seen == "merged weights")
+    assert said.startswith("unknown: scored alone, the samples looked at agree")
+
+
+def test_all_groups_of_a_step_are_certified_also_when_it_was_trained_in_parts(
+    make_spec, run_loop, fake_buffer, monkeypatch
+) -> None:
+    seen = []
+
+    def noted(_, groups, *__, **___):
+        seen.append(len(groups))
+        return ""
+
+    monkeypatch.setattr("slipstream.learner.trainer.certify", noted)
+    spec, buffer = make_spec(steps=2), fake_buffer()
+    config = spec.config.model_copy(update={"stream": True})
+    run_loop(spec.model_copy(update={"config": config}), buffer)
+    assert buffer.parts == 2
+    assert seen == [2, 2]
+
+
 def test_inside_the_band_nothing_is_asked(make_case: Callable) -> None:
     inside = {"logprob_gap_max": 9e-4, "logprob_gap_mean": 9e-5, "logprob_gap_kl": None}
     assert make_case("temperature", metrics=inside) == ""
@@ -175,3 +204,17 @@ def test_a_step_outside_its_band_says_why_and_goes_on(make_spec, run_loop, fake_
     assert rows[0]["logprob_gap_kl"] > BANDS["float32"].kl
     assert rows[1]["logprob_gap_tokens"] == 0
     assert rows[1]["certificate"] == ""
+
+
+def test_the_band_is_that_of_what_the_engine_computes_in(
+    make_spec, run_loop, fake_buffer, monkeypatch
+) -> None:
+    bands = []
+
+    def noted(*_, band, **__):
+        bands.append(band)
+        return ""
+
+    monkeypatch.setattr("slipstream.learner.trainer.certify", noted)
+    run_loop(make_spec(steps=1, dtype="float32", engine_dtype="bfloat16"), fake_buffer())
+    assert bands == [BANDS["bfloat16"]]

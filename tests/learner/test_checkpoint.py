@@ -164,6 +164,24 @@ def test_a_full_disk_is_named_and_the_earlier_checkpoint_stays(tmp_path):
     assert [folder.name for folder in tmp_path.iterdir()] == ["step-000002.b0"]
 
 
+def test_whatever_stops_one_process_from_saving_is_told_to_the_others(tmp_path):
+    told = []
+
+    def broken(path):
+        raise RuntimeError("the device is gone")
+
+    def exchange(value):
+        told.append(value)
+        return [value]
+
+    with pytest.raises(TrainingFailed, match="cannot be written: the device is gone"):
+        save_checkpoint(
+            tmp_path, Version(branch=0, step=4, digest="d"), {"weights.safetensors": broken},
+            journal_sequence=7, info={}, keep_last=2, exchange=exchange,
+        )  # fmt: skip
+    assert told == [None, "the device is gone"]
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "checkpoints").write_text("a file, where the folder should be")
     with pytest.raises(TrainingFailed, match=r"checkpoints.* cannot be written: .*Newest earlier"):

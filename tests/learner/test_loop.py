@@ -1,6 +1,7 @@
 """The loop: what it publishes when, how long it waits, and how it ends."""
 
 import asyncio
+import contextlib
 import json
 import threading
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 import torch.utils.checkpoint
 from slipstream.buffer.errors import ConfigError, CorruptData, TrainingFailed
 from slipstream.buffer.mailbox import verify
+from slipstream.buffer.weight_files import Outbox
 from slipstream.kernels import streambp
 from slipstream.kernels.models import read_weights
+from slipstream.learner import loop as loop_module
 from slipstream.learner.checkpoint import find_checkpoint
 from slipstream.learner.config import SftConfig
 from slipstream.learner.policy import weights_digest
@@ -95,6 +98,29 @@ def test_sigterm_ends_at_a_step_boundary_with_a_checkpoint(
     assert find_checkpoint(spec.run_dir / "checkpoints")[0].version.step == 3
     assert [m.version.step for m in buffer.published] == [0, 1, 2, 3]
     assert rows_of(spec.run_dir)[3]["status"] == "stopped"
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_learner_stays_until_those_who_fetch_its_last_version_have_it_or_are_too_slow(
+    make_spec, fake_buffer, monkeypatch, gone
+):
+    receiving, ended, plain = iter([1, 1, 0]), [], Trainer.end
+    count = property(lambda _: 1 if gone else next(receiving))
+
+    def end(self):
+        ended.append(list(receiving))
+        plain(self)
+
+    @contextlib.asynccontextmanager
+    async def client(*_):
+        yield fake_buffer()
+
+    monkeypatch.setattr("slipstream.learner.loop.SERVE_S", 0.3 if gone else 60)
+    monkeypatch.setattr("slipstream.learner.loop.BufferClient", client)
+    monkeypatch.setattr(Outbox, "receiving", count)
+    monkeypatch.setattr(Trainer, "end", end)
+    asyncio.run(loop_module.main(make_spec(steps=1)))
+    assert ended == [[1, 1, 0] if gone else []]
 
 
 def test_a_stop_is_not_held_up_by_a_buffer_that_is_gone(

@@ -1,5 +1,6 @@
 """Several learner ranks do what one does: same losses, same weights, and any number resumes."""
 
+import asyncio
 import errno
 import functools
 import json
@@ -225,6 +226,31 @@ def test_a_run_that_is_closed_saves_and_lets_every_rank_go(make_spec, fake_buffe
     assert find_checkpoint(spec.run_dir / "checkpoints")[0].version.step == 3
 
 
+@pytest.mark.parametrize("stopped", [(0,), (0, 1)])
+def test_a_stop_while_ranks_prepare_lets_every_rank_go_and_leaves_no_weights(
+    make_spec, stopped, monkeypatch
+):
+    async def run(spec) -> None:
+        task, plain = asyncio.current_task(), Trainer.prepare
+        assert task is not None
+        loop = asyncio.get_running_loop()
+
+        def prepare(self, stop: threading.Event) -> None:
+            if spec.rank in stopped:
+                loop.call_soon_threadsafe(task.cancel)
+                stop.wait()
+            plain(self, stop)
+
+        monkeypatch.setattr(Trainer, "prepare", prepare)  # of this fork
+        await loop_module.main(spec)
+
+    spec = make_spec()
+    (spec.run_dir / "processes").mkdir()
+    specs = [spec.model_copy(update={"rank": rank, "ranks": 2}) for rank in (0, 1)]
+    assert ended([forked(lambda s=s: asyncio.run(run(s))) for s in specs]) == [0, 0]
+    assert not list(spec.weights_dir.iterdir())
+
+
 def test_a_rank_that_cannot_write_its_part_leaves_the_earlier_checkpoint_and_says_so(
     make_spec, run_ranks, monkeypatch, capfd
 ):
@@ -259,7 +285,10 @@ def test_each_rank_writes_its_own_rows_of_what_is_published_and_saved(
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     spec = make_spec(steps=2)
+    spec.weights_dir.mkdir()
+    (spec.weights_dir / "weights-0.9.held").write_bytes(b"of a learner that was killed")
     run_ranks(spec, size)
+    assert {path.suffix for path in spec.weights_dir.iterdir()} == {".safetensors"}
     num_bytes = sum(w.numel() * w.element_size() for w in weights_of(spec).values())
     published = []
     for path in tmp_path.glob("*.written"):

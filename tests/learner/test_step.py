@@ -168,6 +168,20 @@ def test_on_policy_the_ratio_and_correction_are_one_and_the_gap_is_zero(make, bu
     assert metrics["kl_behaviour"] == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("proximal", ["first_pass", "behaviour", "ewma", "recomputed"])
+def test_our_own_updates_are_no_gap_to_the_engine(make, build_policy, proximal):
+    model, settings = build_policy(), config(2, proximal=proximal)
+    decay = settings.objective.proximal_decay if proximal == "ewma" else None
+    policy = Policy(model, settings.optimizer, decay)
+    groups = make.groups(4, 4, model=model)
+    metrics = train(model, groups, settings, policy=policy).metrics
+    assert metrics["logprob_gap_max"] < 1e-6
+    assert 0 < metrics["logprob_gap_tokens"] <= metrics["tokens_trained"]
+    assert (metrics["logprob_gap_tokens"] == metrics["tokens_trained"]) == (
+        proximal == "recomputed"
+    )
+
+
 def test_two_updates_share_one_proximal_policy_and_the_clip_can_act(make, build_policy):
     model, groups = build_policy(), make.groups(4, 4)
     anchored, single = (
