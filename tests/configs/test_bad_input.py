@@ -37,6 +37,8 @@ REFUSED = [
     (["rollout.ratio_law=kept_set", "rollout.sampling.top_k=513"], ["top_k is 513"]),
     (["rollout.engine=vllm", "rollout.sampling.top_p=0.9"], ["kept sets are not available"]),
     (["rollout.engine=vllm", "rollout.sampling.temperature=0.001"], ["0.01 whenever", "0.001"]),
+    (["rollout.engine=vllm", "eval.logit_bias={5=1.0}"],
+     ["eval.logit_bias is the native", "without it", 'engine = "native"']),
     (["rollout.engine=vllm", "dtype=float64"], ['dtype = "float64"', "bfloat16"]),
     (["rollout.engine=vllm", "rollout.speculation.drafter=lookup"], ["native engine's"]),
     (["rollout.engine=vllm", "rollout.vllm.speculative_config={method='ngram'}"],
