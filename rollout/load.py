@@ -19,8 +19,8 @@ class InFlight:
     change. The clock is finished samples, because young ones say nothing of what they will take:
     one more for each of them until the memory was full once, then a fixed number for each
     generation, never more than one for each. Engines that report neither memory nor preemptions
-    (the native one: its rows are its memory) reach the most after one generation. Trace, at most
-    128:
+    (the native one without `rollout.kv_memory_mb`: its rows are its memory) reach the most after
+    one generation. Trace, at most 128:
 
         start                                                                      limit 64
         observe(kv_share=0.5, preemptions=0, running=64, queued=0, finished=10)    limit 74
