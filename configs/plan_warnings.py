@@ -132,7 +132,11 @@ def _without_effect(experiment: Experiment) -> Iterator[tuple[str, str]]:
         for key in ("stale", "straggler_wait_s"):
             yield f"buffer.{key}", "with S = 0 nothing is ever stale"
         yield "rollout.kv", "with S = 0 no weights arrive while samples are in flight"
-    if experiment.rollout.engine != "vllm":
+    if experiment.rollout.engine == "vllm":
+        yield "rollout.prefill_tokens", "vLLM cuts long prompts by a rule of its own"
+        held = "rollout.vllm.gpu_memory_utilization, or kv_cache_gib on processors"
+        yield "rollout.kv_memory_mb", f"vLLM's memory is {held}"
+    else:
         for key in VllmConfig.model_fields:
             yield f"rollout.vllm.{key}", 'rollout.engine is not "vllm"'
     if not experiment.eval.enabled:

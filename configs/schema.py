@@ -235,6 +235,11 @@ def check_engine(experiment: Experiment) -> Iterator[str]:
         )
     if experiment.dtype == "float64":
         yield f'{asked} does not compute in dtype = "float64"; set "float32" or "bfloat16"'
+    if rollout.weights == "bfloat16":
+        yield (
+            f'rollout.weights = "bfloat16" is the native engine\'s; {asked} serves weights '
+            'in dtype: remove it, or set dtype = "bfloat16"'
+        )
     if rollout.speculation.drafter != "off":
         yield (
             f"rollout.speculation.drafter is the native engine's, not of {asked}; remove it, or "

@@ -40,6 +40,8 @@ REFUSED = [
     (["rollout.engine=vllm", "eval.logit_bias={5=1.0}"],
      ["eval.logit_bias is the native", "without it", 'engine = "native"']),
     (["rollout.engine=vllm", "dtype=float64"], ['dtype = "float64"', "bfloat16"]),
+    (["rollout.engine=vllm", "rollout.weights=bfloat16"],
+     ["rollout.weights", "native engine's", 'dtype = "bfloat16"']),
     (["rollout.engine=vllm", "rollout.speculation.drafter=lookup"], ["native engine's"]),
     (["rollout.engine=vllm", "rollout.vllm.speculative_config={method='ngram'}"],
      ["wrong law on processors", "eval.temperature = 0"]),
