@@ -163,6 +163,9 @@ class Decoder:
         for slot in range(self._slots.count - 1, -1, -1):
             if self._slots.requests[slot].request_id in request_ids:
                 self._release(slot)
+        if self.speculation is not None:  # paused ones were in no slot
+            for sample in request_ids:
+                self.speculation.drafter.forget(sample)
 
     def abort(self) -> list[GenerationOutput]:
         """End all samples as they are."""
