@@ -91,6 +91,10 @@ def _about_learning(experiment: Experiment) -> Iterator[str]:
 
 
 def _about_machine(experiment: Experiment, size: ModelSize | None) -> Iterator[str]:
+    if experiment.cluster.learner_gpus and experiment.learner.device == "cpu":
+        yield 'cluster.learner_gpus are held but not used: set learner.device = "cuda"'
+    if experiment.cluster.worker_gpus and experiment.rollout.engine == "native":
+        yield 'cluster.worker_gpus are held but not used: set rollout.engine = "vllm"'
     cores = os.cpu_count() or 1
     threads = experiment.rollout.workers * experiment.rollout.threads_per_worker
     threads += experiment.learner.threads

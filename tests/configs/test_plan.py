@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from slipstream.buffer.errors import ConfigError
-from slipstream.configs.load import load_table
+from slipstream.configs.load import load_experiment, load_table
 from slipstream.configs.plan import differences, make_plan, plan_text
 from slipstream.configs.plan_warnings import late_share
 from slipstream.configs.plan_words import in_flight_steps
@@ -85,12 +85,26 @@ def test_late_share_agrees_with_a_sum_over_samples():
             "prefill_tokens (command line) has no",
         ),
         (["prompts.path=x"], "prompts.path (command line) has no effect"),
+        (["cluster.learner_gpus=1"], 'not used: set learner.device = "cuda"'),
+        (["cluster.worker_gpus=1"], 'not used: set rollout.engine = "vllm"'),
         (["rollout.workers=99"], "threads of workers and learner share"),
     ],
 )
 def test_what_is_hardly_meant_is_warned_of(overrides: list[str], words: str):
     text = plan_of(*overrides)
     assert words in text[text.index("Warnings") :]
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus"),
+    [("qwen2.5-1.5b-1gpu", 1), ("7b-8gpu", 1), ("32b-4node", 4), ("70b-lora-8gpu", 4)],
+)
+def test_a_recipe_uses_the_devices_that_it_holds(name: str, gpus: int):
+    loaded = load_experiment(name, [])
+    rollout = loaded.experiment.rollout
+    assert (rollout.engine, loaded.experiment.learner.device) == ("vllm", "cuda")
+    assert rollout.vllm.tensor_parallel == gpus
+    assert not [warning for warning in make_plan(loaded).warnings if "not used" in warning]
 
 
 def test_a_sound_plan_warns_of_nothing():
