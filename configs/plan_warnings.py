@@ -91,6 +91,10 @@ def _about_learning(experiment: Experiment) -> Iterator[str]:
 
 
 def _about_machine(experiment: Experiment, size: ModelSize | None) -> Iterator[str]:
+    if experiment.cluster.learner_gpus and experiment.learner.device == "cpu":
+        yield 'cluster.learner_gpus are held but not used: set learner.device = "cuda"'
+    if experiment.cluster.worker_gpus and experiment.rollout.engine == "native":
+        yield 'cluster.worker_gpus are held but not used: set rollout.engine = "vllm"'
     cores = os.cpu_count() or 1
     threads = experiment.rollout.workers * experiment.rollout.threads_per_worker
     threads += experiment.learner.threads
@@ -132,7 +136,11 @@ def _without_effect(experiment: Experiment) -> Iterator[tuple[str, str]]:
         for key in ("stale", "straggler_wait_s"):
             yield f"buffer.{key}", "with S = 0 nothing is ever stale"
         yield "rollout.kv", "with S = 0 no weights arrive while samples are in flight"
-    if experiment.rollout.engine != "vllm":
+    if experiment.rollout.engine == "vllm":
+        yield "rollout.prefill_tokens", "vLLM cuts long prompts by a rule of its own"
+        held = "rollout.vllm.gpu_memory_utilization, or kv_cache_gib on processors"
+        yield "rollout.kv_memory_mb", f"vLLM's memory is {held}"
+    else:
         for key in VllmConfig.model_fields:
             yield f"rollout.vllm.{key}", 'rollout.engine is not "vllm"'
     if not experiment.eval.enabled:

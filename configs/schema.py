@@ -228,8 +228,18 @@ def check_engine(experiment: Experiment) -> Iterator[str]:
             f"temperature is lower; it is {sampling.temperature:g}. Set {VLLM_MIN_TEMPERATURE} or "
             "more"
         )
+    if experiment.eval.logit_bias:
+        yield (
+            f"eval.logit_bias is the native engine's: with {asked} held-out samples would be drawn "
+            'without it; remove it, or set rollout.engine = "native"'
+        )
     if experiment.dtype == "float64":
         yield f'{asked} does not compute in dtype = "float64"; set "float32" or "bfloat16"'
+    if rollout.weights == "bfloat16":
+        yield (
+            f'rollout.weights = "bfloat16" is the native engine\'s; {asked} serves weights '
+            'in dtype: remove it, or set dtype = "bfloat16"'
+        )
     if rollout.speculation.drafter != "off":
         yield (
             f"rollout.speculation.drafter is the native engine's, not of {asked}; remove it, or "

@@ -127,13 +127,10 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> dict[str, Cost]:
     """What a run holds: its processes' memory, largest terms only (no activations), and disk."""
     element, rollout = DTYPE_BYTES[experiment.dtype], experiment.rollout
     weights = size.num_parameters * element
-    rows, new_tokens = rollout.max_concurrent_samples, rollout.sampling.max_new_tokens
-    kept = 2 if experiment.environment else 1  # as many ended turns, for the ones that follow
     served = 2 if rollout.weights == "bfloat16" else element
-    cache = kept * rows * new_tokens * size.kv_elements_per_token * served
-    if rollout.kv_memory_mb:
-        cache = min(cache, rollout.kv_memory_mb << 20)
     copies = 2 if experiment.eval.enabled else 1
+    loaded = copies * size.num_parameters * served
+    cache = _kv_cache(experiment, size.kv_elements_per_token * served)
     trained, lora = trained_parameters(experiment, size), experiment.learner.lora
     moments = int(2 * trained * moment_bytes(experiment))
     gradients = trained * (max(4, element) if lora.rank else element)
@@ -146,19 +143,14 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> dict[str, Cost]:
             f"{size.num_parameters:,} parameters in {experiment.dtype}; published every step",
             counts=False,
         ),
-        "KV cache of a worker": Cost(
-            cache,
-            f"at most, answers only: {rows} rows x {new_tokens} tokens"
-            f"{', twice: turns that ended are kept' if kept == 2 else ''}; prompts come on top",
-            counts=False,
-        ),
+        "KV cache of a worker": cache,
         "mailbox": Cost(
             MAILBOX_VERSIONS * weights,
             f"at most {MAILBOX_VERSIONS} versions: newest two, one evaluated, one being written, "
             "one still mapped; on tmpfs when they fit",
         ),
         "workers": Cost(
-            rollout.workers * (copies * size.num_parameters * served + cache + PROCESS_BYTES),
+            rollout.workers * (loaded + cache.num_bytes + PROCESS_BYTES),
             f"{rollout.workers} x (weights{', again for evaluations' if copies == 2 else ''}, KV "
             "cache, Python and torch)",
         ),
@@ -175,6 +167,35 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> dict[str, Cost]:
             counts=False,
         ),
     }
+
+
+def _kv_cache(experiment: Experiment, token_bytes: int) -> Cost:
+    """Of one worker.
+
+    Args:
+        experiment: whose engine sets it aside, or fills it.
+        token_bytes: of one token's keys and values.
+    """
+    rollout = experiment.rollout
+    if rollout.engine == "vllm":
+        again = 2 if experiment.eval.enabled else 1
+        return Cost(
+            int(again * rollout.vllm.kv_cache_gib * 2**30),
+            f"rollout.vllm.kv_cache_gib{', again for evaluations' if again == 2 else ''}; on GPUs "
+            "a share of theirs instead, rollout.vllm.gpu_memory_utilization",
+            counts=False,
+        )
+    rows, new_tokens = rollout.max_concurrent_samples, rollout.sampling.max_new_tokens
+    kept = 2 if experiment.environment else 1  # as many ended turns, for the ones that follow
+    cache = kept * rows * new_tokens * token_bytes
+    if rollout.kv_memory_mb:
+        cache = min(cache, rollout.kv_memory_mb << 20)
+    return Cost(
+        cache,
+        f"at most, answers only: {rows} rows x {new_tokens} tokens"
+        f"{', twice: turns that ended are kept' if kept == 2 else ''}; prompts come on top",
+        counts=False,
+    )
 
 
 def moment_bytes(experiment: Experiment) -> float:

@@ -267,15 +267,15 @@ class RolloutConfig(Settings):
     max_concurrent_samples: Annotated[int, Field(ge=1)] = 64
     """Rows decoded together by one engine."""
     prefill_tokens: Annotated[int, Field(ge=1)] = 512
-    """Prompt tokens computed between two steps while samples are in flight, so that long prompts do
-    not hold them up; the rest of a prompt waits for the next steps."""
+    """Native engine: prompt tokens computed between two steps while samples are in flight, so that
+    long prompts do not hold them up; the rest of a prompt waits for the next steps."""
     kv_memory_mb: Annotated[int, Field(ge=0)] = 0
-    """Memory of an engine's keys and values; 0 means no bound but `max_concurrent_samples`. Samples
-    begin when their predicted peak, from the lengths seen, fits; where lengths were longer some are
-    paused, and computed again later. A sample that could not end alone is refused."""
+    """Memory of a native engine's keys and values; 0 means no bound but `max_concurrent_samples`.
+    Samples begin when their predicted peak, from the lengths seen, fits; where lengths were longer
+    some are paused, and computed again later. A sample that could not end alone is refused."""
     weights: Literal["as_trained", "bfloat16"] = "as_trained"
-    """`bfloat16` halves the engine's memory, and its log-probs differ from the learner's: reported
-    as `logprob_gap_mean` and `logprob_gap_max`, and part of every correction."""
+    """`bfloat16` halves the native engine's memory, and its log-probs differ from the learner's:
+    reported as `logprob_gap_mean` and `logprob_gap_max`, and part of every correction."""
     kv: KvPolicy = "keep"
     """What becomes of the KV of samples in flight when new weights arrive: `keep` goes on at once
     (later tokens attend to older keys; reported as `kv_mixture`), `recompute` prefills them

@@ -106,20 +106,22 @@ class Evaluator:
         async with asyncio.TaskGroup() as tasks:
             if self._player is not None:
                 for claim, index, request in samples.values():
-                    tasks.create_task(self._play(self._player, claim, index, request))
-                return
-            requests = [request for _, _, request in samples.values()]
-            async for output in self._engine.generate(requests):
-                claim, index, _ = samples[output.request_id]
-                if output.finish_reason == "abort" and not output.error:
-                    lost.append(msgspec.structs.replace(claim, indices=(index,)))
-                    continue
-                tasks.create_task(self._hand_in(claim, index, output))
+                    tasks.create_task(self._play(self._player, claim, index, request, lost))
+            else:
+                requests = [request for _, _, request in samples.values()]
+                async for output in self._engine.generate(requests):
+                    claim, index, _ = samples[output.request_id]
+                    tasks.create_task(self._hand_in(claim, index, output, lost))
         if lost:  # the engine died, and is started again to load
             await self.evaluate(lost)
 
     async def _play(
-        self, player: Player, claim: EvaluationClaim, index: int, request: GenerationRequest
+        self,
+        player: Player,
+        claim: EvaluationClaim,
+        index: int,
+        request: GenerationRequest,
+        lost: list[EvaluationClaim],
     ) -> None:
         assert self._engine is not None
         try:
@@ -127,15 +129,20 @@ class Evaluator:
         except EpisodeFailed as error:
             await self._finish(claim, index, "", 0, failed(str(error)))
         else:
-            await self._hand_in(claim, index, episode.output, episode)
+            await self._hand_in(claim, index, episode.output, lost, episode)
 
     async def _hand_in(
         self,
         claim: EvaluationClaim,
         index: int,
         output: GenerationOutput,
+        lost: list[EvaluationClaim],
         episode: Episode | None = None,
     ) -> None:
+        """Score a sample and hand it in; add it to `lost` when the engine's death cut it off."""
+        if output.finish_reason == "abort" and not output.error:
+            lost.append(msgspec.structs.replace(claim, indices=(index,)))
+            return
         if episode is not None and episode.score is not None:
             score = episode.score
         elif output.error:

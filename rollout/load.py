@@ -17,9 +17,10 @@ class InFlight:
     does the same work over and over, and one with too few leaves memory idle. Where the balance is
     depends on lengths that are not known before: it is found by trying, and followed as they
     change. The clock is finished samples, because young ones say nothing of what they will take:
-    one more for each of them until the memory was full once, a fixed number for each generation
-    after that. Engines that report neither memory nor preemptions (the native one: its rows are its
-    memory) reach the most after one generation. Trace, at most 128:
+    one more for each of them until the memory was full once, then a fixed number for each
+    generation, never more than one for each. Engines that report neither memory nor preemptions
+    (the native one without `rollout.kv_memory_mb`: its rows are its memory) reach the most after
+    one generation. Trace, at most 128:
 
         start                                                                      limit 64
         observe(kv_share=0.5, preemptions=0, running=64, queued=0, finished=10)    limit 74
@@ -63,5 +64,5 @@ class InFlight:
             self._limit = max(1.0, DECREASE * min(running, self._limit))
             self._falling = True
         elif not preempted and kv_share < FULL and not self._falling:
-            each = self._most / INCREASES / self._limit if self._was_full else 1.0
+            each = min(1.0, self._most / INCREASES / self._limit) if self._was_full else 1.0
             self._limit = min(self._most, self._limit + each * done)

@@ -75,6 +75,10 @@ class Drafter(Protocol):
         """The sample has ended: what it wrote may help its siblings and later epochs."""
         ...
 
+    def forget(self, sample: str) -> None:
+        """The sample was dropped, whether or not it was ever drafted for."""
+        ...
+
 
 _LENGTH_EDGES = (3, 5, 9)
 _SHARE_EDGES = (0.5, 0.8, 0.95)
@@ -209,6 +213,10 @@ class LookupDrafter:
 
     def finish(self, sample: str, prompt: tuple[int, ...], written: np.ndarray) -> None:
         """Forget the sample."""
+        self._readers.pop(sample, None)
+
+    def forget(self, sample: str) -> None:
+        """See `Drafter`."""
         self._readers.pop(sample, None)
 
     def _open(self, prompt: tuple[int, ...]) -> _Reader:

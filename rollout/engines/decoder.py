@@ -108,6 +108,7 @@ class Decoder:
         self._logprob_dtype = np.float64 if model.dtype == torch.float64 else np.float32
         self.generated_tokens = self.kept_tokens = self.prefilled_tokens = 0
         self.forwards = self.paused = self.kv_bytes = 0
+        self.kv_share = 0.0
 
     @property
     def serving(self) -> Version | None:
@@ -162,6 +163,9 @@ class Decoder:
         for slot in range(self._slots.count - 1, -1, -1):
             if self._slots.requests[slot].request_id in request_ids:
                 self._release(slot)
+        if self.speculation is not None:  # paused ones were in no slot
+            for sample in request_ids:
+                self.speculation.drafter.forget(sample)
 
     def abort(self) -> list[GenerationOutput]:
         """End all samples as they are."""
@@ -182,6 +186,7 @@ class Decoder:
             outputs += self._decode()
         tokens = self._cache.num_tokens + self._memory.outside_rows
         self.kv_bytes = self._limits.bytes_per_token * tokens
+        self.kv_share = self._memory.share_used
         return outputs
 
     def _decode(self) -> list[GenerationOutput]:

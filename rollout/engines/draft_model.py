@@ -63,6 +63,10 @@ class DraftModel:
 
     def finish(self, sample: str, prompt: tuple[int, ...], written: np.ndarray) -> None:
         """Forget the sample."""
+        self.forget(sample)
+
+    def forget(self, sample: str) -> None:
+        """See `Drafter`."""
         self._samples.pop(sample, None)
 
     def _next(self, asked: list[Asked], texts: list[np.ndarray], drafts: list[Draft]) -> list[int]:

@@ -79,6 +79,13 @@ class Memory:
         return self._kept.num_tokens + sum(prompts.values())
 
     @property
+    def share_used(self) -> float:
+        """Of the bound, what samples in flight need: neither room that is only reserved, nor kept
+        turns, which give way to them."""
+        rows = self._slots.count * int(self._slots.row_lengths.max(initial=0))
+        return (rows + self.outside_rows - self._kept.num_tokens) / self.most_tokens
+
+    @property
     def in_rows(self) -> float:
         """Most tokens that rows may take."""
         bounded = self.most_tokens < np.inf

@@ -73,7 +73,7 @@ class NativeEngine:
             ConfigError: the folder cannot be used, or its architecture is not supported.
         """
         self.engine_id = engine_id
-        self._threads, self._kv_memory = threads, kv_memory_mb * 2**20
+        self._threads = threads
         try:
             model, tokenizer = empty_model(model_dir, dtype), load_tokenizer(model_dir)
         except ModelError as error:
@@ -130,7 +130,7 @@ class NativeEngine:
             forwards=self._decoder.forwards,
             preemptions=self._decoder.paused,
             kv_bytes=self._decoder.kv_bytes,
-            kv_share=self._decoder.kv_bytes / self._kv_memory if self._kv_memory else 0.0,
+            kv_share=self._decoder.kv_share,
         )
 
     async def generate(

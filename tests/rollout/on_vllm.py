@@ -473,6 +473,27 @@ async def test_greedy_text_is_the_same_with_speculation_and_drawn_samples_are_re
     assert "wrong law" in refused.error
 
 
+async def test_memory_in_use_and_preemptions_are_reported(tiny):
+    """16 rows in memory for 512 tokens."""
+    folder = tiny.folder("llama", tie_word_embeddings=False)
+    engine = await asyncio.to_thread(
+        build, folder, settings=VllmConfig(kv_cache_gib=2**-11, max_model_len=256)
+    )
+    try:
+        await engine.load(tiny.publish(tiny.policy(folder, 1), 0))
+        assert (engine.stats().kv_share, engine.stats().preemptions) == (0.0, 0)
+        requests = [tiny.request([3, 4 + i], i, f"full-{i}", max_new_tokens=240) for i in range(48)]
+        task, shares = asyncio.create_task(tiny.outputs(engine, requests)), []
+        while not task.done():
+            shares.append(engine.stats().kv_share)
+            await asyncio.sleep(0.01)
+        assert max(shares) > 0.9
+        assert engine.stats().preemptions > 0
+        assert not any(output.error for output in (await task).values())
+    finally:
+        await engine.close()
+
+
 async def test_closing_ends_samples_in_flight_as_aborted_and_the_core(tiny, engine):
     (pid,) = engine.core_pids
     requests = [

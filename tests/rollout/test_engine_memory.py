@@ -138,6 +138,32 @@ async def test_memory_is_never_passed_and_every_sample_comes_out_as_without_a_bo
         assert gap.max() < 1e-9
 
 
+async def test_the_share_in_use_is_what_samples_in_flight_take_and_falls_as_they_end(tiny):
+    folder = tiny.folder("llama", max_position_embeddings=4096)
+    engine = tiny.engine(folder, dtype="float64", max_concurrent=64, kv_memory_mb=1)
+    free = tiny.engine(folder, dtype="float64", max_concurrent=64)
+    for of in (engine, free):
+        await of.load(tiny.publish(tiny.policy(folder, 3, torch.float64), 0))
+    requests = [
+        tiny.request([3, 4], i, talk=f"c{i}", max_new_tokens=300 if i < 2 else 40,
+                     logit_bias=((0, -1e9),))
+        for i in range(20)
+    ]  # fmt: skip
+    batch, shares = engine._decoder, []
+    batch.submit(requests)
+    with torch.inference_mode():
+        while batch.running or batch.queued:
+            batch.step()
+            shares.append((batch.running, batch.kv_share))
+    assert len(batch._kept) == 20
+    for step, (running, share) in enumerate(shares[:-1]):
+        assert share * MIB == pytest.approx(running * (step + 3) * TOKEN_BYTES, rel=1e-9)
+    assert min(share for running, share in shares if running) < max(shares)[1] / 4
+    assert engine.stats().kv_share == 0.0
+    await tiny.outputs(free, requests)
+    assert free.stats().kv_share == 0.0  # not what limits
+
+
 async def test_a_sample_that_could_not_end_alone_is_refused_with_the_numbers(tiny):
     folder = tiny.folder("llama", max_position_embeddings=8192)
     engine = tiny.engine(folder, dtype="float64", kv_memory_mb=1)

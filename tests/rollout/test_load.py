@@ -5,7 +5,7 @@ from collections import deque
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from slipstream.rollout.load import FIRST, InFlight
 
@@ -105,6 +105,7 @@ def test_the_limit_follows_lengths_that_grow_and_shrink_again():
         max_size=80,
     ),
 )
+@example(48, [(0.0, 1, 0, 0), (0.0, 0, 0, 1)])  # from one sample in flight
 def test_the_limit_stays_between_one_and_the_most_and_falls_once_for_one_overload(most, seen):
     control, preemptions, finished = InFlight(most), 0, 0
     for kv_share, more, running, done in seen:

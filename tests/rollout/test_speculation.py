@@ -60,6 +60,9 @@ class Oracle:
     def finish(self, sample, prompt, written):
         pass
 
+    def forget(self, sample):
+        pass
+
 
 def speculate(engine, drafter, depth=8):
     """Have an engine draft in every step."""
@@ -208,6 +211,30 @@ def test_history_keeps_to_its_bound_and_forgets_the_oldest_prompt():
         drafter.finish("x", (prompt,), np.arange(10))
         assert drafter.num_tokens <= 100
     assert list(drafter._past) == [(prompt,) for prompt in range(40, 50)]
+
+
+@pytest.mark.parametrize("drafter", ["siblings", "lookup", "model"])
+async def test_nothing_is_kept_of_samples_that_were_dropped_in_flight_or_paused(tiny, drafter):
+    folder = tiny.folder("llama")
+    engine = tiny.engine(folder, dtype="float64")
+    await engine.load(tiny.publish(tiny.policy(folder, 2, torch.float64), 0))
+    if drafter == "model":
+        made = DraftModel(tiny.saved(tiny.policy(folder, 2)), 64, "coupled")
+        kept = made._samples
+    else:
+        made = SiblingsDrafter(1000) if drafter == "siblings" else LookupDrafter()
+        kept = made._readers
+    speculate(engine, made)
+    batch = engine._decoder
+    batch.submit([tiny.request([5, 6], i, max_new_tokens=99) for i in range(3)])
+    with torch.inference_mode():
+        for _ in range(2):
+            batch.step()
+        assert len(kept) == batch.running > 1
+        batch._pause(0)
+    assert len(kept) == batch.running + 1
+    batch.drop({"0", "1", "2"})
+    assert not kept
 
 
 @pytest.mark.parametrize(
