@@ -187,7 +187,7 @@ class BufferService:
         try:
             copy_run(self.spec.run_dir, target, sealed_before, sequence)
             self.coordinator.copy_problem = ""
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, ValueError, KeyError) as error:  # a manifest may be damaged
             self.coordinator.copy_problem = (
                 f"the copy to {target} (buffer.copy_to) failed: {error}; it is tried again with "
                 "the next checkpoint"

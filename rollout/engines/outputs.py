@@ -94,8 +94,8 @@ def ended(
     )
 
 
-def unstarted(request: GenerationRequest, error: str) -> GenerationOutput:
-    """The output of a sample that never wrote a token."""
+def unstarted(request: GenerationRequest, error: str = "") -> GenerationOutput:
+    """The output of a sample of which no token counts: impossible, or ended before its time."""
     nothing = np.zeros(0, dtype=np.float32)
     now_s = time.time()
     return GenerationOutput(

@@ -31,8 +31,9 @@ from ...buffer.records import Version, WeightsManifest
 from ...kernels.models import ModelError, check_fit, empty_model, end_token_ids, load_tokenizer
 from ..config import KvPolicy, VllmConfig
 from ..engine import EngineState, EngineStats, GenerationOutput, GenerationRequest
+from .outputs import unstarted
 from .vllm_plugin import file_identity
-from .vllm_samples import Samples, name_of, unfinished
+from .vllm_samples import Samples, name_of
 from .vllm_start import COUNTS, Counts, start
 from .weights import read_verified
 
@@ -289,10 +290,10 @@ class VllmEngine:
     async def _sample(self, request: GenerationRequest) -> GenerationOutput:
         """One sample from its request to its output, whatever happens to it."""
         if reason := self._samples.impossible(request):
-            return unfinished(request, reason)
+            return unstarted(request, reason)
         serving = self.serving
         if serving is None:
-            return unfinished(request)
+            return unstarted(request)
         if len(self._tasks) == 1 or not self._counts.running:
             self._counts.touch()  # the clock of an engine that had nothing to do
         salt = name_of(serving) if self._kv == "keep" else None
@@ -304,12 +305,12 @@ class VllmEngine:
             ):
                 last = output
         except VLLMClientError as error:
-            return unfinished(request, f"vLLM refuses the request: {error}")
+            return unstarted(request, f"vLLM refuses the request: {error}")
         except (EngineDeadError, EngineGenerateError):
-            return unfinished(request)
+            return unstarted(request)
         except asyncio.CancelledError:
             if self._closed or self._dead:
-                return unfinished(request)
+                return unstarted(request)
             raise
         assert last is not None
         self._deaths = 0

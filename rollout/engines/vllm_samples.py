@@ -15,6 +15,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ...buffer.records import Version, VersionSpan
 from ..engine import GenerationOutput, GenerationRequest
+from .outputs import unstarted
 from .text import Detokeniser
 
 
@@ -90,7 +91,7 @@ class Samples:
         """
         answer, now_s = output.outputs[0], time.time()
         if answer.finish_reason not in ("stop", "length"):
-            return unfinished(request)
+            return unstarted(request)
         token_ids_N = np.array(answer.token_ids, dtype=np.int32)
         logprobs_N = np.array(answer.logprobs.logprobs, dtype=np.float32)
         spans = tuple(
@@ -99,7 +100,7 @@ class Samples:
         )
         assert len(token_ids_N) == len(logprobs_N) == sum(span.length for span in spans)
         if not np.isfinite(logprobs_N).all():
-            return unfinished(request, f"log-probs are NaN under {spans[-1].version}")
+            return unstarted(request, f"log-probs are NaN under {spans[-1].version}")
         ended = answer.finish_reason == "stop" and token_ids_N[-1] in self._stops(request)
         return GenerationOutput(
             request_id=request.request_id,
@@ -131,21 +132,3 @@ def version_of(name: str) -> Version:
     """The version that was given this name."""
     branch, step, digest = name.split(".", 2)
     return Version(branch=int(branch), step=int(step), digest=digest)
-
-
-def unfinished(request: GenerationRequest, error: str = "") -> GenerationOutput:
-    """An output without tokens: impossible, or ended before its time."""
-    now_s = time.time()
-    return GenerationOutput(
-        request_id=request.request_id,
-        token_ids=np.zeros(0, dtype=np.int32),
-        behaviour_logprobs=np.zeros(0, dtype=np.float32),
-        versions=(),
-        kv_version_min=(),
-        text="",
-        finish_reason="abort",
-        first_token_s=now_s,
-        finished_s=now_s,
-        removed_mass=np.zeros(0, dtype=np.float32),
-        error=error,
-    )

@@ -13,6 +13,7 @@ from slipstream.buffer.coordinator import Coordinator
 from slipstream.buffer.copies import copy_run
 from slipstream.buffer.journal import Journal
 from slipstream.buffer.messages import CheckpointSaved, PublishVersion
+from slipstream.buffer.service import BufferService
 
 from .conftest import SpecMaker, running
 from .make import manifest, version
@@ -138,3 +139,15 @@ async def test_the_service_copies_with_each_checkpoint_and_tells_of_failure(
         assert (target / "ledger.sqlite").exists()
     with sqlite3.connect(target / "ledger.sqlite") as ledger:
         assert ledger.execute("SELECT count(*) FROM events").fetchone()[0] >= 2
+
+
+def test_a_damaged_checkpoint_is_told_and_does_not_end_the_service(
+    make_spec: SpecMaker, run_dir: Path, tmp_path: Path
+) -> None:
+    service = BufferService(make_spec({"copy_to": str(tmp_path / "copy")}, run_dir=run_dir))
+    folder = run_dir / "checkpoints" / "step-000001.b0"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{")
+    service._copy(sealed_before=1, sequence=service.coordinator.journal.sequence)
+    assert "buffer.copy_to) failed" in service.coordinator.copy_problem
+    service.coordinator.close()

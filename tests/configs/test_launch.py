@@ -1,5 +1,6 @@
 """What happens before processes start, and what is known of a run afterwards."""
 
+import asyncio
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from slipstream.buffer.errors import ConfigError
-from slipstream.configs import launch, scratch
+from slipstream.configs import launch, preflight, scratch
 from slipstream.configs.claim import process_start_time, running_supervisor, supervising
 from slipstream.configs.closing import print_closing, resume_line
 from slipstream.configs.feed import Event
@@ -33,6 +34,7 @@ from slipstream.configs.run_dir import (
 )
 from slipstream.configs.specs import (
     Launch,
+    PreflightSpec,
     learner_spec,
     process_names,
     process_plan,
@@ -157,6 +159,36 @@ def test_a_warm_start_on_a_file_that_is_not_there_is_refused(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"sft\.data = .*nowhere\.jsonl.* cannot be read"):
         launch.run(load(tmp_path, sft={"data": str(tmp_path / "nowhere.jsonl")}), console=quiet())
     assert run_folders(tmp_path) == []
+
+
+async def test_a_check_that_fails_leaves_no_other_for_the_event_loop_to_cancel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop's end cancels all tasks at once, those of a process being started, too: asyncio of
+    Python 3.11 may then wait for that process for ever."""
+    ended: list[bool] = []
+
+    async def slow(*_: object) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.01)  # as a pool that ends its processes
+            ended.append(True)
+
+    monkeypatch.setattr(preflight, "check_reward", slow)
+    sft = {"data": str(tmp_path / "nowhere.jsonl")}
+    experiment = load(tmp_path, sft=sft).experiment
+    spec = PreflightSpec(
+        run_dir=tmp_path,
+        seed=0,
+        prompts=experiment.prompts,
+        reward=experiment.reward,
+        sft=experiment.sft,
+        sft_file=tmp_path / "sft.jsonl",
+    )
+    with pytest.raises(ConfigError, match="cannot be read"):
+        await preflight.preflight(spec)
+    assert ended == [True]
 
 
 def test_wandb_is_refused_when_it_is_not_installed(tmp_path: Path) -> None:

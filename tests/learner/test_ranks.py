@@ -384,6 +384,6 @@ def test_everything_of_a_micro_batch_moves_to_the_device(make):
 
 def test_a_device_that_is_not_there_is_refused(tmp_path):
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("a GPU is here, so that there is nothing to refuse")
     with pytest.raises(ConfigError, match=r'learner\.device = "cuda".*use "cpu"'):
         Ranks.join(0, 1, tmp_path / "meet", "ipc:///nowhere", "cuda")

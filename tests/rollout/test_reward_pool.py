@@ -425,16 +425,3 @@ async def test_nasty_rewards_fail_their_samples_and_nothing_else(tmp_path, capfd
 @pytest.mark.slow
 async def test_two_hundred_of_each_nasty_reward_leave_nothing_behind(tmp_path):
     await survive_nasty_rewards(tmp_path, 200)
-
-
-@pytest.mark.parametrize("turns", [1, 2, 3, 4, 6, 10])
-async def test_a_start_that_is_cut_off_at_any_moment_ends(tmp_path: Path, turns: int) -> None:
-    before = set(psutil.Process().children(recursive=True))
-    pool = RewardPool(config(tmp_path))
-    starting = asyncio.create_task(pool.start())
-    for _ in range(turns):
-        await asyncio.sleep(0)
-    starting.cancel()
-    async with asyncio.timeout(60):
-        await pool.close()
-    assert set(psutil.Process().children(recursive=True)) <= before
