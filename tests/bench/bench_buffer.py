@@ -192,8 +192,9 @@ def peer(name: str, singles: int, batches: int, repeats: int) -> dict[str, Any]:
     """
     script, numbers = HERE / "buffer_peers.py", map(str, (singles, batches, repeats))
     done = subprocess.run(
-        [str(ENVIRONMENT), str(script), name, *numbers], stdout=subprocess.PIPE, text=True
-    )
+        [str(ENVIRONMENT), str(script), name, *numbers],
+        stdout=subprocess.PIPE, text=True, timeout=600,
+    )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
         raise SystemExit(f"{name} failed; `make bench-buffer` installs what it needs")

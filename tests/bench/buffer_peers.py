@@ -131,7 +131,8 @@ if __name__ == "__main__":
     if peer == "lmdb":
         print("RESULT " + json.dumps(lmdb_rows(singles, batches)), flush=True)
         sys.exit()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    # Its controller and each of its two storage units ask for a CPU of Ray's books.
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     run = transferqueue if peer == "transferqueue" else ray_queue
     print("RESULT " + json.dumps(run(singles, batches, repeats)), flush=True)
     ray.shutdown()
