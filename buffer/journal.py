@@ -128,9 +128,8 @@ class Journal:
             CorruptData: a row is not an event.
         """
         try:
-            query = "SELECT sequence, body FROM events WHERE sequence > ? ORDER BY sequence"
-            rows = self._database.execute(query, (after,))
-            return [decode_event(body) for _, body in rows]
+            query = "SELECT body FROM events WHERE sequence > ? ORDER BY sequence"
+            return [decode_event(body) for (body,) in self._database.execute(query, (after,))]
         except (sqlite3.DatabaseError, msgspec.MsgspecError) as error:
             raise CorruptData(f"the ledger holds a row that is not an event: {error}") from error
 

@@ -218,7 +218,7 @@ class Trajectory(Record):
         Raises:
             ValueError: lengths differ, or spans do not cover the policy's tokens.
         """
-        num_policy = int(self.policy_mask.sum())
+        num_policy = int(np.count_nonzero(self.policy_mask))
         if self.policy_mask.shape != self.token_ids.shape or self.token_ids.ndim != 1:
             raise ValueError(
                 f"policy_mask {self.policy_mask.shape} and token_ids {self.token_ids.shape} "
@@ -230,9 +230,9 @@ class Trajectory(Record):
                 f"of the {num_policy} tokens the policy wrote"
             )
         for name in ("versions", "kv_version_min"):
-            covered = sum(span.length for span in getattr(self, name))
-            if covered != num_policy or any(span.length < 0 for span in getattr(self, name)):
-                raise ValueError(f"{name} covers {covered} tokens of {num_policy}")
+            lengths = [span.length for span in getattr(self, name)]
+            if sum(lengths) != num_policy or min(lengths, default=0) < 0:
+                raise ValueError(f"{name} covers {lengths} tokens of {num_policy}")
 
     @property
     def num_policy_tokens(self) -> int:

@@ -270,10 +270,11 @@ class Replay:
                     f"version {span.version} of a token is not one of this run's; orphaned"
                 )
         value = trajectory.score.value if trajectory.score.status == "scored" else None
+        logprobs = trajectory.behaviour_logprobs
         facts = Facts(
             spans=tuple((s.version.branch, s.version.step, s.length) for s in spans),
             reward=value if value is not None and math.isfinite(value) else None,
-            score_norm=float(-np.expm1(trajectory.behaviour_logprobs).sum(dtype=np.float64)),
+            score_norm=len(logprobs) - float(np.add.reduce(np.exp(logprobs), dtype=np.float64)),
         )
         self.deaths.pop(group.uid, None)
         self._emit(

@@ -121,7 +121,6 @@ class Segments:
         Raises:
             CorruptData: the file is missing or short, or the bytes are not those written.
         """
-        where = f"{self._path(ref.segment)} at {ref.offset}"
         try:
             fd = self._reading(ref.segment)
             if ref.segment == self._number and self._unwritten:
@@ -129,19 +128,24 @@ class Segments:
             record = os.pread(fd, _HEADER.size + ref.length, ref.offset)
         except FileNotFoundError as error:
             raise CorruptData(
-                f"{where} is not there (any more): old rollouts are removed above "
+                f"{self._where(ref)} is not there (any more): old rollouts are removed above "
                 "buffer.keep_rollouts_gb"
             ) from error
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise  # says nothing of the payload
-            raise CorruptData(f"{where} cannot be read: {error}") from error
+            raise CorruptData(f"{self._where(ref)} cannot be read: {error}") from error
         payload = record[_HEADER.size :]
         if record[: _HEADER.size] != _HEADER.pack(_MAGIC, ref.length, ref.digest):
-            raise CorruptData(f"{where}: the record's header is not the one that was written")
+            raise CorruptData(
+                f"{self._where(ref)}: the record's header is not the one that was written"
+            )
         if len(payload) != ref.length or xxhash.xxh3_64_intdigest(payload) != ref.digest:
-            raise CorruptData(f"{where}: the payload's checksum does not match")
+            raise CorruptData(f"{self._where(ref)}: the payload's checksum does not match")
         return payload
+
+    def _where(self, ref: Ref) -> str:
+        return f"{self._path(ref.segment)} at {ref.offset}"
 
     def _reading(self, number: int) -> int:
         """A descriptor of a file; those that were opened last stay open."""

@@ -67,6 +67,8 @@ class Group:
     ends: list[tuple[tuple[int, int], DropReason | None]] = field(default_factory=list)
     """((branch, step), drop reason) of every take and drop, those of lineages that were left
     included: one of them may be resumed later."""
+    oldest: int | None = field(default=-1, compare=False)
+    """`State.oldest_step`, asked for every open group at every take; -1: to be found again."""
 
     @property
     def attempt(self) -> int:
@@ -243,14 +245,16 @@ class State:
 
         None while no sample is READY or INFLIGHT.
         """
-        steps = [
-            min((step for _, step, n in sample.facts.spans if n), default=sample.claimed[1])
-            if sample.facts is not None
-            else sample.claimed[1]
-            for sample in group.samples
-            if sample.state in ("READY", "INFLIGHT")
-        ]
-        return min(steps, default=None)
+        if group.oldest == -1:
+            steps = [
+                min((step for _, step, n in sample.facts.spans if n), default=sample.claimed[1])
+                if sample.facts is not None
+                else sample.claimed[1]
+                for sample in group.samples
+                if sample.state in ("READY", "INFLIGHT")
+            ]
+            group.oldest = min(steps, default=None)
+        return group.oldest
 
     def needed_segment(self, resumable_step: int) -> int | None:
         """The first segment that a resume from this step, or a later one, can need; None: none.
@@ -274,14 +278,14 @@ class State:
     def apply(self, event: AnyEvent) -> None:
         """Fold one event in."""
         match event:
+            case events.Finished():  # the commonest first: a resume folds millions
+                self._finished(event)
+            case events.Claimed():
+                self._claimed(event)
             case events.Put():
                 self._put(event)
             case events.Extended():
                 self._extended(event)
-            case events.Claimed():
-                self._claimed(event)
-            case events.Finished():
-                self._finished(event)
             case events.Returned():
                 self._returned(event)
             case events.Voided():
@@ -326,7 +330,8 @@ class State:
             heapq.heappush(self.waiting, group.uid)
 
     def _settle(self, group: Group) -> None:
-        """Derive the state of a group that is not final from its samples."""
+        """Derive what follows from the samples of a group that is not final."""
+        group.oldest = -1
         words = {sample.state for sample in group.samples}
         complete = words <= {"READY", "DROPPED"}
         self.staged.pop(group.uid, None)
@@ -341,14 +346,13 @@ class State:
         if state != group.state:
             self._move(group, state)
 
-    def _close_leases(self, group: Group, indices: tuple[int, ...]) -> None:
-        """Take samples out of their leases."""
-        for index in indices:
-            lease = self.leases.get(group.samples[index].lease_id)
-            if lease is not None and group.samples[index].state == "INFLIGHT":
-                lease.open.discard(index)
-                if not lease.open:
-                    del self.leases[group.samples[index].lease_id]
+    def _close_lease(self, sample: Sample, index: int) -> None:
+        """Take a sample out of its lease."""
+        lease = self.leases.get(sample.lease_id)
+        if lease is not None and sample.state == "INFLIGHT":
+            lease.open.discard(index)
+            if not lease.open:
+                del self.leases[sample.lease_id]
 
     def _tally(self, step: int) -> Tally:
         return self.tallies.setdefault((self.path.branch, step), Tally())
@@ -406,12 +410,15 @@ class State:
 
     def _finished(self, event: events.Finished) -> None:
         group = self.groups[event.uid]
-        self._close_leases(group, (event.index,))
         sample = group.samples[event.index]
+        self._close_lease(sample, event.index)
         sample.state, sample.payload, sample.facts = "READY", event.payload, event.facts
         self.finished.add(event.facts.num_tokens)
         self._count_reward(group, event.index)
-        self._settle(group)
+        if sample.lease_id in self.leases:  # others of its lease: the group stays INFLIGHT
+            group.oldest = -1
+        else:
+            self._settle(group)
 
     def _remember_success(self, group: Group, index: int, reward: float) -> None:
         """Keep the first success of a prompt."""
@@ -445,9 +452,9 @@ class State:
 
     def _returned(self, event: events.Returned) -> None:
         group = self.groups[event.uid]
-        self._close_leases(group, event.indices)
         for index in event.indices:
             sample = group.samples[index]
+            self._close_lease(sample, index)
             if sample.state == "READY" and sample.facts is not None:  # it will be finished again
                 self.finished.add(-sample.facts.num_tokens, trajectories=-1)
                 self.rewards_since.pop((group.uid, sample.attempt, index), None)
@@ -461,9 +468,9 @@ class State:
 
     def _voided(self, event: events.Voided) -> None:
         group = self.groups[event.uid]
-        self._close_leases(group, event.indices)
         for index in event.indices:
             sample = group.samples[index]
+            self._close_lease(sample, index)
             sample.state = "DROPPED"
             sample.voided = (event.reason, (self.path.branch, event.step))
         self._count_drops(event.reason, len(event.indices), self._tally(event.step).dropped)
@@ -471,7 +478,8 @@ class State:
 
     def _dropped(self, event: events.Dropped) -> None:
         group = self.groups[event.uid]
-        self._close_leases(group, tuple(range(len(group.samples))))
+        for index, sample in enumerate(group.samples):
+            self._close_lease(sample, index)
         number = len(group.indices("READY"))
         self._count_drops(event.reason, number, self._tally(event.step).dropped)
         group.drop_reason = event.reason
@@ -592,6 +600,7 @@ class State:
         """Bring one group over to the live path as it now is."""
         if not group.samples:
             return
+        group.oldest = -1
         for index, sample in enumerate(group.samples):
             lost_void = sample.voided is not None and not self.on_path(sample.voided[1])
             if sample.state == "INFLIGHT" or lost_void:

@@ -38,7 +38,13 @@ class Candidate(NamedTuple):
     uid: int
     oldest_step: int
     """Of the oldest version that wrote a token of it."""
-    rewards: tuple[float, ...]
+    group: Group
+
+    @property
+    def rewards(self) -> list[float]:
+        """Of its scored samples."""
+        facts = [sample.facts for sample in self.group.samples]
+        return [each.reward for each in facts if each is not None and each.reward is not None]
 
 
 Order = Callable[[Candidate, int], float]
@@ -48,7 +54,7 @@ ORDERS: dict[TakeOrder, Order] = {
     "oldest": lambda group, _: group.oldest_step,
     "freshest": lambda group, _: -group.oldest_step,
     "uniform": lambda group, step: xxhash.xxh3_64_intdigest(f"{step}/{group.uid}".encode()),
-    "priority": lambda group, _: -statistics.pstdev(group.rewards) if group.rewards else 0.0,
+    "priority": lambda group, _: -statistics.pstdev(group.rewards or [0.0]),
 }
 
 
@@ -122,12 +128,7 @@ def _in_order(replay: "Replay", uids: list[int], step: int) -> list[int]:
     order, keys = ORDERS[replay.config.take_order], {}
     for uid in uids:
         group = replay.state.groups[uid]
-        rewards = tuple(
-            sample.facts.reward
-            for sample in group.samples
-            if sample.facts is not None and sample.facts.reward is not None
-        )
-        candidate = Candidate(uid, replay.age_of(group) or 0, rewards)
+        candidate = Candidate(uid, replay.age_of(group) or 0, group)
         keys[uid] = (order(candidate, step), candidate.oldest_step, uid)
     return sorted(uids, key=keys.__getitem__)
 

@@ -135,10 +135,22 @@ def test_decoded_arrays_are_read_only_views_of_their_frames() -> None:
     assert np.shares_memory(decoded.token_ids, np.frombuffer(frames[1], np.uint8))
 
 
-def test_encoding_copies_no_array() -> None:
-    original = trajectory(0, 0)
-    frames = codec.encode(original)
-    assert np.shares_memory(np.frombuffer(frames[1], np.uint8), original.token_ids)
+def test_encoding_copies_no_large_array() -> None:
+    large = np.zeros(codec.OWN_FRAME_BYTES, np.uint8)
+    frames = codec.encode(RaggedArray(values=large, offsets=np.zeros(1)))
+    assert len(frames) == 3, "each of the two kinds has its frame"
+    assert np.shares_memory(np.frombuffer(frames[1], np.uint8), large)
+
+
+def test_small_arrays_share_a_frame_and_large_ones_do_not() -> None:
+    small, large = np.arange(3, dtype=np.int8), np.arange(codec.OWN_FRAME_BYTES // 4, dtype="<i4")
+    for order in ([small] * 3, [small, large, small], [large, large, small], [small, small, large]):
+        frames = plain_bytes(codec.encode(order))
+        decoded = codec.decode(frames, list[np.ndarray])
+        for one, other in zip(order, decoded, strict=True):
+            assert_same(one, other)
+        sizes = [len(frame) for frame in frames[1:]]
+        assert sum(sizes) == sum(a.nbytes if a is large else 8 for a in order)
 
 
 def test_arrays_that_are_not_contiguous_are_sent_in_order() -> None:

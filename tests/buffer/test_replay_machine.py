@@ -442,6 +442,10 @@ class ReplayMachine(RuleBasedStateMachine):
         assert {word: n for word, n in state.counts.items() if n} == {
             word: words.count(word) for word in set(words)
         }
+        for group in state.groups.values():
+            told = state.oldest_step(group)
+            group.oldest = -1
+            assert told == state.oldest_step(group), f"{group.uid} is older than it was told"
         waiting = [uid for uid, group in state.groups.items() if group.state == "WAITING"]
         assert state.first_waiting() == min(waiting, default=None)
         leased = {
