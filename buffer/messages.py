@@ -21,7 +21,7 @@ from .records import (
     WeightsManifest,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """First element of every message; another number is refused with both numbers in the reason."""
 
 
