@@ -20,7 +20,7 @@ Metrics. Step rate. In-bound trained tokens a second: for ours, tokens that carr
     which AReaL does not make. Violations: tokens over the bound that were trained. Waste: tokens of
     finished samples that were not trained, over all; the least possible for trimming is
     E[(L - (S + 1) d)+] / E[L] with d the measured step. Length bias: mean length of the samples
-    trained over that of all finished.
+    trained over that of all finished. `docs/results/staleness.svg` draws the frontier.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import ROOT, emit
+from common import RESULTS, ROOT, emit
 from slipstream.buffer.client import BufferClient
 from slipstream.buffer.config import BufferConfig, ServiceSpec
 from slipstream.buffer.errors import Refused
@@ -305,6 +305,32 @@ def report(bound: int, steps: int, results: dict[str, dict[str, Any]], *, record
         emit(line, record=record)
 
 
+def draw(results: dict[int, dict[str, dict[str, Any]]], to: Path) -> None:
+    """The frontier: in-bound tokens/s against the bound, and against what is thrown away."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "slipstream"  # the same figures give the same file
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for arm in ("areal", *POLICIES):
+        rates = [results[bound][arm]["tokens_per_s"] for bound in results]
+        style = {"color": "black", "linestyle": "--"} if arm == "areal" else {}
+        name = "AReaL 1.0.4" if arm == "areal" else f'stale = "{arm}"'
+        left.plot(list(results), rates, "o-", label=name, **style)
+        if arm != "areal":
+            wastes = [100 * results[bound][arm]["waste"] for bound in results]
+            right.plot(wastes, rates, "o-", label=name)
+    left.set_xlabel("bound S, in steps")
+    right.set_xlabel("tokens finished and not trained, %")
+    left.set_ylabel("in-bound trained tokens / s")
+    left.set_ylim(bottom=0)
+    left.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(to, metadata={"Date": None})
+
+
 def main() -> None:
     """`bench_staleness.py [--bounds 1,2] [--steps N]`."""
     parser = argparse.ArgumentParser()
@@ -319,9 +345,12 @@ def main() -> None:
         answer = asyncio.run(Ours(options.arm, bounds[0], options.steps).run())
         print("RESULT " + json.dumps(answer), flush=True)
         return
+    found: dict[int, dict[str, dict[str, Any]]] = {}
     for bound in bounds:
-        results = measure(bound, options.steps, tuple(options.policies.split(",")))
-        report(bound, options.steps, results, record=options.steps >= STEPS)
+        found[bound] = measure(bound, options.steps, tuple(options.policies.split(",")))
+        report(bound, options.steps, found[bound].copy(), record=options.steps >= STEPS)
+    if options.steps >= STEPS and options.policies.split(",") == list(POLICIES):
+        draw(found, RESULTS / "staleness.svg")
 
 
 if __name__ == "__main__":
