@@ -73,6 +73,7 @@ class Ours:
         self.policy, self.bound, self.last = policy, bound, WARM_UP + steps
         self.trace = durations()
         self.published: list[float] = []
+        self.newer = asyncio.Event()
         self.tasks: set[asyncio.Task[None]] = set()
         self.began_s = self.ended_s = 0.0
         self.lags: dict[int, int] = {}
@@ -142,19 +143,30 @@ class Ours:
         return Ticket(prompt=prompt, sizing=sizing)
 
     async def _work(self, client: BufferClient) -> None:
-        """Claim all that is admitted, again and again."""
-        while not self.published:
-            await asyncio.sleep(0.01)
+        """Claim all that is admitted, again and again; as the rollout worker does, ask anew when a
+        version is published, beside the claim that is parked under the one before."""
         while True:
-            serving = version(len(self.published) - 1)
-            try:
-                claims = await client.claim(serving, 4 * P, wait_s=0.2)
-            except Refused:  # published meanwhile; the next claim names the new version
-                continue
-            for claim in claims.claims:
-                task = asyncio.create_task(self._episode(client, claim))
-                self.tasks.add(task)
-                task.add_done_callback(self.tasks.discard)
+            newer = asyncio.create_task(self.newer.wait())
+            self.newer.clear()
+            claim = None
+            if self.published:
+                claim = asyncio.create_task(self._claim(client))
+                self._keep(claim)
+            asked = {claim, newer} if claim else {newer}
+            await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+            newer.cancel()
+
+    async def _claim(self, client: BufferClient) -> None:
+        try:
+            claims = await client.claim(version(len(self.published) - 1), 4 * P, wait_s=2.0)
+        except Refused:  # published meanwhile
+            return
+        for claim in claims.claims:
+            self._keep(asyncio.create_task(self._episode(client, claim)))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     async def _episode(self, client: BufferClient, claim: Claim) -> None:
         began = time.monotonic()
@@ -180,6 +192,7 @@ class Ours:
             manifest = WeightsManifest(version=version(step), shards=())
             await client.publish(manifest)
             self.published.append(time.monotonic())
+            self.newer.set()
         self.ended_s = time.monotonic()
 
     def _count(self, batch: Batch) -> None:
@@ -316,9 +329,9 @@ def draw(results: dict[int, dict[str, dict[str, Any]]], to: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for arm in ("areal", *POLICIES):
         rates = [results[bound][arm]["tokens_per_s"] for bound in results]
-        style = {"color": "black", "linestyle": "--"} if arm == "areal" else {}
+        style = {"color": "black", "linestyle": "--"} if arm == "areal" else {"linestyle": "-"}
         name = "AReaL 1.0.4" if arm == "areal" else f'stale = "{arm}"'
-        left.plot(list(results), rates, "o-", label=name, **style)
+        left.plot(list(results), rates, marker="o", label=name, **style)
         if arm != "areal":
             wastes = [100 * results[bound][arm]["waste"] for bound in results]
             right.plot(wastes, rates, "o-", label=name)
