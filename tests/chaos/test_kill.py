@@ -68,7 +68,8 @@ def test_without_restarts_a_kill_ends_the_run_with_its_name_and_the_line_that_re
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [3, 200])
 def test_after_every_kill_and_resume_the_books_are_exact(run: Run, kills: int) -> None:
-    """At a random moment of the run, of a process chosen at random; nobody restarts it but us."""
+    """At a random moment of the run, of a process chosen at random; nobody restarts it but us. In
+    the end the run gets a last step, and finishes."""
     choice, killed = random.Random(kills), Counter()
     run.start("run", "chaos.toml", "cluster.restarts=0", "learner.steps=100000",
               "--output", "run", "--no-export")  # fmt: skip
@@ -87,6 +88,14 @@ def test_after_every_kill_and_resume_the_books_are_exact(run: Run, kills: int) -
     wait_until(lambda: run.lines() > before, START_DEADLINE_S)
     run.kill("supervisor", signal.SIGTERM)
     assert run.wait(START_DEADLINE_S) == 130, run.output.read_text()
+    run.start_also("audit", "run")
+    resolved = run.run_dir / "resolved.json"
+    settings = json.loads(resolved.read_text())
+    settings["learner"]["steps"] = run.step() + STEPS_PER_LIFE
+    resolved.write_text(json.dumps(settings))
+    run.start("resume", "run", "--no-export")
+    assert run.wait(2 * START_DEADLINE_S) == 0, run.output.read_text()
+    assert run.step() == settings["learner"]["steps"]
     run.start_also("audit", "run")
     assert "0 staleness violations, 0 orphaned tokens" in run.output.read_text()
     run.record_property("steps trained", run.lines())
