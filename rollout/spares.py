@@ -1,25 +1,22 @@
-"""Spare samples (backup workers): a group is issued more samples than it needs, and does not wait
-for the last ones.
+"""Spare samples (backup workers): a group is issued more than it needs, and does not wait for all.
 
-Who finishes first is who is short, so keeping the first alone pulls the update towards short
-answers. Target gradient: w g all the same. With M samples, s of them spare, and pi the probability
-with which the group waits for its spare samples (C = 1), drawn before it is issued, the update is
+Who finishes first is short, so training on the first alone pulls the update towards short answers.
+Target gradient: w g all the same. Of M samples s are spare; C = 1, with probability e, when the
+group waits for them, else 0, drawn before it is issued. The update is
 
-    (w / M) sum over i of  b_i A_i grad log pi(y_i),      b_i = 1 for a needed sample, C / pi for a
-                                                          spare one
-    A_i = (1 / (M - 1)) sum over j of  c_ij (r_i - r_j),  c_ij = C / pi when i is needed and j is
-                                                          spare, else 1
+    (w / M) sum over i of  b_i A_i grad log pi(y_i)
+    A_i = (1 / (M - 1)) sum over j of  c_ij (r_i - r_j)
 
-Proof: let the M samples be given, all of them as they end when nobody is cut. Which are needed (the
-first M - s to finish) is known before anything depends on C, so C is independent of all of it and
-E C / pi = 1: the expectation of the update is the leave-one-out estimate of the whole group, whose
-own is w g. Nothing is assumed of lengths, of how samples are served, of clocks or of who generates
-what: a group that is not cut, because several workers have a part of it, is weighed as if it were.
-Against weights 1 / P(a sample of this length is kept), the other way: those need the law of the
-lengths, grow without bound at its tail, and hold only for samples that are served alike.
+b_i = C / e for a spare sample, c_ij = C / e where i is needed and j spare, and 1 elsewhere. Proof:
+let the M samples be given, each as it ends when nobody is cut. Which are needed, the first M - s to
+finish, is settled before anything depends on C, so C is independent of all of it and E C / e = 1:
+what is left is the leave-one-out update of the whole group, with the expectation w g. Nothing is
+assumed of lengths, engines, clocks or of who generates what: a group that is not cut, because
+several workers have a part of it, is weighed as if it were. (Weights 1 / P(a sample of this length
+is kept) need the law of the lengths, and grow without bound at its tail.)
 
-Source: backup workers, Chen et al. (arXiv:1604.00981), who keep the bias; cutting at random and
-weighing what is left by 1 / probability is Russian roulette (Kahn and Harris 1951).
+Source: backup workers, Chen et al. (arXiv:1604.00981), who keep the bias; ending at random, with
+weights of 1 / probability for what goes on, is Russian roulette (Kahn and Harris 1951).
 """
 
 import asyncio
