@@ -207,8 +207,8 @@ def _check_spares(experiment: Experiment) -> Iterator[str]:
         )
     if sizing.staged:
         yield (
-            f'rollout.sizing.{key} cuts what finishes last, and sizer = "probe_then_commit" decides '
-            "on all samples of its first stage; remove it, or choose another sizer"
+            f'rollout.sizing.{key} cuts what finishes last, and sizer = "probe_then_commit" '
+            "decides on all samples of its first stage; remove it, or choose another sizer"
         )
     if sizing.length_quantile:
         yield (

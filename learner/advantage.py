@@ -87,7 +87,9 @@ def spare_advantages(
     """
     scored_G = np.array([reward is not None for reward in rewards_G], dtype=bool)
     filled_G = np.array([reward or 0.0 for reward in rewards_G])
-    weights_GG = np.where(needed_G[:, None] & ~needed_G, weight, 1.0) * (scored_G[:, None] & scored_G)
+    weights_GG = np.where(needed_G[:, None] & ~needed_G, weight, 1.0) * (
+        scored_G[:, None] & scored_G
+    )
     return (weights_GG * (filled_G[:, None] - filled_G)).sum(axis=1) / (num_samples - 1)
 
 

@@ -161,7 +161,7 @@ class SizingConfig(Settings):
     """Backup workers: so many of a group's samples are spare, those that finish last; they are cut
     once the others are finished. Cut samples are tokens without use: it pays where a few long
     answers hold engines up."""
-    wait_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    wait_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """`spare_samples`: share of the groups that wait for theirs all the same. These weigh 1 / this,
     so that the update does not lean towards short answers: smaller cuts more and is noisier."""
     length_quantile: Annotated[float, Field(ge=0, lt=1)] = 0.0

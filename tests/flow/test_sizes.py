@@ -1,4 +1,4 @@
-"""A run whose groups differ in size and have spare samples: every sample is accounted for, and every
+"""A run whose groups differ in size and have spare samples: all samples are accounted for, and each
 decision can be asked for. Locally here, under Ray in `test_ray.py`, with vLLM in `on_vllm.py`."""
 
 import json
@@ -115,7 +115,10 @@ def test_a_damaged_history_ends_a_resume_by_name_and_priors_replace_it(system):
 
 def history(run_dir: Path, folder: Path) -> History:
     """What the ledger tells, from the stored copy in a folder on, or from its beginning."""
-    made, journal = History(half_life_steps=20.0, prior_strength=2.0), Journal(run_dir, writable=False)
+    made, journal = (
+        History(half_life_steps=20.0, prior_strength=2.0),
+        Journal(run_dir, writable=False),
+    )
     made.open(folder, journal.sequence)
     made.catch_up(journal)
     journal.close()

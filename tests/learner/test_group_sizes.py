@@ -203,7 +203,8 @@ def spare_factor(make, p: float, drawn: Drawn, *, uncut: bool = False) -> float:
     learner, rng, total = config("leave_one_out", "prompt"), np.random.default_rng(0), 0.0
     other = make.group(1, [make.trajectory(1, i, rng, reward=float(i)) for i in range(2)])
     for likelihood, sizing in drawn:
-        here = M if uncut or sizing.spare_weight and sizing.spares else M - SPARES
+        waits = sizing.spares and sizing.spare_weight
+        here = M if uncut or waits else M - SPARES
         for outcome in outcomes(M):
             first = sorted(range(M), key=lambda i: (outcome[i], i))[:here]
             made = make.group(

@@ -97,6 +97,13 @@ def first_alone(chosen: list[int]) -> np.ndarray:
     return spared(chosen, 0.0) * M * (M - 1) / ((M - SPARES) * (M - SPARES - 1))
 
 
+def fewer(chosen: list[int]) -> np.ndarray:
+    """A group that has no spare samples, and is as small as the needed ones."""
+    needed = chosen[: M - SPARES]
+    made = group_advantages(CORRECT_K[needed].tolist(), "leave_one_out") / len(needed)
+    return np.append(made, np.zeros(SPARES))
+
+
 def moments(rule: Callable[[list[int]], np.ndarray]) -> tuple[np.ndarray, float]:
     """Expectation of a rule's update over every outcome, and of its square."""
     mean, square, scores_KK = np.zeros(len(PI_K)), 0.0, np.eye(len(PI_K)) - PI_K
@@ -123,7 +130,12 @@ def test_cutting_stragglers_is_biased_by_as_much_as_documented_and_waiting_at_ti
     for factor, share in told:
         share = float(share)
         ways = [moments(lambda chosen, w=w: spared(chosen, w)) for w in (1 / share, 0.0)]
-        mean, square = (share * waits + (1 - share) * cuts for waits, cuts in zip(*ways, strict=True))
+        mean, square = (
+            share * waits + (1 - share) * cuts for waits, cuts in zip(*ways, strict=True)
+        )
         assert mean == pytest.approx(true_K, abs=1e-12)
         assert f"{(square - true_K @ true_K) / noise:.1f}" == factor
     assert len(told) == 2
+    mean, square = moments(fewer)
+    (factor,) = re.findall(r"a group of 4 has ([\d.]+) times", page)
+    assert f"{(square - mean @ mean) / noise:.1f}" == factor

@@ -393,17 +393,15 @@ async def test_the_last_of_a_whole_group_is_cut_and_every_sample_is_accounted_fo
     assert len(buffer.released) == len(cut), "nothing is left open"
 
 
-SLOW_FIRST = """
+SLOW_ONCE = """
 import asyncio, itertools
 from slipstream.rollout.environments.base import Step
-made = itertools.count()
+answers = itertools.count()
 class World:
-    def __init__(self):
-        self.number = next(made)
     async def reset(self, prompt):
         return Step()
     async def step(self, action):
-        await asyncio.sleep(0 if self.number else 1000)
+        await asyncio.sleep(0 if next(answers) else 1000)
         return Step(reward=1.0, done=True)
 """
 
@@ -411,13 +409,14 @@ class World:
 async def test_an_episode_that_is_spare_is_cut_in_the_middle_of_a_turn(tiny, started):
     folder = tiny.root / "tiny"
     shutil.copytree(TINY, folder)
-    (tiny.root / "world.py").write_text(SLOW_FIRST)
+    (tiny.root / "world.py").write_text(SLOW_ONCE)
     environment = EnvironmentConfig(name=f"{tiny.root}/world.py:World", timeout_s=500)
     buffer, _, _, _, _ = await started(folder, environment)
     await buffer.change(claims=[claim(1, text="you 1 2", spares=1, spare_weight=0.0)])
     await buffer.until(lambda: len(buffer.finished) == 3 and buffer.released)
-    assert sorted(trajectory.index for trajectory, _ in buffer.finished) == [1, 2, 3]
-    assert [(what["indices"], what["reason"]) for what in buffer.released] == [([0], "cut")]
+    (cut,) = buffer.released
+    assert cut["reason"] == "cut"
+    assert {*cut["indices"], *(t.index for t, _ in buffer.finished)} == set(range(4))
 
 
 REWARD = "def score(completion, prompt):\n    return float(completion.text.count('a') > 0)\n"
