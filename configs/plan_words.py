@@ -88,8 +88,8 @@ def _sizing(experiment: Experiment) -> Iterator[str]:
     if sizing.spare_samples:
         yield (
             f"{sizing.spare_samples} samples of each group are spare: the last ones are cut, but "
-            f"in {sizing.wait_share:.0%} of the groups, where they weigh {1 / sizing.wait_share:.3g}"
-            " times. A group that several workers share is not cut."
+            f"in {sizing.wait_share:.0%} of the groups, where they weigh "
+            f"{1 / sizing.wait_share:.3g} times. A group that several workers share is not cut."
         )
     if sizing.length_quantile or sizing.length_schedule:
         yield (

@@ -55,7 +55,7 @@ def test_at_no_staleness_a_run_under_ray_equals_the_local_one_to_the_bit(
 def test_sizes_that_adapt_and_spare_samples_keep_the_books_under_ray(
     system: Any, cluster: Cluster
 ) -> None:
-    address = ("--launcher", "ray", "--address", cluster.address)
+    address = ("--launcher", "ray", "--address", str(cluster.address))
     test_sizes.check(system, test_sizes.run(system, *address))
 
 
