@@ -17,10 +17,10 @@ ScoreStatus = Literal["scored", "reward_failed", "infrastructure_failed"]
 `infrastructure_failed`: its process was lost for a reason of ours. Neither is a reward of 0."""
 
 DropReason = Literal[
-    "stale", "expired", "orphaned", "no_signal", "reward_failed", "quarantined", "skipped"
+    "stale", "expired", "orphaned", "no_signal", "reward_failed", "quarantined", "skipped", "cut"
 ]
 """`stale`, `expired` and `orphaned` issue the prompt again; the others are final. `skipped`: sized
-at no samples when it was put."""
+at no samples when it was put. `cut`: a spare sample that its group did not wait for."""
 
 REISSUED: frozenset[DropReason] = frozenset({"stale", "expired", "orphaned"})
 
@@ -124,6 +124,11 @@ class SizingDecision(Record):
     stages: tuple[Stage, ...] = ()
     """Of a group that is sized in stages, in order of index; none: one stage of weight 1. A stage's
     baseline holds the samples of earlier stages, never of later ones."""
+    spares: int = 0
+    """Of its samples, those that finish last; they are cut when `spare_weight` is 0."""
+    spare_weight: float = 1.0
+    """Of a spare sample in the loss, and of each comparison with one: 1 over the probability with
+    which the group waits for them, or 0."""
 
 
 class Ticket(Record):

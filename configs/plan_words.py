@@ -85,6 +85,12 @@ def _sizing(experiment: Experiment) -> Iterator[str]:
             "A seen prompt whose group would be mixed with a probability below "
             f"{sizing.skip_below:g} is skipped, at most {sizing.max_skips} visits in a row."
         )
+    if sizing.spare_samples:
+        yield (
+            f"{sizing.spare_samples} samples of each group are spare: the last ones are cut, but "
+            f"in {sizing.wait_share:.0%} of the groups, where they weigh "
+            f"{1 / sizing.wait_share:.3g} times. A group that several workers share is not cut."
+        )
     if sizing.length_quantile or sizing.length_schedule:
         yield (
             "Answers are cut where the length budget ends: the update follows the reward of the "

@@ -141,6 +141,8 @@ def check_sizing(experiment: Experiment) -> Iterator[str]:
     n, most = rollout.samples_per_prompt, sizing.most_samples(rollout.samples_per_prompt)
     if sizing.staged:
         yield from _check_stages(experiment)
+    if sizing.spare_samples:
+        yield from _check_spares(experiment)
     if sizing.sizer in SAME_SIZE:
         defaults = type(sizing)()
         for name in ("min_samples", "max_samples", "tokens_per_prompt"):
@@ -178,13 +180,46 @@ def _check_stages(experiment: Experiment) -> Iterator[str]:
             f"rollout.sizing.probe_samples = {k} leaves nothing of rollout.samples_per_prompt = {n}"
             " to commit; make it smaller"
         )
+    yield from _check_weights(experiment, 'sizer = "probe_then_commit"')
+
+
+def _check_weights(experiment: Experiment, key: str) -> Iterator[str]:
+    """Yield what is wrong with an objective that has to know the weights of samples."""
     objective = experiment.learner.objective
     if (objective.advantage, objective.aggregation) != ("leave_one_out", "prompt"):
         yield (
-            'rollout.sizing.sizer = "probe_then_commit" is unbiased by the weights of its stages, '
-            f'which learner.objective with advantage = "{objective.advantage}" and aggregation = '
+            f"rollout.sizing.{key} is unbiased by the weights of its samples, which learner."
+            f'objective with advantage = "{objective.advantage}" and aggregation = '
             f'"{objective.aggregation}" does not know; set advantage = "leave_one_out" and '
             'aggregation = "prompt"'
+        )
+
+
+def _check_spares(experiment: Experiment) -> Iterator[str]:
+    """Yield where spare samples cannot be told, or would be waited for anyway."""
+    n, sizing = experiment.rollout.samples_per_prompt, experiment.rollout.sizing
+    key = f"spare_samples = {sizing.spare_samples}"
+    yield from _check_weights(experiment, key)
+    if n - sizing.spare_samples < 2:
+        yield (
+            f"rollout.sizing.{key} leaves fewer than 2 of rollout.samples_per_prompt = {n} to "
+            "compare; make it smaller"
+        )
+    if sizing.staged:
+        yield (
+            f'rollout.sizing.{key} cuts what finishes last, and sizer = "probe_then_commit" '
+            "decides on all samples of its first stage; remove it, or choose another sizer"
+        )
+    if sizing.length_quantile:
+        yield (
+            f"rollout.sizing.{key} leaves mostly short answers in the history that length_quantile "
+            "follows, so budgets would shrink; remove one of them"
+        )
+    if experiment.buffer.max_staleness_steps == 0:
+        yield (
+            f"rollout.sizing.{key} cuts what finishes last, but with S = 0 (buffer."
+            "max_staleness_steps = 0) each step waits for every group, those that wait for their "
+            "spare samples included; remove it, or set max_staleness_steps to 1 or more"
         )
 
 

@@ -69,6 +69,30 @@ def staged_advantages(rewards_G: Sequence[float | None], sizes: Sequence[int]) -
     return advantages_G
 
 
+def spare_advantages(
+    rewards_G: Sequence[float | None], needed_G: np.ndarray, num_samples: int, weight: float
+) -> np.ndarray:
+    """`leave_one_out` of a group with spare samples: [G] float64.
+
+    Sum over j of c_ij (r_i - r_j) / (`num_samples` - 1), where c_ij is `weight` between a needed
+    sample i and a spare one j, else 1; the share of a spare sample has `weight`, too. Where that is
+    0 in some groups and 1 over their share in the others, the mean is the update of whole groups:
+    see `rollout/spares.py`.
+
+    Args:
+        rewards_G: as in `group_advantages`; without those that were cut.
+        needed_G: [G] bool, False for spare samples.
+        num_samples: of the group, those that were cut included.
+        weight: as `SizingDecision.spare_weight`.
+    """
+    scored_G = np.array([reward is not None for reward in rewards_G], dtype=bool)
+    filled_G = np.array([reward or 0.0 for reward in rewards_G])
+    weights_GG = np.where(needed_G[:, None] & ~needed_G, weight, 1.0) * (
+        scored_G[:, None] & scored_G
+    )
+    return (weights_GG * (filled_G[:, None] - filled_G)).sum(axis=1) / (num_samples - 1)
+
+
 def batch_advantages(
     rewards_PG: Sequence[Sequence[float | None]], kind: BatchAdvantage
 ) -> list[np.ndarray]:

@@ -23,7 +23,12 @@ from ..buffer.records import (
     Version,
 )
 from ..kernels.definition import KeptSets
-from .advantage import batch_advantages, gigpo_advantages, staged_advantages
+from .advantage import (
+    batch_advantages,
+    gigpo_advantages,
+    spare_advantages,
+    staged_advantages,
+)
 from .config import ObjectiveConfig
 from .rows import MAX_SHARED_INPUTS, Layout, Piece, lay_out, pack, row_width
 
@@ -98,17 +103,13 @@ def samples_of(groups: Sequence[TrajectoryGroup], objective: ObjectiveConfig) ->
     samples = []
     ordered_P = sorted(groups, key=lambda group: group.prompt.uid)
     ordered_PG = [sorted(g.samples, key=lambda s: s.trajectory.index) for g in ordered_P]
-    advantages_PG = _advantages(
-        [[s.trajectory for s in each] for each in ordered_PG],
-        [_stage_sizes(g.sizing, each) for g, each in zip(ordered_P, ordered_PG, strict=True)],
-        objective,
-    )
+    advantages_PG = _advantages([group.sizing for group in ordered_P], ordered_PG, objective)
     for group, ordered, advantages_G in zip(ordered_P, ordered_PG, advantages_PG, strict=True):
         shares = _shares(group.sizing, ordered)
         for sample, value, share in zip(ordered, advantages_G, shares, strict=True):
             trajectory, stale = sample.trajectory, sample.stale_prefix
             left = trajectory.num_policy_tokens - stale
-            if sample.trained and trajectory.score.value is not None and left > 0:
+            if sample.trained and trajectory.score.value is not None and left > 0 and share > 0:
                 value = value[stale:] if isinstance(value, np.ndarray) else float(value)
                 samples.append(
                     Sample(trajectory=trajectory, advantage=value, first_trained=stale, share=share)
@@ -124,8 +125,20 @@ def _stage_sizes(sizing: SizingDecision, ordered: Sequence[TrainingSample]) -> l
     return [b - a for a, b in pairwise([0, *edges, len(indices)])]
 
 
+def _needed(sizing: SizingDecision, ordered: Sequence[TrainingSample]) -> np.ndarray:
+    """[G] bool: the samples of a group that are not spare, those that finished first."""
+    order = np.argsort([s.trajectory.timings.generated_s for s in ordered], kind="stable")
+    needed_G = np.zeros(len(ordered), dtype=bool)
+    needed_G[order[: sizing.num_samples - sizing.spares]] = True
+    return needed_G
+
+
 def _shares(sizing: SizingDecision, ordered: Sequence[TrainingSample]) -> list[float]:
     """Of each sample of a group, see `Sample.share`."""
+    if sizing.spares:
+        each = sizing.weight / sizing.num_samples
+        needed_G = _needed(sizing, ordered)
+        return np.where(needed_G, each, each * sizing.spare_weight).tolist()
     weights = [stage.weight for stage in sizing.stages] or [1.0]
     shares: list[float] = []
     for size, weight in zip(_stage_sizes(sizing, ordered), weights, strict=True):
@@ -136,20 +149,29 @@ def _shares(sizing: SizingDecision, ordered: Sequence[TrainingSample]) -> list[f
 
 
 def _advantages(
-    trajectories_PG: Sequence[Sequence[Trajectory]],
-    stages_P: Sequence[Sequence[int]],
+    sizing_P: Sequence[SizingDecision],
+    ordered_PG: Sequence[Sequence[TrainingSample]],
     objective: ObjectiveConfig,
 ) -> Sequence[Sequence[float | np.ndarray]]:
     """The advantage of each sample of each group; under GiGPO of each of its N tokens."""
+    trajectories_PG = [[sample.trajectory for sample in ordered] for ordered in ordered_PG]
     if objective.advantage == "gigpo":
         return [_turn_advantages(trajectories, objective) for trajectories in trajectories_PG]
-    rewards_PG = [[t.score.value for t in trajectories] for trajectories in trajectories_PG]
     if objective.advantage == "leave_one_out":
-        pairs = zip(rewards_PG, stages_P, strict=True)
-        return [staged_advantages(rewards_G, stages).tolist() for rewards_G, stages in pairs]
+        return [_leave_one_out(*each) for each in zip(sizing_P, ordered_PG, strict=True)]
+    rewards_PG = [[t.score.value for t in trajectories] for trajectories in trajectories_PG]
     if objective.advantage == "gae":
         return [[reward or 0.0 for reward in rewards_G] for rewards_G in rewards_PG]
     return [a.tolist() for a in batch_advantages(rewards_PG, objective.advantage)]
+
+
+def _leave_one_out(sizing: SizingDecision, ordered: Sequence[TrainingSample]) -> list[float]:
+    """Of one group; what a sample is compared with follows from how the group was sized."""
+    rewards_G = [sample.trajectory.score.value for sample in ordered]
+    if sizing.spares:
+        of_spares = sizing.num_samples, sizing.spare_weight
+        return spare_advantages(rewards_G, _needed(sizing, ordered), *of_spares).tolist()
+    return staged_advantages(rewards_G, _stage_sizes(sizing, ordered)).tolist()
 
 
 def _turn_advantages(

@@ -157,6 +157,13 @@ class SizingConfig(Settings):
     skips none. Acts from the second epoch on."""
     max_skips: Annotated[int, Field(ge=0)] = 4
     """At most so many visits in a row; the next one counts for the skipped ones, too."""
+    spare_samples: Annotated[int, Field(ge=0)] = 0
+    """Backup workers: so many of a group's samples are spare, those that finish last; they are cut
+    once the others are finished. Cut samples are tokens without use: it pays where a few long
+    answers hold engines up."""
+    wait_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """`spare_samples`: share of the groups that wait for theirs all the same. These weigh 1 / this,
+    so that the update does not lean towards short answers: smaller cuts more and is noisier."""
     length_quantile: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Token budget of a request: this quantile of the lengths seen x `length_margin`, at most
     `sampling.max_new_tokens`; 0 means always that. Longer answers are cut: see docs/sizing.md."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from ..buffer import waits
@@ -123,6 +123,14 @@ class HandIn:
                 f"{self._errors_in_a_row} samples in a row cannot be generated: {error}"
             )
         await self._release(claim, [index], "quarantined", error)
+
+    async def cut(self, claim: Claim, samples: Mapping[str, int]) -> None:
+        """Give up samples (request id -> index) that their group does not wait for; for good."""
+        if samples:
+            await self._release(claim, list(samples.values()), "cut", "the others were faster")
+        for request_id in samples:
+            self._open.pop(request_id, None)
+            waits.put(request_id)
 
     async def give_back(self) -> None:
         """Release what is not handed in, so that others need not wait for the leases' expiry."""

@@ -12,11 +12,13 @@ from .config import FeederSpec, RolloutConfig
 from .history import History
 from .prompts import PromptSource
 from .sizing import Controller
+from .spares import with_spares
 
 SAVE_EVENTS = 5000
 """Events of the journal after which the stored copy of its fold is renewed."""
-COMMIT_STREAM = 2
-"""Sets the numbers that decide second stages apart from those that order and choose prompts."""
+COMMIT_STREAM, WAIT_STREAM = 2, 3
+"""Set the numbers that decide second stages, and who waits for spare samples, apart from each other
+and from those that order and choose prompts."""
 
 
 def length_limit(config: RolloutConfig, step: int) -> tuple[int, str]:
@@ -36,6 +38,11 @@ def length_limit(config: RolloutConfig, step: int) -> tuple[int, str]:
 def commit_chance(seed: int, uid: int) -> float:
     """The number in [0, 1) that decides whether a prompt's second stage is drawn."""
     return float(np.random.default_rng([seed, uid, COMMIT_STREAM]).random())
+
+
+def wait_chance(seed: int, uid: int) -> float:
+    """The number in [0, 1) that decides whether a prompt's group waits for its spare samples."""
+    return float(np.random.default_rng([seed, uid, WAIT_STREAM]).random())
 
 
 class TicketMaker:
@@ -87,7 +94,11 @@ class TicketMaker:
             for prompt, (tokens, _) in zip(prompts, budgets, strict=True)
         ]
         decisions = self._controller.decide(known, budgets)
-        return [Ticket(prompt=p, sizing=d) for p, d in zip(prompts, decisions, strict=True)]
+        sizing, seed = self._spec.rollout.sizing, self._spec.seed
+        return [
+            Ticket(prompt=p, sizing=with_spares(d, sizing, wait_chance(seed, p.uid)))
+            for p, d in zip(prompts, decisions, strict=True)
+        ]
 
     def _journal(self) -> closing[Journal]:
         """Opened each time: SQLite ties a connection to its thread."""

@@ -32,6 +32,7 @@ from .hand_in import HandIn
 from .load import InFlight
 from .rewards.pool import RewardPool
 from .samples import training_requests
+from .spares import Spares
 
 POLL_S = 2.0
 """How long a claim stays parked; a new version or free rows do not wait for it."""
@@ -74,7 +75,7 @@ class Worker:
         self._hand_in = HandIn(client, rewards, spec.name)
         rows = spec.rollout.max_concurrent_samples
         self._prefetch = max(1, rows // 8)
-        self._in_flight = InFlight(rows)
+        self._in_flight, self._spares = InFlight(rows), Spares()
         self._generating = self._generated = 0
         self._room, self._loaded, self._closing = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._lease_s = HEARTBEAT_S  # until a claim says how long its lease is
@@ -208,31 +209,38 @@ class Worker:
             for index, request in samples.values():
                 self._tasks.create_task(self._play(self._player, claim, index, request, claimed_s))
             return
-        remaining = len(samples)
+        requests = [request for _, request in samples.values()]
         try:
-            requests = [request for _, request in samples.values()]
-            async for output in self._engine.generate(requests):
-                remaining -= 1
-                self._count(-1)
-                index, request = samples[output.request_id]
-                finish = self._hand_in.finish(claim, index, request, output, claimed_s)
-                self._tasks.create_task(finish)
+            async with self._spares.race(claim, claim.indices):
+                async for output in self._engine.generate(requests):
+                    self._count(-1)
+                    index, request = samples.pop(output.request_id)
+                    output = self._spares.finished(claim, index, output)
+                    finish = self._hand_in.finish(claim, index, request, output, claimed_s)
+                    self._tasks.create_task(finish)
         finally:
-            self._count(-remaining)
+            self._count(-len(samples))
+        await self._hand_in.cut(claim, {name: index for name, (index, _) in samples.items()})
 
     async def _play(
         self, player: Player, claim: Claim, index: int, request: GenerationRequest, claimed_s: float
     ) -> None:
         """Play one sample as an episode, and hand it in."""
+        episode = None
         try:
-            episode = await player.play(self._engine, request, claim.ticket.prompt)
+            async with self._spares.race(claim, (index,)):
+                episode = await player.play(self._engine, request, claim.ticket.prompt)
         except EpisodeFailed as error:
             await self._hand_in.reject(claim, index, request.request_id, str(error))
-        else:
-            finish = self._hand_in.finish(claim, index, request, episode.output, claimed_s, episode)
-            self._tasks.create_task(finish)
+            return
         finally:
             self._count(-1)
+        if episode is None:
+            await self._hand_in.cut(claim, {request.request_id: index})
+            return
+        output = self._spares.finished(claim, index, episode.output)
+        finish = self._hand_in.finish(claim, index, request, output, claimed_s, episode)
+        self._tasks.create_task(finish)
 
     def _count(self, change: int) -> None:
         """Keep track of the samples in the engine, and of the time without any."""

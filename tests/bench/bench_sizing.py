@@ -32,6 +32,7 @@ Seeds 5-9, all three cases: the chosen rule against the chosen fixed size and th
 one; ratio of medians (peer / ours) with the paired bootstrap's 95% interval. Goal: 2 or more
 against fixed, above 1 against filter_refill. What comes out is recorded as it is.
 
+Stopped, it goes on with `--work` and the folder that it made under runs/.
 `--smoke`: two seeds in place of ten and few tokens, to see that it works; recorded nowhere.
 """
 
@@ -194,7 +195,8 @@ class Runs:
         if not path.exists():
             prompts = PROMPTS[case].model_copy(update={"size": 100_000})
             sft = SFT.model_copy(update={"examples": examples})
-            torch.save(warm_start(prompts, sft, seed=0), path)
+            torch.save(warm_start(prompts, sft, seed=0), path.with_suffix(".new"))
+            path.with_suffix(".new").rename(path)  # whole, or not there
 
     def median_tokens(self, case: str, arm: str, seeds: list[int]) -> float:
         """Over seeds."""
@@ -230,7 +232,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--choose", default="0,1,2,3,4", type=numbers)
     parser.add_argument("--confirm", default="5,6,7,8,9", type=numbers)
-    parser.add_argument("--work", type=Path, default=new_work_folder("sizing"))
+    work = new_work_folder("sizing")
+    parser.add_argument("--work", type=Path, default=work, help="of a stopped one: goes on there")
     parser.add_argument("--jobs", default=2, type=int, help="runs at the same time, a core each")
     parser.add_argument("--smoke", action="store_true", help="one seed each, few tokens")
     parser.add_argument("--dry", action="store_true", help="print, but record nothing")

@@ -257,7 +257,7 @@ class ReplayMachine(RuleBasedStateMachine):
                 self.replay.extend(uid, 1, self.ticket)
 
     @precondition(lambda self: len(self.held) > 3)
-    @rule(reason=st.sampled_from(["expired", "quarantined"]))
+    @rule(reason=st.sampled_from(["expired", "quarantined", "cut"]))
     def release(self, reason: str) -> None:
         lease_id, uid, index = self.random.choice(sorted(self.held))
         attempt, _ = self.held.pop((lease_id, uid, index))

@@ -8,6 +8,8 @@ import pytest
 from slipstream.buffer.errors import ConfigError
 from slipstream.configs.load import load_experiment, load_table
 
+WEIGHED = ("learner.objective.advantage=leave_one_out", "learner.objective.aggregation=prompt")
+
 REFUSED = [
     # what is given -> what the message must name
     (["learner.objective.clip_hgih=1"], ["clip_hgih (command line)", "did you mean 'clip_high'?"]),
@@ -31,6 +33,25 @@ REFUSED = [
     (["learner.prompts_per_step=32", "learner.updates_per_step=5"],
      ["updates_per_step = 5", "does not divide", "set updates_per_step = 4"]),
     (["rollout.samples_per_prompt=1"], ["samples_per_prompt = 1", "2 or more"]),
+    (["rollout.sizing.sizer=probe_then_commit"],
+     ['sizer = "probe_then_commit" is unbiased by the weights', 'set advantage = "leave_one_out"']),
+    ([*WEIGHED, "rollout.sizing.sizer=probe_then_commit", "rollout.sizing.probe_samples=8"],
+     ["probe_samples = 8", "make it smaller"]),
+    (["rollout.sizing.max_samples=9"], ["max_samples has no effect", "choose an adaptive sizer"]),
+    (["rollout.sizing.sizer=min_variance", "rollout.sizing.max_samples=4"],
+     ["samples_per_prompt = 8", "outside", "[2, 4]"]),
+    (["rollout.sizing.sizer=filter_refill", "buffer.drop_no_signal=false"], ["keeps them"]),
+    (["rollout.sizing.length_schedule=[[5, 9], [5, 9]]"], ["ascending steps"]),
+    (["rollout.sizing.length_cycle_steps=5"], ["length_schedule, which is empty"]),
+    (["rollout.sizing.spare_samples=1"],
+     ["spare_samples = 1 is unbiased by the weights", 'set advantage = "leave_one_out"']),
+    ([*WEIGHED, "rollout.sizing.spare_samples=7"], ["spare_samples = 7", "fewer than 2", "= 8"]),
+    ([*WEIGHED, "rollout.sizing.spare_samples=1", "rollout.sizing.sizer=probe_then_commit"],
+     ["first stage", "choose another sizer"]),
+    ([*WEIGHED, "rollout.sizing.spare_samples=1", "rollout.sizing.length_quantile=0.9"],
+     ["budgets would shrink", "remove one of them"]),
+    ([*WEIGHED, "rollout.sizing.spare_samples=1", "mode=sequential"],
+     ["each step waits for every group", "set max_staleness_steps to 1 or more"]),
     (["rollout.sampling.temperature=0"], ["temperature = 0 is greedy", "1.0 is usual"]),
     (["rollout.ratio_law=kept_set", "rollout.sampling.top_p=0.9"],
      ["kept_set", "1 <= rollout.sampling.top_k <= 512", "top_k is 0"]),
@@ -90,6 +111,7 @@ def test_everything_wrong_is_said_at_once():
     "overrides",
     [
         ["rollout.ratio_law=kept_set"],
+        [*WEIGHED, "rollout.sizing.spare_samples=2"],
         ["rollout.ratio_law=kept_set", "rollout.sampling.top_k=512", "rollout.sampling.top_p=0.9"],
         ["prompts.held_out=0", "eval.enabled=false"],
         ["buffer.max_staleness_steps=0", "buffer.stale=trim"],

@@ -41,7 +41,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-truth, flow = load("test_logprob_truth"), load("test_oracle")
+truth, flow, sizes = (load(f"test_{name}") for name in ("logprob_truth", "oracle", "sizes"))
 policy = truth.policy
 
 
@@ -133,6 +133,10 @@ def test_weights_arrive_in_flight_and_no_token_is_older_than_the_bound(system, k
         assert steps == sorted(set(steps))
         oldest = min(span.version.step for span in t.kv_version_min)
         assert oldest <= steps[0] if kv == "keep" else t.kv_version_min == t.versions
+
+
+def test_sizes_that_adapt_and_spare_samples_keep_the_books(system):
+    sizes.check(system, sizes.run(system, *ON_VLLM))
 
 
 def wait_for_step(run_dir: Path, supervisor: Any, step: int) -> None:

@@ -13,6 +13,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
+from . import test_sizes
 from .test_resume import losses, run_file, sampled
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -49,6 +50,13 @@ def test_at_no_staleness_a_run_under_ray_equals_the_local_one_to_the_bit(
     specs = [path.read_text() for path in (placed / "processes").glob("*.json")]
     assert sum('"endpoint": "tcp://' in spec for spec in specs) >= 4
     assert not any("SLIPSTREAM_CURVE" in spec for spec in specs)
+
+
+def test_sizes_that_adapt_and_spare_samples_keep_the_books_under_ray(
+    system: Any, cluster: Cluster
+) -> None:
+    address = ("--launcher", "ray", "--address", str(cluster.address))
+    test_sizes.check(system, test_sizes.run(system, *address))
 
 
 def test_two_learner_ranks_under_ray_equal_two_local_ones_and_meet_on_the_nodes_address(

@@ -3,18 +3,21 @@ advantage its expectation is each prompt's true gradient times the prompt's weig
 
 import itertools
 import math
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
-from slipstream.buffer.records import Stage
-from slipstream.learner import objective
+from slipstream.buffer.records import SizingDecision, Stage, Timings
+from slipstream.learner import batch, objective
+from slipstream.learner.advantage import spare_advantages
 from slipstream.learner.batch import samples_of
 from slipstream.learner.config import LearnerConfig, ObjectiveConfig
 from slipstream.learner.step import _part
 from slipstream.rollout.config import RolloutConfig, SizingConfig
 from slipstream.rollout.history import Known
 from slipstream.rollout.sizing import Controller
+from slipstream.rollout.spares import with_spares
 
 SIZES = (2, 3, 5)
 WEIGHTS = (1.0, 3.0, 0.5)
@@ -160,6 +163,87 @@ def test_a_baseline_never_holds_a_later_stage_and_a_lost_sample_leaves_the_other
     )
     assert [s.advantage for s in samples] == pytest.approx([1, -1, 1 - 1 / 3, -2 / 3])
     assert [s.share for s in samples] == pytest.approx([0.9, 0.9, 3.0, 3.0])
+
+
+M, SPARES, WAIT_SHARE = 5, 1, 0.25
+Drawn = list[tuple[float, SizingDecision]]
+"""(probability, decision)."""
+
+
+def cut_at_times() -> Drawn:
+    """Both ways in which the decision can fall."""
+    whole = SizingDecision(sizer="fixed", num_samples=M, max_new_tokens=256, reason="")
+    config = SizingConfig(spare_samples=SPARES, wait_share=WAIT_SHARE)
+    waits, cuts = (with_spares(whole, config, chance) for chance in (0.0, WAIT_SHARE))
+    assert (waits.spare_weight, cuts.spare_weight) == (4.0, 0.0)
+    return [(WAIT_SHARE, waits), (1 - WAIT_SHARE, cuts)]
+
+
+def always_cut() -> Drawn:
+    """A planted bias: the first to finish as an ordinary group."""
+    fewer = SizingDecision(sizer="fixed", num_samples=M - SPARES, max_new_tokens=256, reason="")
+    return [(1.0, fewer)]
+
+
+def unweighed() -> Drawn:
+    """Another: who waited counts like everybody else."""
+    return [(q, msgspec.structs.replace(d, spare_weight=min(1.0, d.spare_weight)))
+            for q, d in cut_at_times()]  # fmt: skip
+
+
+def spare_factor(make, p: float, drawn: Drawn, *, uncut: bool = False) -> float:
+    """Expected `update` of a prompt whose right answers are its long ones, over every outcome.
+
+    Args:
+        make: the fixture.
+        p: its pass rate.
+        drawn: decisions on its group.
+        uncut: nobody was cut, as where several workers share a group.
+    """
+    learner, rng, total = config("leave_one_out", "prompt"), np.random.default_rng(0), 0.0
+    other = make.group(1, [make.trajectory(1, i, rng, reward=float(i)) for i in range(2)])
+    for likelihood, sizing in drawn:
+        waits = sizing.spares and sizing.spare_weight
+        here = M if uncut or waits else M - SPARES
+        for outcome in outcomes(M):
+            first = sorted(range(M), key=lambda i: (outcome[i], i))[:here]
+            made = make.group(
+                0,
+                [make.trajectory(0, i, rng, reward=outcome[i],
+                                 timings=Timings(claimed_s=0.0, first_token_s=0.0,
+                                                 generated_s=float(place), scored_s=9.0))
+                 for place, i in enumerate(first)],
+            )  # fmt: skip
+            groups = [msgspec.structs.replace(made, sizing=sizing), other]
+            total += likelihood * chance_of(outcome, p) * update(groups, learner, 0, p)
+    return total * 2 * 256
+
+
+BINS = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
+
+
+@pytest.mark.parametrize("p", BINS)
+def test_a_group_whose_spare_samples_are_cut_at_times_is_the_true_gradient(make, p):
+    assert spare_factor(make, p, cut_at_times()) == pytest.approx(1, rel=1e-9)
+    assert spare_factor(make, p, cut_at_times(), uncut=True) == pytest.approx(1, rel=1e-9)
+
+
+def test_the_documented_bias_of_cutting_the_last_is_the_exact_one(make):
+    page = (Path(__file__).parents[2] / "docs" / "sizing.md").read_text()
+    (row,) = [line.split("|") for line in page.splitlines() if line.startswith("| first 4 of 5")]
+    assert [cell.strip() for cell in row[2:-1]] == [
+        f"{spare_factor(make, p, always_cut()):.2f}" for p in BINS
+    ]
+
+
+@pytest.mark.parametrize("p", [0.05, 0.9])
+def test_the_planted_biases_of_spare_samples_are_seen(make, p, monkeypatch):
+    assert abs(spare_factor(make, p, always_cut()) - 1) > 0.1
+    assert abs(spare_factor(make, p, unweighed()) - 1) > 0.02
+    monkeypatch.setattr(  # shares are right, but the baselines of needed samples are not
+        batch, "spare_advantages", lambda r, needed, m, weight: spare_advantages(r, needed, m, 1.0)
+    )
+    assert abs(spare_factor(make, p, cut_at_times()) - 1) > 0.02
 
 
 @pytest.mark.parametrize(

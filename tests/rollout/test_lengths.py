@@ -2,13 +2,14 @@
 known lengths: without bias for the objective that it names, and so far from the uncut one."""
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from slipstream.buffer.records import Completion
-from slipstream.learner.advantage import group_advantages
+from slipstream.learner.advantage import group_advantages, spare_advantages
 from slipstream.rollout.rewards.shaping import Length
 
 LENGTH_K = np.array([2, 2, 6, 6, 12, 12])
@@ -76,47 +77,65 @@ def test_the_documented_biases_of_cutting_and_shaping_are_the_exact_ones():
     assert exact["cut"][1] < exact["neither"][1], "cutting teaches short answers"
 
 
-SPARE = 1
+M, SPARES = 5, 1
 
 
-def cut_off(chosen: list[int]) -> np.ndarray:
-    """[samples] weights on the scores of a group of G + SPARE of which the G first to finish
-    are trained and the others cut: the fastest are the shortest, equal ones by index."""
-    fast = sorted(range(len(chosen)), key=lambda i: (LENGTH_K[chosen[i]], i))[:G]
-    weights = np.zeros(len(chosen))
-    rewards = CORRECT_K[[chosen[i] for i in fast]]
-    weights[fast] = group_advantages(rewards.tolist(), "leave_one_out") / G
-    return weights
+def spared(chosen: list[int], weight: float) -> np.ndarray:
+    """[samples] weights on the scores of a group whose first M - SPARES samples to finish are
+    needed: the shortest, equal ones by index. Without a `weight` the others are cut."""
+    fast = sorted(range(M), key=lambda i: (LENGTH_K[chosen[i]], i))
+    needed = np.isin(range(M), fast[: M - SPARES])
+    kept = needed | (weight > 0)
+    rewards = CORRECT_K[chosen][kept].tolist()
+    made = np.zeros(M)
+    made[kept] = spare_advantages(rewards, needed[kept], M, weight) / M
+    return np.where(needed, 1.0, weight) * made
 
 
-def whole(chosen: list[int]) -> np.ndarray:
-    """The same with nobody cut."""
-    advantages = group_advantages(CORRECT_K[chosen].tolist(), "leave_one_out")
-    return advantages / len(chosen)
+def first_alone(chosen: list[int]) -> np.ndarray:
+    """The first to finish as if they were the group."""
+    return spared(chosen, 0.0) * M * (M - 1) / ((M - SPARES) * (M - SPARES - 1))
 
 
-def expected(rule: Callable[[list[int]], np.ndarray]) -> np.ndarray:
-    total, scores_KK = np.zeros(len(PI_K)), np.eye(len(PI_K)) - PI_K
-    for outcome in itertools.product(range(len(PI_K)), repeat=G + SPARE):
+def fewer(chosen: list[int]) -> np.ndarray:
+    """A group that has no spare samples, and is as small as the needed ones."""
+    needed = chosen[: M - SPARES]
+    made = group_advantages(CORRECT_K[needed].tolist(), "leave_one_out") / len(needed)
+    return np.append(made, np.zeros(SPARES))
+
+
+def moments(rule: Callable[[list[int]], np.ndarray]) -> tuple[np.ndarray, float]:
+    """Expectation of a rule's update over every outcome, and of its square."""
+    mean, square, scores_KK = np.zeros(len(PI_K)), 0.0, np.eye(len(PI_K)) - PI_K
+    for outcome in itertools.product(range(len(PI_K)), repeat=M):
         chosen = list(outcome)
-        total += PI_K[chosen].prod() * rule(chosen) @ scores_KK[chosen]
-    return total
+        update = rule(chosen) @ scores_KK[chosen]
+        mean += PI_K[chosen].prod() * update
+        square += PI_K[chosen].prod() * update @ update
+    return mean, square
 
 
 def test_cutting_stragglers_is_biased_by_as_much_as_documented_and_waiting_at_times_is_not():
-    """Waiting for the stragglers with probability e, the difference to the cut group weighed 1/e:
-    E = cut + e (whole - cut)/e = whole."""
     page = (Path(__file__).parents[2] / "docs" / "sizing.md").read_text()
-    (row,) = [line.split("|") for line in page.splitlines() if line.startswith("| stragglers cut")]
+    (row,) = [line.split("|") for line in page.splitlines() if line.startswith("| the last of 5")]
     true_K, length_K = gradient(CORRECT_K), gradient(LENGTH_K.astype(float))
-    biased = expected(cut_off)
+    biased, _ = moments(first_alone)
     found = [biased @ true_K / (true_K @ true_K), biased @ length_K]
     assert [round(value, 2) for value in found] == [float(cell) for cell in row[2:4]]
     assert found[1] < 0.9 * true_K @ length_K, "it teaches short answers"
-    share = 0.25
-
-    def waited(chosen: list[int]) -> np.ndarray:
-        return (whole(chosen) - cut_off(chosen)) / share + cut_off(chosen)
-
-    mixed = (1 - share) * biased + share * expected(waited)
-    assert mixed == pytest.approx(true_K, abs=1e-12)
+    whole, square = moments(lambda chosen: spared(chosen, 1.0))
+    assert whole == pytest.approx(true_K, abs=1e-12)
+    noise = square - true_K @ true_K
+    told = re.findall(r"([\d.]+) times at `wait_share = ([\d.]+)`", page)
+    for factor, share in told:
+        share = float(share)
+        ways = [moments(lambda chosen, w=w: spared(chosen, w)) for w in (1 / share, 0.0)]
+        mean, square = (
+            share * waits + (1 - share) * cuts for waits, cuts in zip(*ways, strict=True)
+        )
+        assert mean == pytest.approx(true_K, abs=1e-12)
+        assert f"{(square - true_K @ true_K) / noise:.1f}" == factor
+    assert len(told) == 2
+    mean, square = moments(fewer)
+    (factor,) = re.findall(r"a group of 4 has ([\d.]+) times", page)
+    assert f"{(square - mean @ mean) / noise:.1f}" == factor

@@ -26,7 +26,8 @@ from slipstream.rollout.config import (
 from slipstream.rollout.history import Known
 from slipstream.rollout.prompts import PromptSource
 from slipstream.rollout.sizing import Controller
-from slipstream.rollout.tickets import TicketMaker, commit_chance, length_limit
+from slipstream.rollout.spares import with_spares
+from slipstream.rollout.tickets import TicketMaker, commit_chance, length_limit, wait_chance
 
 WINDOWS = 1500
 GROUPS = 32
@@ -275,6 +276,28 @@ def test_the_defaults_decide_what_they_always_did():
     (decision,) = Controller(config, by_std=True).decide([known], [(256, "")])
     assert (decision.sizer, decision.num_samples, decision.max_new_tokens) == ("fixed", 4, 256)
     assert (decision.weight, decision.reason) == (1.0, "rollout.samples_per_prompt")
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.floats(0, 1, exclude_max=True))
+def test_spare_samples_are_among_those_of_the_size_and_two_are_always_needed(size, spare, chance):
+    sized = SizingDecision(sizer="fixed", num_samples=size, max_new_tokens=8, reason="by hand")
+    decision = with_spares(sized, SizingConfig(spare_samples=spare, wait_share=0.25), chance)
+    assert decision.num_samples == size, "what the budget allowed, and no more"
+    assert decision.spares == max(0, min(spare, size - 2))
+    assert (decision == sized) == (decision.spares == 0)
+    if decision.spares:
+        assert decision.spare_weight == (4.0 if chance < 0.25 else 0.0)
+        word = "each counts 4.00 times" if chance < 0.25 else "cut once the others are in"
+        assert f"by hand; {decision.spares} spare, " in decision.reason
+        assert word in decision.reason
+
+
+def test_who_waits_for_spare_samples_follows_from_the_seed_and_the_prompt_alone(tmp_path):
+    source = PromptSource(PromptsConfig(size=50, held_out=5), 0)
+    maker = TicketMaker(spec(tmp_path, spare_samples=1, wait_share=0.25), source)
+    waits = [ticket.sizing.spare_weight > 0 for ticket in maker.tickets(range(800))]
+    assert waits == [wait_chance(0, uid) < 0.25 for uid in range(800)]
+    assert abs(np.mean(waits) - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 800)
 
 
 def test_a_group_of_hundreds_is_an_ordinary_size():

@@ -1,7 +1,9 @@
 """The worker's loop: against a scripted buffer for what goes wrong, then against the real one."""
 
 import asyncio
+import shutil
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,21 +28,29 @@ from slipstream.buffer.records import (
     Ticket,
 )
 from slipstream.buffer.service import BufferService
-from slipstream.rollout.config import RewardConfig, RolloutConfig, SamplingConfig, WorkerSpec
+from slipstream.rollout.config import (
+    EnvironmentConfig,
+    RewardConfig,
+    RolloutConfig,
+    SamplingConfig,
+    WorkerSpec,
+)
 from slipstream.rollout.rewards.pool import RewardPool
+from slipstream.rollout.samples import training_requests
 from slipstream.rollout.sampling import sample_key
 from slipstream.rollout.worker import Worker, make_engine
 
 DEADLINE_S = 20
+TINY = Path(__file__).parents[2] / "kernels" / "tiny"
 
 
-def ticket(uid: int, text: str = "ab", samples: int = 4, tokens: int = 12) -> Ticket:
-    """A prompt of `len(text)` tokens."""
+def ticket(uid: int, text: str = "ab", samples: int = 4, tokens: int = 12, **more) -> Ticket:
+    """A prompt of `len(text)` tokens; `more` are fields of its sizing decision."""
     prompt = Prompt(
         uid=uid, source_id=f"t/{uid}", task="t", messages=(Message(role="user", content=text),)
     )
     sizing = SizingDecision(
-        sizer="fixed", num_samples=samples, max_new_tokens=tokens, reason="test"
+        sizer="fixed", num_samples=samples, max_new_tokens=tokens, reason="test", **more
     )
     return Ticket(prompt=prompt, sizing=sizing)
 
@@ -116,6 +126,9 @@ class ScriptedRewards:
     def describe(self):
         return "scripted"
 
+    def note(self, score):
+        """An episode brings its own."""
+
     def raise_if_failing(self):
         if self.error:
             raise self.error
@@ -137,12 +150,13 @@ async def started(tiny):
     """A function that starts a worker; returns (buffer, rewards, engine, task, spec)."""
     tasks = []
 
-    async def start(**rollout):
-        folder = tiny.folder("llama")
+    async def start(folder=None, environment=None, **rollout):
+        folder = folder or tiny.folder("llama")
         settings = {"max_concurrent_samples": 8, "samples_per_prompt": 4, **rollout}
         spec = WorkerSpec(
             run_id="r", run_dir=tiny.root, endpoint="", name="worker-0", seed=7, dtype="float32",
             model_dir=folder, rollout=RolloutConfig(**settings), reward=RewardConfig(),
+            environment=environment,
         )  # fmt: skip
         engine = make_engine(spec)
         tiny.engines.append(engine)
@@ -316,6 +330,93 @@ async def test_evaluations_run_at_their_pinned_version_whatever_the_training_eng
     for what in buffer.evaluated:
         found[what["job_id"], what["text"], what["num_tokens"]] += 1
     assert found == expected
+
+
+def claim_of(uid: int, indices, **more) -> Claim:
+    """Some samples of a prompt whose lengths, drawn by its keys, are far apart."""
+    made = ticket(uid, tokens=240, spares=1, **more)
+    lease_id = f"lease-{uid}-{min(indices)}"
+    return Claim(lease_id=lease_id, ticket=made, attempt=0, indices=tuple(indices), lease_s=60)
+
+
+async def whole_lengths(tiny, spec, manifest) -> tuple[int, dict[int, list[int]]]:
+    """A uid, and the tokens of its four samples, none of them cut: all are long enough for several
+    claims to be made meanwhile, and one is by far the longest."""
+    engine = tiny.engine(spec.model_dir)
+    await engine.load(manifest)
+    for uid in range(200):
+        requests = training_requests(claim_of(uid, range(4)), (2, 3), spec.rollout, spec.seed)
+        outputs = await tiny.outputs(engine, [request for _, request in requests.values()])
+        found = {requests[name][0]: o.token_ids.tolist() for name, o in outputs.items()}
+        lengths = sorted(map(len, found.values()))
+        if lengths[0] >= 30 and lengths[3] >= lengths[2] + 30:
+            return uid, found
+    raise AssertionError("no such prompt")
+
+
+@pytest.mark.parametrize(
+    ("parts", "weight", "num_cut"),
+    [
+        ([range(4)], 0.0, 1),
+        ([range(2), range(2, 4)], 0.0, 1),
+        ([range(4)], 4.0, 0),
+        ([range(1, 4)], 0.0, 0),
+    ],
+    ids=["whole", "in two claims", "waited for", "another worker has one"],
+)
+async def test_the_last_of_a_whole_group_is_cut_and_every_sample_is_accounted_for(
+    tiny, started, parts, weight, num_cut
+):
+    buffer, _, engine, task, spec = await started()
+    uid, whole = await whole_lengths(tiny, spec, buffer.manifest)
+    await buffer.change(claims=[claim_of(uid, part, spare_weight=weight) for part in parts])
+    held = {index for part in parts for index in part}
+    await buffer.until(lambda: len(buffer.finished) + len(buffer.released) == len(held))
+    kept = [trajectory for trajectory, _ in buffer.finished]
+    cut = {i for what in buffer.released for i in what["indices"]}
+    assert len(cut) == num_cut
+    assert {t.index for t in kept} == held - cut
+    assert all(what["reason"] == "cut" for what in buffer.released)
+    for t in kept:
+        assert t.token_ids[2:].tolist() == whole[t.index], "what is kept is as if nobody was cut"
+    assert not cut or max(whole, key=lambda i: len(whole[i])) in cut
+    assert len({t.timings.generated_s for t in kept}) == len(kept), "no two finish at once"
+    async with asyncio.timeout(DEADLINE_S):
+        while engine.stats().running:
+            await asyncio.sleep(0.01)
+    written = sum(len(tokens) for tokens in whole.values())
+    assert engine.stats().generated_tokens < written or not num_cut, "it stopped early"
+    await buffer.change(claims=[claim(uid + 1000)])
+    await buffer.until(lambda: len(buffer.finished) == len(kept) + 4)
+    await buffer.change(closing=True)
+    await asyncio.wait_for(task, 5)
+    assert len(buffer.released) == len(cut), "nothing is left open"
+
+
+SLOW_ONCE = """
+import asyncio, itertools
+from slipstream.rollout.environments.base import Step
+answers = itertools.count()
+class World:
+    async def reset(self, prompt):
+        return Step()
+    async def step(self, action):
+        await asyncio.sleep(0 if next(answers) else 1000)
+        return Step(reward=1.0, done=True)
+"""
+
+
+async def test_an_episode_that_is_spare_is_cut_in_the_middle_of_a_turn(tiny, started):
+    folder = tiny.root / "tiny"
+    shutil.copytree(TINY, folder)
+    (tiny.root / "world.py").write_text(SLOW_ONCE)
+    environment = EnvironmentConfig(name=f"{tiny.root}/world.py:World", timeout_s=500)
+    buffer, _, _, _, _ = await started(folder, environment)
+    await buffer.change(claims=[claim(1, text="you 1 2", spares=1, spare_weight=0.0)])
+    await buffer.until(lambda: len(buffer.finished) == 3 and buffer.released)
+    (cut,) = buffer.released
+    assert cut["reason"] == "cut"
+    assert {*cut["indices"], *(t.index for t, _ in buffer.finished)} == set(range(4))
 
 
 REWARD = "def score(completion, prompt):\n    return float(completion.text.count('a') > 0)\n"
