@@ -137,5 +137,5 @@ def test_cutting_stragglers_is_biased_by_as_much_as_documented_and_waiting_at_ti
         assert f"{(square - true_K @ true_K) / noise:.1f}" == factor
     assert len(told) == 2
     mean, square = moments(fewer)
-    (factor,) = re.findall(r"a group of 4 has ([\d.]+) times", page)
+    (factor,) = re.findall(r"a group of 4\s+has ([\d.]+) times", page)
     assert f"{(square - mean @ mean) / noise:.1f}" == factor
