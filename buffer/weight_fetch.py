@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import msgspec
 import numpy as np
+import xxhash
 import zmq
 
 from . import codec
@@ -39,7 +40,7 @@ from .weight_chunks import (
     chunk_slice,
     num_chunks,
 )
-from .weight_files import map_file
+from .weight_files import Mappings, copy_digested
 from .weight_holder import Holder, Offer, connect
 
 WINDOW = 4
@@ -68,7 +69,7 @@ class Inbox:
         """
         self._folder, self._always, self._deadline_s = folder, always, deadline_s
         self._users = use(folder)
-        self.holder = Holder(endpoint)
+        self.holder, self.mappings = Holder(endpoint), Mappings()
         self.resumed, self.refused, self.lost = 0, 0, 0
         """Chunks that an earlier try had left; whose digest differed; relays that fell silent."""
 
@@ -85,14 +86,15 @@ class Inbox:
             PeerLost: a publisher was silent for the deadline, and its file is not visible here.
             CorruptData: a publisher no longer has it, or sends what is not what was published.
         """
-        shards = tuple(
-            self._fetch(shard) if shard.holder and (self._always or not Path(shard.path).exists())
-            else shard
-            for shard in manifest.shards
-        )  # fmt: skip
-        with _locked(self._folder / "lock"):
-            self._forget(len(shards) * (KEPT_VERSIONS + 1))  # one may be evaluated
-        return WeightsManifest(version=manifest.version, shards=shards)
+        base = self._here(manifest.base) if manifest.base else None
+        shards = tuple(map(self._here, manifest.shards))
+        with _locked(self._folder / "lock"):  # one more may be evaluated
+            self._forget(len(shards) * (KEPT_VERSIONS + 1) + (base is not None))
+        return WeightsManifest(version=manifest.version, shards=shards, base=base)
+
+    def _here(self, shard: Shard) -> Shard:
+        seen = not shard.holder or (not self._always and Path(shard.path).exists())
+        return shard if seen else self._fetch(shard)
 
     def _fetch(self, shard: Shard) -> Shard:
         path = self._folder / f"{shard.digest}.safetensors"
@@ -171,26 +173,27 @@ class Fetch:
         expected = (num_chunks(self._shard.num_bytes), 16)
         if plan.num_bytes != self._shard.num_bytes or plan.digests.shape != expected:
             raise CorruptData(f"weights {self._path}: the publisher's plan is not of this shard")
-        bytes_N = map_file(self._path, plan.num_bytes)
+        bytes_N = self._inbox.mappings.of(self._path, plan.num_bytes)
         self._offer = Offer(bytes_N, plan.digests)
         for number in range(0 if self._fresh else len(plan.digests)):
-            self._verify(number, bytes_N[chunk_slice(number, plan.num_bytes)])
+            self._verify(number, chunk_digest(bytes_N[chunk_slice(number, plan.num_bytes)]))
         self._inbox.resumed += len(self._offer.verified)
         self._inbox.holder.offers[self._shard.digest] = self._offer
 
-    def _verify(self, number: int, bytes_N: np.ndarray) -> bool:
+    def _verify(self, number: int, digest: bytes) -> bool:
         assert self._offer is not None
-        if chunk_digest(bytes_N) != self._offer.digests_C16[number].tobytes():
+        if digest != self._offer.digests_C16[number].tobytes():
             return False
         self._offer.verified.add(number)
         self._news.append(number)
         return True
 
     def _ask(self, wanted: int = WINDOW) -> None:
-        """Report and ask for more, when there is room and no such question is open."""
-        now = time.monotonic()
+        """Report and ask for more, when there is room and no such question is open; the last report
+        (`wanted` 0) waits for nothing."""
         room = max(0, wanted - len(self._coming))
-        if self._asking or now < self._ask_at_s or (2 * room < wanted and not self._silent):
+        early = time.monotonic() < self._ask_at_s or (2 * room < wanted and not self._silent)
+        if self._asking or (wanted and early):
             return
         self._asking = True
         self._send(
@@ -231,8 +234,8 @@ class Fetch:
         assert self._offer is not None
         target_N = self._offer.bytes_N[chunk_slice(number, self._offer.bytes_N.nbytes)]
         if bytes_N.nbytes == target_N.nbytes:
-            target_N[:] = bytes_N
-            if self._verify(number, target_N):
+            copy_digested(target_N, bytes_N, hasher := xxhash.xxh3_128())
+            if self._verify(number, hasher.digest()):
                 return
         self._inbox.refused += 1
         self._refusals[number] += 1

@@ -9,7 +9,7 @@ Shape suffixes: H heads, d head size, D the wider one.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -53,9 +53,11 @@ def wider_heads(config: PretrainedConfig, known: Sequence[int]) -> dict[str, Any
     }
 
 
-def widen_heads(tensors: Mapping[str, Tensor], old: int, new: int) -> Iterator[tuple[str, Tensor]]:
+def widen_heads(
+    weights: Iterable[tuple[str, Tensor]], old: int, new: int
+) -> Iterator[tuple[str, Tensor]]:
     """Yield weights by their transformers names, those of attention with heads of `new` numbers."""
-    for name, weight in tensors.items():
+    for name, weight in weights:
         part = name.split(".")[-2] if "." in name else ""
         if old == new or part not in ("q_proj", "k_proj", "v_proj", "o_proj"):
             yield name, weight
