@@ -106,7 +106,8 @@ def published_adapter(model: PreTrainedModel, base_digest: str) -> dict[str, Ten
     """What engines merge onto the base whose file has this digest; no copies of A and B."""
     layers = _layers(model)
     scale = next(iter(layers.values())).scaling[_NAME]
-    return adapter_tensors({name: _pair(layer) for name, layer in layers.items()}, scale, base_digest)
+    pairs = {name: _pair(layer) for name, layer in layers.items()}
+    return adapter_tensors(pairs, scale, base_digest)
 
 
 def _pair(layer: Any) -> tuple[Tensor, Tensor]:

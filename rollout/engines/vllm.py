@@ -200,9 +200,8 @@ class VllmEngine:
         """The manifest's files as the core will look at them, once they are proved."""
         try:
             files = [file_identity(Path(shard.path)) for shard in manifest.files]
-            tensors = read_verified(manifest)
             # Shapes only: adapters are merged in the core.
-            shapes = {name: each.to("meta") if each.ndim else each for name, each in tensors.items()}
+            shapes = {n: t.to("meta") if t.ndim else t for n, t in read_verified(manifest).items()}
             check_fit(self._empty, dict(merged(shapes)))
         except (OSError, ModelError) as error:
             raise CorruptData(f"weights of version {manifest.version}: {error}") from error

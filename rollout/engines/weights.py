@@ -20,7 +20,6 @@ from ...kernels.adapters import base_of
 from ...kernels.models import DTYPE_NAMES, check_fit
 from .linear import Linear
 
-
 _bases: dict[tuple[Shard, int, int], dict[str, Tensor]] = {}
 """The base of adapters that this process has verified, mapped, by its shard, inode and time of
 change: every version is merged onto it, and its file is as large as all weights."""

