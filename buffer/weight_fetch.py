@@ -151,7 +151,7 @@ class Fetch:
         """Until every chunk is verified; see `Inbox.local`."""
         self._deadline_s = deadline_s
         try:
-            self._send(self._shard.holder, AskPlan(digest=self._shard.digest))
+            self._send("", AskPlan(digest=self._shard.digest))
             while not self._offer or len(self._offer.verified) < len(self._offer.digests_C16):
                 if self._offer:
                     self._ask()
@@ -197,7 +197,7 @@ class Fetch:
             return
         self._asking = True
         self._send(
-            self._shard.holder,
+            "",
             AskSources(
                 digest=self._shard.digest,
                 receiver=self._inbox.holder.address,
@@ -256,8 +256,10 @@ class Fetch:
         own.close()
 
     def _send(self, address: str, ask: Ask) -> None:
+        """To a source of chunks; what is not a chunk is asked of the publisher by "", over another
+        connection, whose answers do not wait behind the chunks that it sends us."""
         if address not in self._sockets:
-            self._sockets[address] = connect(self._context, address)
+            self._sockets[address] = connect(self._context, address or self._shard.holder)
             self._poller.register(self._sockets[address], zmq.POLLIN)
         self._sockets[address].send_multipart(codec.encode(ask))
 
@@ -272,13 +274,14 @@ class Fetch:
         for address, own in list(self._sockets.items()):
             if own not in ready:
                 continue
-            if address == publisher:
+            source = address or publisher
+            if source == publisher:
                 self._heard_s = now
             frames = [frame.buffer for frame in own.recv_multipart(copy=False)]
             try:
-                yield address, codec.decode(frames, Answer)
+                yield source, codec.decode(frames, Answer)
             except WireError as error:
-                raise CorruptData(f"weights {self._shard.path}, {address}: {error}") from error
+                raise CorruptData(f"weights {self._shard.path}, {source}: {error}") from error
         patience_s = min(RELAY_DEADLINE_S, self._deadline_s)
         late = {s for s, asked_s in self._coming.values() if now - asked_s > patience_s}
         for source in late - {publisher}:
