@@ -8,6 +8,7 @@ or a chunk that is refused again and again, is an error.
 """
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import shutil
@@ -51,6 +52,8 @@ DEADLINE_S = 30.0
 RELAY_DEADLINE_S = 10.0
 """A relay that is silent for so long is not asked again for this shard."""
 MAX_REFUSALS = 5
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+"""glibc's numbers of what `keep_freed_memory` sets."""
 
 
 class Inbox:
@@ -68,6 +71,7 @@ class Inbox:
             deadline_s: of the publisher's silence.
         """
         self._folder, self._always, self._deadline_s = folder, always, deadline_s
+        keep_freed_memory()
         self._users = use(folder)
         self.holder, self.mappings = Holder(endpoint), Mappings()
         self.resumed, self.refused, self.lost = 0, 0, 0
@@ -303,6 +307,14 @@ class Fetch:
                 f"weights {self._shard.path}: {publisher.partition(' ')[0]} has not answered for "
                 f"{self._deadline_s:g} s; its process is gone or frozen"
             )
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep up to 64 MiB of what is freed. It would give every chunk's memory back,
+    and fresh pages for the next one cost as much as copying it; no effect without glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        for setting, num_bytes in ((_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 64 << 20)):
+            ctypes.CDLL(None).mallopt(setting, num_bytes)
 
 
 def use(folder: Path) -> BinaryIO:

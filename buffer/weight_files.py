@@ -27,7 +27,7 @@ from .filesystem import naming_a_full_disk
 from .records import Shard, Version, WeightsManifest
 from .weight_holder import Holder, Offer
 
-PIECE_BYTES = 1 << 18
+PIECE_BYTES = 1 << 19
 """Copied, then digested while it is still in the processor's cache."""
 ALIGNMENT = 8
 """Of the first tensor's bytes, as safetensors wants it."""

@@ -197,7 +197,7 @@ def watched() -> Iterator[list[int]]:
 
 
 def publishing_rank(spec: LearnerSpec, told: "multiprocessing.Queue[tuple[int, int]]") -> None:
-    """One of several learner ranks: tells the bytes of its shard, and what publishing took on top."""
+    """One of several learner ranks: tells the bytes of its shard, and what publishing adds."""
     trainer = Trainer(spec)
     trainer.prepare(threading.Event())
     shard_bytes = sum(rows.nbytes for rows in trainer.policy.rows.values())

@@ -17,7 +17,7 @@ KNOWN = (32, 64)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "passed"),
-    [("rollout/on_vllm.py", 23), ("flow/on_vllm.py", 13)],
+    [("rollout/on_vllm.py", 23), ("flow/on_vllm.py", 11)],
     ids=["engine", "runs"],
 )
 def test_vllm_in_an_environment_that_has_it(file, passed, record_property):
