@@ -188,10 +188,12 @@ def wait_for_step(run_dir: Path, supervisor: Any, step: int) -> None:
 
 def test_smollm2_keeps_the_law_in_flight_and_through_a_kill(system):
     system.make_inputs(torch.float32)
+    stories = [json.dumps({"prompt": f"A long story about {n} cats, please."}) for n in range(99)]
+    (system.folder / "prompts.jsonl").write_text("\n".join(stories))  # longer than a step takes
     system.experiment(steps=5, dtype="float32", max_concurrent=16, checkpoint_every=2)
     supervisor = system.start(
         "run", "experiment.toml", *ON_VLLM, *SMOLLM2, "mode=async", "buffer.max_staleness_steps=2",
-        "rollout.sampling.max_new_tokens=160", "rollout.samples_per_prompt=2",
+        "rollout.sampling.max_new_tokens=128", "rollout.samples_per_prompt=2",
         "learner.prompts_per_step=2", "--output", "run", "--no-export",
     )  # fmt: skip
     run_dir = system.folder / "run"
