@@ -232,8 +232,8 @@ def test_three_runs_in_bf16_stay_in_the_band_and_learn(system):
     for seed in range(3):
         run_dir = system.folder / f"run-{seed}"
         system.start(
-            "run", "quickstart", "model=start/export", "sft=false", *ON_VLLM, "dtype=bfloat16", "mode=sequential",
-            f"seed={seed}", "rollout.workers=1", "learner.prompts_per_step=16",
+            "run", "quickstart", "model=start/export", "sft=false", *ON_VLLM, "dtype=bfloat16",
+            "mode=sequential", f"seed={seed}", "rollout.workers=1", "learner.prompts_per_step=16",
             f"learner.steps={BF16_STEPS}", "eval.enabled=false", "--output", run_dir.name,
             "--no-export",
         ).ended(timeout_s=DEADLINE_S)  # fmt: skip
