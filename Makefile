@@ -107,7 +107,7 @@ test-long: .venvs/vllm/.installed
 
 bench-buffer: .venvs/transferqueue/.installed
 
-bench-rollout: .venvs/vllm/.installed
+bench-rollout bench-weights: .venvs/vllm/.installed
 
 bench-staleness: .venvs/areal/.installed
 

@@ -64,7 +64,7 @@ def verify(manifest: WeightsManifest) -> None:
     Raises:
         CorruptData: a shard is missing or its bytes differ.
     """
-    for shard in manifest.shards:
+    for shard in manifest.files:
         check_shard(shard, *file_digest(Path(shard.path)), manifest.version)
 
 
@@ -150,7 +150,7 @@ def check_present(manifest: WeightsManifest) -> None:
     Raises:
         Refused: a shard is missing or has another size.
     """
-    for shard in (each for each in manifest.shards if not each.holder):
+    for shard in (each for each in manifest.files if not each.holder):
         path = Path(shard.path)
         if not path.is_file() or path.stat().st_size != shard.num_bytes:
             raise Refused(f"weights {manifest.version}: {shard.path} is missing or incomplete")

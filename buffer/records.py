@@ -286,3 +286,11 @@ class WeightsManifest(Record):
 
     version: Version
     shards: tuple[Shard, ...]
+    base: Shard | None = None
+    """Of adapters: the weights they are merged onto (`kernels/adapters.py`), which all versions of
+    a learner share."""
+
+    @property
+    def files(self) -> tuple[Shard, ...]:
+        """All that it takes to load the version."""
+        return self.shards if self.base is None else (self.base, *self.shards)

@@ -8,6 +8,7 @@ or a chunk that is refused again and again, is an error.
 """
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import shutil
@@ -19,6 +20,7 @@ from typing import BinaryIO
 
 import msgspec
 import numpy as np
+import xxhash
 import zmq
 
 from . import codec
@@ -39,7 +41,7 @@ from .weight_chunks import (
     chunk_slice,
     num_chunks,
 )
-from .weight_files import map_file
+from .weight_files import Mappings, copy_digested
 from .weight_holder import Holder, Offer, connect
 
 WINDOW = 4
@@ -50,6 +52,8 @@ DEADLINE_S = 30.0
 RELAY_DEADLINE_S = 10.0
 """A relay that is silent for so long is not asked again for this shard."""
 MAX_REFUSALS = 5
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+"""glibc's numbers of what `keep_freed_memory` sets."""
 
 
 class Inbox:
@@ -67,8 +71,9 @@ class Inbox:
             deadline_s: of the publisher's silence.
         """
         self._folder, self._always, self._deadline_s = folder, always, deadline_s
+        keep_freed_memory()
         self._users = use(folder)
-        self.holder = Holder(endpoint)
+        self.holder, self.mappings = Holder(endpoint), Mappings()
         self.resumed, self.refused, self.lost = 0, 0, 0
         """Chunks that an earlier try had left; whose digest differed; relays that fell silent."""
 
@@ -85,14 +90,15 @@ class Inbox:
             PeerLost: a publisher was silent for the deadline, and its file is not visible here.
             CorruptData: a publisher no longer has it, or sends what is not what was published.
         """
-        shards = tuple(
-            self._fetch(shard) if shard.holder and (self._always or not Path(shard.path).exists())
-            else shard
-            for shard in manifest.shards
-        )  # fmt: skip
-        with _locked(self._folder / "lock"):
-            self._forget(len(shards) * (KEPT_VERSIONS + 1))  # one may be evaluated
-        return WeightsManifest(version=manifest.version, shards=shards)
+        base = self._here(manifest.base) if manifest.base else None
+        shards = tuple(map(self._here, manifest.shards))
+        with _locked(self._folder / "lock"):  # one more may be evaluated
+            self._forget(len(shards) * (KEPT_VERSIONS + 1) + (base is not None))
+        return WeightsManifest(version=manifest.version, shards=shards, base=base)
+
+    def _here(self, shard: Shard) -> Shard:
+        seen = not shard.holder or (not self._always and Path(shard.path).exists())
+        return shard if seen else self._fetch(shard)
 
     def _fetch(self, shard: Shard) -> Shard:
         path = self._folder / f"{shard.digest}.safetensors"
@@ -149,7 +155,7 @@ class Fetch:
         """Until every chunk is verified; see `Inbox.local`."""
         self._deadline_s = deadline_s
         try:
-            self._send(self._shard.holder, AskPlan(digest=self._shard.digest))
+            self._send("", AskPlan(digest=self._shard.digest))
             while not self._offer or len(self._offer.verified) < len(self._offer.digests_C16):
                 if self._offer:
                     self._ask()
@@ -171,30 +177,31 @@ class Fetch:
         expected = (num_chunks(self._shard.num_bytes), 16)
         if plan.num_bytes != self._shard.num_bytes or plan.digests.shape != expected:
             raise CorruptData(f"weights {self._path}: the publisher's plan is not of this shard")
-        bytes_N = map_file(self._path, plan.num_bytes)
+        bytes_N = self._inbox.mappings.of(self._path, plan.num_bytes)
         self._offer = Offer(bytes_N, plan.digests)
         for number in range(0 if self._fresh else len(plan.digests)):
-            self._verify(number, bytes_N[chunk_slice(number, plan.num_bytes)])
+            self._verify(number, chunk_digest(bytes_N[chunk_slice(number, plan.num_bytes)]))
         self._inbox.resumed += len(self._offer.verified)
         self._inbox.holder.offers[self._shard.digest] = self._offer
 
-    def _verify(self, number: int, bytes_N: np.ndarray) -> bool:
+    def _verify(self, number: int, digest: bytes) -> bool:
         assert self._offer is not None
-        if chunk_digest(bytes_N) != self._offer.digests_C16[number].tobytes():
+        if digest != self._offer.digests_C16[number].tobytes():
             return False
         self._offer.verified.add(number)
         self._news.append(number)
         return True
 
     def _ask(self, wanted: int = WINDOW) -> None:
-        """Report and ask for more, when there is room and no such question is open."""
-        now = time.monotonic()
+        """Report and ask for more, when there is room and no such question is open; the last report
+        (`wanted` 0) waits for nothing."""
         room = max(0, wanted - len(self._coming))
-        if self._asking or now < self._ask_at_s or (2 * room < wanted and not self._silent):
+        early = time.monotonic() < self._ask_at_s or (2 * room < wanted and not self._silent)
+        if self._asking or (wanted and early):
             return
         self._asking = True
         self._send(
-            self._shard.holder,
+            "",
             AskSources(
                 digest=self._shard.digest,
                 receiver=self._inbox.holder.address,
@@ -231,8 +238,8 @@ class Fetch:
         assert self._offer is not None
         target_N = self._offer.bytes_N[chunk_slice(number, self._offer.bytes_N.nbytes)]
         if bytes_N.nbytes == target_N.nbytes:
-            target_N[:] = bytes_N
-            if self._verify(number, target_N):
+            copy_digested(target_N, bytes_N, hasher := xxhash.xxh3_128())
+            if self._verify(number, hasher.digest()):
                 return
         self._inbox.refused += 1
         self._refusals[number] += 1
@@ -253,8 +260,10 @@ class Fetch:
         own.close()
 
     def _send(self, address: str, ask: Ask) -> None:
+        """To a source of chunks; what is not a chunk is asked of the publisher by "", over another
+        connection, whose answers do not wait behind the chunks that it sends us."""
         if address not in self._sockets:
-            self._sockets[address] = connect(self._context, address)
+            self._sockets[address] = connect(self._context, address or self._shard.holder)
             self._poller.register(self._sockets[address], zmq.POLLIN)
         self._sockets[address].send_multipart(codec.encode(ask))
 
@@ -269,13 +278,14 @@ class Fetch:
         for address, own in list(self._sockets.items()):
             if own not in ready:
                 continue
-            if address == publisher:
+            source = address or publisher
+            if source == publisher:
                 self._heard_s = now
             frames = [frame.buffer for frame in own.recv_multipart(copy=False)]
             try:
-                yield address, codec.decode(frames, Answer)
+                yield source, codec.decode(frames, Answer)
             except WireError as error:
-                raise CorruptData(f"weights {self._shard.path}, {address}: {error}") from error
+                raise CorruptData(f"weights {self._shard.path}, {source}: {error}") from error
         patience_s = min(RELAY_DEADLINE_S, self._deadline_s)
         late = {s for s, asked_s in self._coming.values() if now - asked_s > patience_s}
         for source in late - {publisher}:
@@ -297,6 +307,14 @@ class Fetch:
                 f"weights {self._shard.path}: {publisher.partition(' ')[0]} has not answered for "
                 f"{self._deadline_s:g} s; its process is gone or frozen"
             )
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep up to 64 MiB of what is freed. It would give every chunk's memory
+    back, and fresh pages for the next one cost as much as copying it. Nothing without glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        for setting, num_bytes in ((_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 64 << 20)):
+            ctypes.CDLL(None).mallopt(setting, num_bytes)
 
 
 def use(folder: Path) -> BinaryIO:

@@ -27,7 +27,7 @@ from .filesystem import naming_a_full_disk
 from .records import Shard, Version, WeightsManifest
 from .weight_holder import Holder, Offer
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 19
 """Copied, then digested while it is still in the processor's cache."""
 ALIGNMENT = 8
 """Of the first tensor's bytes, as safetensors wants it."""
@@ -73,13 +73,14 @@ class Outbox:
         """
         self.holder, self._reuse = holder, reuse
         self._directory, self._name = directory.resolve(), name
-        self._maps: dict[int, np.ndarray] = {}
-        """By inode, which no other file gets while it is mapped: mapping a file again costs more
-        than writing it."""
+        self._mappings = Mappings()
+        self.base: Shard | None = None
+        """What the adapters that are published belong to."""
         self._shards: dict[Version, Shard] = {}
         self._directory.mkdir(parents=True, exist_ok=True)
         stem = re.escape(name)
-        ours = re.compile(rf"{stem}-\d+\.\d+\.(safetensors|held)|{stem}\.(partial|spare)")
+        kinds = r"-(base|checkpoint|\d+\.\d+)\.(safetensors|held)|\.(partial|spare)"
+        ours = re.compile(f"{stem}({kinds})")
         for path in self._directory.iterdir():
             if ours.fullmatch(path.name):
                 path.unlink(missing_ok=True)
@@ -111,11 +112,8 @@ class Outbox:
         target_N = self._take_spare(path, num_bytes, fresh=fresh)
         hasher, start = xxhash.xxh3_128(), 0
         for source in (np.frombuffer(head, np.uint8), *(p.bytes_N for p in pieces.values())):
-            for begin in range(0, source.nbytes, PIECE_BYTES):
-                part = source[begin : begin + PIECE_BYTES]
-                target_N[start : start + part.nbytes] = part
-                hasher.update(target_N[start : start + part.nbytes].data)
-                start += part.nbytes
+            copy_digested(target_N[start : start + source.nbytes], source, hasher)
+            start += source.nbytes
         return hasher.hexdigest()
 
     def announce(self, version: Version, written: Path, digest: str) -> WeightsManifest:
@@ -160,12 +158,26 @@ class Outbox:
     def adopt(self, manifest: WeightsManifest) -> WeightsManifest:
         """Hold a version of one file, whoever wrote it, and serve it."""
         (shard,) = manifest.shards
-        if self.holder:
-            bytes_N = np.memmap(shard.path, np.uint8, "r")
-            self.holder.offers[shard.digest] = Offer(bytes_N)
-            shard = msgspec.structs.replace(shard, holder=self.holder.address)
-        self._shards[manifest.version] = shard
-        return msgspec.structs.replace(manifest, shards=(shard,))
+        self._shards[manifest.version] = shard = self._offered(shard)
+        return msgspec.structs.replace(manifest, shards=(shard,), base=self.base)
+
+    def hold_base(self, written: Path, digest: str) -> None:
+        """Announce a written shard as the base of every version from now on; it is not retired.
+
+        Args:
+            written: by `write`, or by others.
+            digest: of the file's bytes.
+        """
+        path = self._directory / f"{self._name}-base.safetensors"
+        os.replace(written, path)
+        shard = Shard(path=str(path), num_bytes=path.stat().st_size, digest=digest)
+        self.base = self._offered(shard)
+
+    def _offered(self, shard: Shard) -> Shard:
+        if self.holder is None:
+            return shard
+        self.holder.offers[shard.digest] = Offer(np.memmap(shard.path, np.uint8, "r"))
+        return msgspec.structs.replace(shard, holder=self.holder.address)
 
     def _take_spare(self, path: Path, num_bytes: int, *, fresh: bool) -> np.ndarray:
         """[num_bytes] uint8, shared with the file at `path`: the spare's pages, or new ones."""
@@ -176,22 +188,39 @@ class Outbox:
             os.replace(spare, path)
         except FileNotFoundError:
             path.unlink(missing_ok=True)
+        return self._mappings.of(path, num_bytes)
+
+
+class Mappings:
+    """Files that stay mapped while they are in their folder: mapping one again costs more than
+    writing it."""
+
+    def __init__(self) -> None:
+        """None is mapped."""
+        self._maps: dict[int, np.ndarray] = {}
+        """By inode, which no other file gets while it is mapped."""
+
+    def of(self, path: Path, num_bytes: int) -> np.ndarray:
+        """[num_bytes] uint8, see `map_file`."""
         path.touch(0o600)
-        inode = path.stat().st_ino
-        kept_N = self._maps.pop(inode, None)
-        if kept_N is None or kept_N.nbytes != num_bytes:
+        told = path.stat()
+        kept_N = self._maps.get(told.st_ino)
+        # One of another size now was cut by another process, and the pages behind its end are gone.
+        if kept_N is None or not kept_N.nbytes == num_bytes == told.st_size:
             kept_N = map_file(path, num_bytes)
-        known = set[int]()
-        for file in self._files():
-            with suppress(FileNotFoundError):  # the service may retire one meanwhile
-                known.add(file.stat().st_ino)
+        with os.scandir(path.parent) as files:
+            known = {file.inode() for file in files}
         self._maps = {key: own_N for key, own_N in self._maps.items() if key in known}
-        self._maps[inode] = kept_N
+        self._maps[told.st_ino] = kept_N
         return kept_N
 
-    def _files(self) -> list[Path]:
-        return [*self._directory.glob(f"{self._name}-*.safetensors"),
-                *self._directory.glob(f"{self._name}.*")]  # fmt: skip
+
+def copy_digested(target_N: np.ndarray, source_N: np.ndarray, hasher: xxhash.xxh3_128) -> None:
+    """Copy bytes, and digest what was written while it is in the processor's cache."""
+    for begin in range(0, source_N.nbytes, PIECE_BYTES):
+        piece_N = target_N[begin : begin + PIECE_BYTES]
+        piece_N[:] = source_N[begin : begin + PIECE_BYTES]
+        hasher.update(piece_N.data)
 
 
 def map_file(path: Path, num_bytes: int) -> np.ndarray:

@@ -137,16 +137,20 @@ def memory_costs(experiment: Experiment, size: ModelSize) -> dict[str, Cost]:
     reference = weights if experiment.learner.objective.kl_coefficient else 0
     average = experiment.learner.objective.proximal == "ewma"
     averaged = average * trained * max(4, element)
+    alone = lora.rank > 0 and lora.publish == "adapter"
+    published = trained * max(4, element) if alone else weights
+    sent = f"once, then adapters of {bytes_text(published)} every step" if alone else "every step"
     return {
         "weights": Cost(
             weights,
-            f"{size.num_parameters:,} parameters in {experiment.dtype}; published every step",
+            f"{size.num_parameters:,} parameters in {experiment.dtype}; published {sent}",
             counts=False,
         ),
         "KV cache of a worker": cache,
         "mailbox": Cost(
-            MAILBOX_VERSIONS * weights,
-            f"at most {MAILBOX_VERSIONS} versions: newest two, one evaluated, one being written, "
+            MAILBOX_VERSIONS * published + 2 * alone * weights,
+            f"{'all weights twice, as base and for a checkpoint; ' if alone else ''}at most "
+            f"{MAILBOX_VERSIONS} versions: newest two, one evaluated, one being written, "
             "one still mapped; on tmpfs when they fit",
         ),
         "workers": Cost(

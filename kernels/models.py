@@ -28,8 +28,10 @@ logging.disable_progress_bar()
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
-DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16"}
-"""safetensors' names of them."""
+DTYPE_NAMES = {
+    torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.uint8: "U8"
+}  # fmt: skip
+"""safetensors' names of them, and of bytes."""
 
 _PLAIN_HEAD = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 """Config fields that change logits after the LM head, and the value at which they do nothing."""

@@ -12,6 +12,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..buffer.records import SamplingParams, Trajectory, TrajectoryGroup, Version
+from ..kernels.adapters import merged as merge
 from ..kernels.models import (
     assign_weights,
     empty_model,
@@ -129,6 +131,7 @@ def certify(
     kept_law: bool,
     band: Band,
     merged: bool = False,
+    base: Path | None = None,
 ) -> str:
     """Why a step's gap left its band, in words that begin with a cause; empty when it did not.
 
@@ -141,17 +144,22 @@ def certify(
         dtype: the policy's.
         kept_law: `ratio_law = "kept_set"`.
         band: of the measures.
-        merged: the files hold adapters merged into weights, which is not quite what was trained.
+        merged: engines serve adapters merged into weights, which is not quite what was trained.
+        base: what the files belong to, when they hold adapters alone.
     """
     if not (outside := leaves_band(metrics, band)):
         return ""
     samples, whole = comparable(groups, held)
     own = next((path for version, path in files.items() if same_weights(version, held)), None)
-    if not samples or own is None or MODELS * own.stat().st_size > _memory_bytes() / 2:
+    if not samples or own is None or MODELS * (base or own).stat().st_size > _memory_bytes() / 2:
         return f"unknown: no samples, file or memory to try the causes on; {outside}"
-    others = {v: path for v, path in files.items() if not same_weights(v, held)}
+
+    def read(path: Path) -> dict[str, Tensor]:
+        return dict(merge(read_weights([path] if base is None else [base, path])))
+
+    others = {v: partial(read, path) for v, path in files.items() if not same_weights(v, held)}
     model = empty_model(model_dir, dtype)
-    assign_weights(model, read_weights([own]))
+    assign_weights(model, read(own))
     tokenizer, same = load_tokenizer(model_dir), whole and not merged
     inquiry = Inquiry(model, samples, tokenizer, others, kept_law, band, same)
     return f"{inquiry.verdict()}; {outside}"
@@ -165,7 +173,7 @@ class Inquiry:
         model: PreTrainedModel,
         samples: Sequence[Sample],
         tokenizer: PreTrainedTokenizerBase,
-        others: Mapping[Version, Path],
+        others: Mapping[Version, Callable[[], dict[str, Tensor]]],
         kept_law: bool,
         band: Band,
         same: bool,
@@ -230,9 +238,9 @@ class Inquiry:
         yield from self._dtypes()
         yield from self._tokenisations()
         yield from self._paddings()
-        for version, path in self._others.items():
+        for version, read in self._others.items():
             other = copy.deepcopy(self._model)
-            assign_weights(other, read_weights([path]))
+            assign_weights(other, read())
             yield ("weight version", f"the tokens were written by {version}", self._plain(other))
             for cause, words, cut in (
                 ("KV mixture", "before the swap", self._swap),

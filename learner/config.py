@@ -171,6 +171,9 @@ class LoraConfig(Settings):
     """Adapters count alpha / rank."""
     targets: tuple[str, ...] = ()
     """Last parts of the names of linear layers, such as "q_proj"; empty: all but the LM head."""
+    publish: Literal["adapter", "merged"] = "adapter"
+    """What engines are sent of each version. `adapter`: A, B and their scale, which they merge into
+    weights that they were sent once; `merged`: all weights."""
 
 
 class CheckpointConfig(Settings):

@@ -182,7 +182,7 @@ def model_card(run_dir: Path, checkpoint: Checkpoint, done: Export) -> str:
     facts = {
         "Run": done.run_id,
         "Branch and step": f"{done.branch}, {done.step}",
-        "Weights digest (xxh3-128)": checkpoint.version.digest,
+        "Version digest (xxh3-128)": checkpoint.version.digest,
         "Started from": settings.get("model") or Path(checkpoint.info.get("model_dir", "")).name,
         "Task": task or "",
         "Reward": reward.get("name", ""),

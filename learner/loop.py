@@ -143,6 +143,7 @@ class LearnerLoop:
         self._step_began_s = time.monotonic()
         self._part_s = 0.0
         """Spent on training parts of the batch that is being taken."""
+        self._published_bytes = 0
 
     async def run(self) -> None:
         """All steps.
@@ -243,6 +244,7 @@ class LearnerLoop:
         manifest = await self._in_thread(self.trainer.write_weights)
         async with self._patience():
             self.trainer.outbox.keep((await self.client.publish(manifest)).held)
+        self._published_bytes = sum(shard.num_bytes for shard in manifest.shards)
 
     async def _checkpoint(self) -> None:
         """Copy the held version, and write it beside training; one at a time."""
@@ -307,6 +309,7 @@ class LearnerLoop:
             "time": time.time(),
             "seconds": seconds,
             "wait_seconds": wait_s,
+            "published_bytes": self._published_bytes,
             "tokens_per_s": result.metrics["tokens_trained"] / seconds,
             "reward_mean": reward_mean,
             **result.metrics,

@@ -1,9 +1,9 @@
-"""LoRA: low-rank adapters beside frozen weights, by `peft`; engines get the two merged.
+"""LoRA: low-rank adapters beside frozen weights, by `peft`.
 
     y = x W^T + (alpha / rank) (x A^T) B^T      A random, B zero: at first the model is unchanged
 
-Only A and B are trained and have optimizer state. What is published, checkpointed as weights and
-exported is W + (alpha / rank) B A, so every engine serves it as it would any model.
+Only A and B are trained, have optimizer state and are published: engines are sent W once, and serve
+W + (alpha / rank) B A. That sum is also what is checkpointed as weights and exported.
 Source: LoRA (arXiv:2106.09685).
 """
 
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..buffer.errors import ConfigError, CorruptData
+from ..kernels.adapters import adapter_tensors, with_adapter
 from ..kernels.models import policy_weights
 from .config import LoraConfig
 
@@ -87,22 +88,36 @@ def _layers(model: PreTrainedModel) -> dict[str, Any]:
 @torch.no_grad()
 def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """The weights as engines hold them, by their transformers names, the adapters merged in: new
-    tensors where they are, none for a model without adapters.
+    tensors where they are, none for a model without adapters."""
+    changed = {f"{name}.weight": _sum(layer) for name, layer in _layers(model).items()}
+    return base_weights(model) | changed
 
-    The sum is taken in float32 at least and rounded once, to the dtype of W.
-    """
-    changed = {f"{name}.base_layer.weight": _sum(layer) for name, layer in _layers(model).items()}
+
+def base_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The frozen weights, named as those of the model without adapters; no copies."""
     return {
-        name.replace(".base_layer.", "."): changed.get(name, weight)
+        name.replace(".base_layer.", "."): weight
         for name, weight in policy_weights(model).items()
         if ".lora_" not in name
     }
 
 
+def published_adapter(model: PreTrainedModel, base_digest: str) -> dict[str, Tensor]:
+    """What engines merge onto the base whose file has this digest; no copies of A and B."""
+    layers = _layers(model)
+    scale = next(iter(layers.values())).scaling[_NAME]
+    pairs = {name: _pair(layer) for name, layer in layers.items()}
+    return adapter_tensors(pairs, scale, base_digest)
+
+
+def _pair(layer: Any) -> tuple[Tensor, Tensor]:
+    """A and B."""
+    return layer.lora_A[_NAME].weight.detach(), layer.lora_B[_NAME].weight.detach()
+
+
 def _sum(layer: Any) -> Tensor:
     weight = layer.get_base_layer().weight.detach()
-    precise = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(precise) + layer.get_delta_weight(_NAME).to(precise)).to(weight.dtype)
+    return with_adapter(weight, *_pair(layer), layer.scaling[_NAME])
 
 
 @contextmanager

@@ -88,7 +88,8 @@ class Trainer:
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="copy")
         self._file = self.spec.weights_dir / "none"
         """The held version's weights: the one copy that is published, saved and evaluated."""
-        self._file_digest = ""
+        self._file_digest = self._base_digest = ""
+        self._adapters_alone = bool(spec.config.lora.rank) and spec.config.lora.publish == "adapter"
         self._copied_from: BinaryIO | None = None
         """The file of weights that a checkpoint is copied from; closed when it has been."""
 
@@ -215,27 +216,50 @@ class Trainer:
         """
         self._forget_file()
         self._file = self.spec.weights_dir / f"weights-{self.spec.branch}.{step}{_HELD}"
+        if self._adapters_alone:
+            tensors = self._adapter()
+            if self.ranks.first:
+                self._file_digest = self.outbox.write(self._file, pieces(tensors))
+            return weights_digest(tensors)
+        weights = self.policy.weights()
+        # What a checkpoint is still copied from must not be written over.
+        fresh = self._copied_from is not None and not self._copied_from.closed
+        self._file_digest = self._write_whole(self._file, weights, fresh=fresh)
         if self.ranks.size == 1:
-            weights = self.policy.weights()
-            # What a checkpoint is still copied from must not be written over.
-            fresh = self._copied_from is not None and not self._copied_from.closed
-            self._file_digest = self.outbox.write(self._file, pieces(weights), fresh=fresh)
             return weights_digest(weights)
-        parts = shards.parts_of(self.policy.weights())
+        digest = weights_digest(read_weights([self._file])) if self.ranks.first else ""
+        return self.ranks.exchange(digest)[0]
+
+    def _adapter(self) -> dict[str, Tensor]:
+        """What is published of a policy with adapters; before the first time, its base is."""
+        if not self._base_digest:
+            path = self.spec.weights_dir / f"weights-base{_HELD}"
+            digest = self._write_whole(path, lora.base_weights(self.policy.model))
+            if self.ranks.first:
+                self.outbox.hold_base(path, digest)
+            self._base_digest = self.ranks.exchange(digest)[0]
+        adapter = lora.published_adapter(self.policy.model, self._base_digest)
+        return {name: shards.whole(tensor) for name, tensor in adapter.items()}
+
+    def _write_whole(self, path: Path, weights: Mapping[str, Tensor], *, fresh: bool = True) -> str:
+        """Copy weights into a file, each rank its rows; its digest, on the first rank.
+
+        Raises:
+            TrainingFailed: there is no room.
+        """
+        if self.ranks.size == 1:
+            return self.outbox.write(path, pieces(weights), fresh=fresh)
+        parts = shards.parts_of(weights)
         try:
             if self.ranks.first:
                 _ = self.outbox  # made first: it clears the folder
-                shards.make_file(self._file, parts)
+                shards.make_file(path, parts)
             self.ranks.exchange(None)
-            shards.fill_file(self._file, parts)
+            shards.fill_file(path, parts)
         except OSError as error:
-            raise TrainingFailed(f"weights {self._file} cannot be written: {error}") from error
+            raise TrainingFailed(f"weights {path} cannot be written: {error}") from error
         self.ranks.exchange(None)
-        digest = ""
-        if self.ranks.first:
-            digest = weights_digest(read_weights([self._file]))
-            self._file_digest = file_digest(self._file)[1]
-        return self.ranks.exchange(digest)[0]
+        return file_digest(path)[1] if self.ranks.first else ""
 
     def _forget_file(self) -> None:
         """Remove weights that were not published."""
@@ -328,6 +352,7 @@ class Trainer:
             groups,
             self.held,
             files=self.outbox.files,
+            base=self.outbox.base and Path(self.outbox.base.path),
             model_dir=spec.model_dir,
             dtype=spec.dtype,
             kept_law=spec.ratio_law == "kept_set",
@@ -367,6 +392,10 @@ class Trainer:
             small = {"probe.safetensors": probe(self.policy.model)}
             if self.spec.config.lora.rank:
                 small[ADAPTER] = lora.adapter_state(self.policy.model)
+            whole = self._file
+            if self._adapters_alone:
+                whole = self.spec.weights_dir / f"weights-checkpoint{_HELD}"
+                self._write_whole(whole, self.policy.weights())
             small = {
                 f: {n: shards.whole(t).clone() for n, t in ts.items()} for f, ts in small.items()
             }
@@ -376,7 +405,9 @@ class Trainer:
             f"optimizer{of}.safetensors": lambda path: shards.write_parts(path, copied.result())
         }
         if self.ranks.first:
-            self._copied_from = self._file.open("rb")
+            self._copied_from = whole.open("rb")
+            if self._adapters_alone:
+                whole.unlink()
             writers = {"weights.safetensors": _copy_of(self._copied_from), **writers}
             for file, tensors in small.items():
                 parts = shards.parts_of(tensors)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ...buffer.errors import ConfigError, CorruptData
 from ...buffer.mailbox import confirm
 from ...buffer.records import Version, WeightsManifest
+from ...kernels.adapters import merged
 from ...kernels.models import ModelError, empty_model, load_tokenizer
 from ..config import KvPolicy, RatioLaw, SpeculationConfig
 from ..engine import EngineState, EngineStats, GenerationOutput, GenerationRequest
@@ -183,7 +184,7 @@ class NativeEngine:
         """Verify weights and lay them out, while tokens are made."""
         with torch.inference_mode():
             try:
-                weights = self._decoder.prepare(read_verified(manifest))
+                weights = self._decoder.prepare(dict(merged(read_verified(manifest))))
             except ModelError as error:
                 raise CorruptData(f"weights of version {manifest.version}: {error}") from error
         confirm(manifest)

@@ -28,6 +28,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from ...buffer.errors import ConfigError, CorruptData
 from ...buffer.records import Version, WeightsManifest
+from ...kernels.adapters import merged
 from ...kernels.models import ModelError, check_fit, empty_model, end_token_ids, load_tokenizer
 from ..config import KvPolicy, VllmConfig
 from ..engine import EngineState, EngineStats, GenerationOutput, GenerationRequest
@@ -198,8 +199,10 @@ class VllmEngine:
     def _verified(self, manifest: WeightsManifest) -> list[dict[str, Any]]:
         """The manifest's files as the core will look at them, once they are proved."""
         try:
-            files = [file_identity(Path(shard.path)) for shard in manifest.shards]
-            check_fit(self._empty, read_verified(manifest))
+            files = [file_identity(Path(shard.path)) for shard in manifest.files]
+            # Shapes only: adapters are merged in the core.
+            shapes = {n: t.to("meta") if t.ndim else t for n, t in read_verified(manifest).items()}
+            check_fit(self._empty, dict(merged(shapes)))
         except (OSError, ModelError) as error:
             raise CorruptData(f"weights of version {manifest.version}: {error}") from error
         return files

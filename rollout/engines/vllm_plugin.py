@@ -25,6 +25,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
+from ...kernels.adapters import merged
 from ...kernels.models import read_weights
 from .vllm_heads import widen_heads
 
@@ -55,7 +56,7 @@ class MailboxInit(WeightTransferInitInfo):
 
 @dataclass
 class MailboxUpdate(WeightTransferUpdateInfo):
-    """One version's shards."""
+    """One version's shards, an adapter's base among them."""
 
     files: list[dict[str, str | int]]
     """`file_identity` of each, taken when its digest was verified."""
@@ -98,7 +99,7 @@ class MailboxTransfer(WeightTransferEngine[MailboxInit, MailboxUpdate]):
                 raise ValueError(f"{file['path']} has changed since its digest was verified")
         tensors = read_weights([str(file["path"]) for file in update_info.files])
         old, new = update_info.head_dims
-        loaded = self.model.load_weights(widen_heads(tensors, old, new))
+        loaded = self.model.load_weights(widen_heads(merged(tensors), old, new))
         if missing := self._names - set(loaded):
             raise ValueError(f"no weights for {sorted(missing)[:3]}")
 

@@ -16,27 +16,53 @@ from transformers import PreTrainedModel
 from ...buffer.errors import ConfigError, CorruptData
 from ...buffer.mailbox import check_shard, file_digest
 from ...buffer.records import Shard, Version, WeightsManifest
+from ...kernels.adapters import base_of
 from ...kernels.models import DTYPE_NAMES, check_fit
 from .linear import Linear
 
+_bases: dict[tuple[Shard, int, int], dict[str, Tensor]] = {}
+"""The base of adapters that this process has verified, mapped, by its shard, inode and time of
+change: every version is merged onto it, and its file is as large as all weights."""
+
 
 def read_verified(manifest: WeightsManifest) -> dict[str, Tensor]:
-    """The tensors of a manifest by name, memory-mapped: copy what is wanted, then `confirm`.
+    """The tensors of a manifest by name, memory-mapped: copy what is wanted, then `confirm`. Of an
+    adapter those of its base, too: `kernels.adapters.merged` yields weights.
 
-    The bytes are verified through the very mapping that the tensors are views of.
+    The bytes are verified through the very mapping that the tensors are views of; a base once.
 
     Raises:
-        CorruptData: a shard is missing, or its size, digest or contents are not what was published.
+        CorruptData: a shard is missing, or its size, digest or contents are not what was published;
+            or an adapter belongs to another base than the manifest names.
     """
     tensors: dict[str, Tensor] = {}
-    for shard in manifest.shards:
+    for shard in manifest.files:
         try:
-            tensors |= _views(_mapped(shard, manifest.version))
+            if shard == manifest.base:
+                tensors |= _kept(shard, manifest.version)
+            else:
+                tensors |= _views(_mapped(shard, manifest.version))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise CorruptData(
                 f"weights of version {manifest.version}: {shard.path}: {error}"
             ) from error
+    base = manifest.base.digest if manifest.base else ""
+    if base_of(tensors) != base:
+        raise CorruptData(
+            f"weights of version {manifest.version}: an adapter of base {base_of(tensors) or None} "
+            f"came with base {base or None}"
+        )
     return tensors
+
+
+def _kept(base: Shard, version: Version) -> dict[str, Tensor]:
+    told = Path(base.path).stat()
+    key = base, told.st_ino, told.st_mtime_ns
+    if key not in _bases:
+        found = _views(_mapped(base, version))
+        _bases.clear()
+        _bases[key] = found
+    return _bases[key]
 
 
 def _mapped(shard: Shard, version: Version) -> Tensor:

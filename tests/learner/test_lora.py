@@ -1,4 +1,4 @@
-"""LoRA: only adapters move, engines are served the merged weights, and peft can read them."""
+"""LoRA: only adapters move and are published, exports are merged, and peft can read both."""
 
 import json
 
@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from slipstream.buffer.errors import ConfigError, CorruptData
 from slipstream.buffer.records import Version
 from slipstream.buffer.staleness import LivePath
-from slipstream.kernels.models import assign_weights, policy_weights
+from slipstream.kernels.adapters import merged
+from slipstream.kernels.models import assign_weights, policy_weights, read_weights
 from slipstream.learner import lora
 from slipstream.learner.checkpoint import ADAPTER, find_checkpoint
 from slipstream.learner.config import LearnerConfig, LoraConfig, ObjectiveConfig, OptimizerConfig
@@ -167,6 +168,33 @@ def test_a_resumed_run_goes_on_bit_for_bit(make_spec, fake_buffer, run_loop, row
     changes = {"branch": 2, "resume_from": (1, 4), "config": other}
     with pytest.raises(CorruptData, match="another rank"):
         run_loop(resumed.model_copy(update=changes), fake_buffer())
+
+
+@pytest.mark.parametrize("publish", ["adapter", "merged"])
+def test_what_is_published_is_what_is_checkpointed_and_by_itself_the_adapters_alone(
+    make_spec, fake_buffer, run_loop, rows_of, publish
+):
+    own = RANK.model_copy(update={"publish": publish})
+    spec = make_spec(steps=2, dtype="float32")
+    spec = spec.model_copy(update={"config": spec.config.model_copy(update={"lora": own})})
+    buffer = fake_buffer()
+    model = run_loop(spec, buffer).policy.model
+    alone = sum(parameter.nbytes for parameter in lora.adapters(model).values())
+    whole = sum(weight.nbytes for weight in lora.base_weights(model).values())
+    bases = {manifest.base for manifest in buffer.published}
+    assert len(bases) == 1
+    assert (None in bases) == (publish == "merged")
+    expected = alone if publish == "adapter" else whole
+    for manifest in buffer.published:
+        num_bytes = sum(shard.num_bytes for shard in manifest.shards)
+        assert expected < num_bytes < expected + 10_000
+    assert alone + 10_000 < whole
+    assert rows_of(spec.run_dir)[2]["published_bytes"] == num_bytes
+    saved = find_checkpoint(spec.run_dir / "checkpoints")[0].folder / "weights.safetensors"
+    kept = load_file(saved)
+    served = dict(merged(read_weights([shard.path for shard in manifest.files])))
+    assert kept.keys() == served.keys()
+    assert all(torch.equal(served[name], weight) for name, weight in kept.items())
 
 
 def test_an_export_holds_the_merged_model_and_the_adapter_as_peft_reads_it(

@@ -10,7 +10,11 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 from slipstream.buffer.records import SamplingParams, Shard, Version, WeightsManifest
-from slipstream.kernels.models import policy_weights
+from slipstream.buffer.weight_files import Outbox
+from slipstream.kernels.models import assign_weights, policy_weights
+from slipstream.learner import lora
+from slipstream.learner.config import LoraConfig
+from slipstream.learner.policy import pieces, weights_digest
 from slipstream.rollout.engine import GenerationOutput, GenerationRequest
 from slipstream.rollout.engines.decoder import Decoder
 from slipstream.rollout.engines.native import NativeEngine
@@ -57,6 +61,7 @@ class Tiny:
         torch.set_num_threads(1)
         self.root = root
         self.engines: list[NativeEngine] = []
+        self.outbox: Outbox | None = None
 
     def folder(self, family: str = "llama", **sizes) -> Path:
         """A Hugging Face folder without weights."""
@@ -103,6 +108,35 @@ class Tiny:
         shard = Shard(path=str(path), num_bytes=path.stat().st_size, digest=digest)
         version = Version(branch=branch, step=step, digest=digest)
         return WeightsManifest(version=version, shards=(shard,))
+
+    def adapted(self, folder: Path, seed: int, base_seed: int = 1) -> PreTrainedModel:
+        """A policy with adapters on all its linear layers, none of them zero."""
+        model = self.policy(folder, base_seed)
+        lora.add_adapters(model, LoraConfig(rank=3, alpha=6.0), seed)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in lora.adapters(model).items():
+                if "lora_B" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
+        return model
+
+    def whole(self, folder: Path, adapted: PreTrainedModel) -> PreTrainedModel:
+        """A policy without adapters that computes the same."""
+        model = self.policy(folder, 0)
+        assign_weights(model, lora.merged_weights(adapted))
+        return model
+
+    def publish_adapter(self, model: PreTrainedModel, step: int) -> WeightsManifest:
+        """The adapters alone, as the learner does it; the first one's base is published before."""
+        if self.outbox is None:
+            self.outbox = Outbox(self.root / "outbox")
+            written = self.root / "outbox" / "base.held"
+            digest = self.outbox.write(written, pieces(lora.base_weights(model)))
+            self.outbox.hold_base(written, digest)
+        assert self.outbox.base is not None
+        tensors = lora.published_adapter(model, self.outbox.base.digest)
+        version = Version(branch=0, step=step, digest=weights_digest(tensors))
+        return self.outbox.publish(version, pieces(tensors))
 
     def engine(self, folder: Path, **changes) -> NativeEngine:
         """An engine of 8 rows."""

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import pytest_asyncio
@@ -281,6 +282,33 @@ async def test_corrupt_weights_are_refused_and_the_engine_keeps_serving(tiny, en
     assert (engine.state, engine.serving) == ("SERVING", good.version)
     after = (await tiny.outputs(engine, [tiny.request([3, 4])]))["0"]
     assert after.behaviour_logprobs.tolist() == before.behaviour_logprobs.tolist()
+
+
+async def test_an_adapter_alone_is_served_as_the_weights_that_it_is_merged_into(tiny, engine):
+    folder, outputs = tiny.root / "llama", []
+    for seed in (5, 6):  # the second onto the same base
+        model = tiny.adapted(folder, seed)
+        alone, whole = tiny.publish_adapter(model, 610 + seed), tiny.whole(folder, model)
+        for manifest in (alone, tiny.publish(whole, 620 + seed)):
+            await engine.load(manifest)
+            requests = [
+                tiny.request([3, 4, i], i, f"{manifest.version.step}-{i}", max_new_tokens=60)
+                for i in range(8)
+            ]
+            found = await tiny.outputs(engine, requests)
+            outputs.append([found[request.request_id] for request in requests])
+        for i, (output, same) in enumerate(zip(*outputs[-2:], strict=True)):
+            assert output.token_ids.tolist() == same.token_ids.tolist()
+            gap = np.abs(output.behaviour_logprobs - same.behaviour_logprobs)
+            assert gap.max() < 1e-5
+            reference = tiny.logprobs(whole, [3, 4, i], output.token_ids)
+            np.testing.assert_allclose(output.behaviour_logprobs, reference, rtol=0, atol=1e-4)
+    print("measured adapter", alone.shards[0].num_bytes, "of", manifest.shards[0].num_bytes)
+    bad = tiny.publish_adapter(model, 630)
+    bad = msgspec.structs.replace(bad, base=manifest.shards[0])
+    with pytest.raises(CorruptData, match="base"):
+        await engine.load(bad)
+    assert (engine.state, engine.serving) == ("SERVING", manifest.version)
 
 
 async def test_impossible_requests_are_answered_with_the_numbers(tiny, engine):
