@@ -266,7 +266,7 @@ def _check_weights(experiment: Experiment) -> Iterator[str]:
         yield f'{key} sends from the learner\'s GPU; set learner.device = "cuda", or "files"'
     if backend == "nccl" and cluster.placement == "shared":
         yield (
-            f'{key} cannot join a learner and an engine on one device, as cluster.placement = '
+            f"{key} cannot join a learner and an engine on one device, as cluster.placement = "
             '"shared" puts them; set "ipc" or "files"'
         )
     if backend == "ipc" and (
@@ -274,7 +274,7 @@ def _check_weights(experiment: Experiment) -> Iterator[str]:
         or experiment.rollout.vllm.tensor_parallel > 1 or experiment.rollout.workers > 1
     ):  # fmt: skip
         yield (
-            f"{key} sends within one device: it needs cluster.placement = \"shared\" with one "
+            f'{key} sends within one device: it needs cluster.placement = "shared" with one '
             'learner rank, one worker and rollout.vllm.tensor_parallel = 1; set "nccl" or "files"'
         )
 

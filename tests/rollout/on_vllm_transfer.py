@@ -51,9 +51,10 @@ def tiny(make_tiny, tmp_path_factory):
 class Sending:
     """The process beside the learner, as the learner starts it but for the stand-in."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, backend="nccl", module="nccl_standin"):
+        self.module = module
         self.spec = SenderSpec(
-            run_dir=folder, endpoint=f"ipc://{folder}/buffer", backend="nccl", deadline_s=15.0
+            run_dir=folder, endpoint=f"ipc://{folder}/buffer", backend=backend, deadline_s=15.0
         )
         (folder / "processes").mkdir()
         self.hold = folder / "hold"
@@ -63,7 +64,7 @@ class Sending:
         told = self.spec.run_dir / "sender.json"
         told.write_text(self.spec.model_dump_json())
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "nccl_standin", str(told)],
+            [sys.executable, "-m", self.module, str(told)],
             env={**os.environ, "STANDIN_HOLD": str(self.hold)},
         )
 

