@@ -31,8 +31,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-ROOT = Path(__file__).parents[2]
-sys.path += [str(ROOT), str(Path(__file__).parent)]  # the tests' own folders; vLLM's core inherits
+sys.path.extend([str(Path(__file__).parents[2]), str(Path(__file__).parent)])  # vLLM's core, too
 
 import pytest
 import torch
@@ -47,10 +46,12 @@ from slipstream.learner.ranks import Ranks
 from slipstream.learner.step import _accumulate, _checked_norm, _Part
 from slipstream.rollout.config import VllmConfig
 from slipstream.rollout.engines.vllm_law import certificate_file, law_check
+
 from tests.kernels.conftest import Case, differences, make_case
 from tests.kernels.test_fused import CASES
 from tests.rollout.conftest import Tiny
 
+ROOT = Path(__file__).parents[2]
 REAL_VOCABULARY = {"tokens": 512, "width": 896, "vocabulary": 151_936, "dtype": torch.bfloat16}
 SHAPE = {
     "model_type": "llama", "vocab_size": 49_152, "hidden_size": 1024, "num_hidden_layers": 8,
