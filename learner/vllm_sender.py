@@ -138,8 +138,9 @@ class Client(VLLMWeightSyncClient):
 
     def __init__(self, line: Line) -> None:
         """Nothing is sent yet; `trainer` is the engine that calls, once there is one."""
-        self._line, self.trainer = line, None
-        self.manifest: WeightsManifest | None = None
+        self._line = line
+        self.trainer: Any = None
+        self.manifest: WeightsManifest | None = None| None = None
 
     def _call(self, name: str, argument: Any = None) -> None:
         """Have the core do it. Anything else than success aborts the communicator, in which the

@@ -212,6 +212,7 @@ class VllmEngine:
                     if await self._swapped(manifest, files):
                         return
                     _check_same(files)
+                    files = await self._prepared(manifest)
                 raise RuntimeError(
                     f"engine {self.engine_id}: {_START_ATTEMPTS} cores could not load "
                     f"{manifest.version}, the last because of {self._failure}"
