@@ -140,7 +140,7 @@ class Client(VLLMWeightSyncClient):
         """Nothing is sent yet; `trainer` is the engine that calls, once there is one."""
         self._line = line
         self.trainer: Any = None
-        self.manifest: WeightsManifest | None = None| None = None
+        self.manifest: WeightsManifest | None = None
 
     def _call(self, name: str, argument: Any = None) -> None:
         """Have the core do it. Anything else than success aborts the communicator, in which the

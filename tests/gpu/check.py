@@ -38,7 +38,7 @@ import torch
 from slipstream.kernels import definition, fused
 from slipstream.kernels.definition import Head
 from slipstream.learner import dry
-from slipstream.learner.batch import moved
+from slipstream.learner.batch import MicroBatch, moved
 from slipstream.learner.config import DrySpec, LearnerConfig
 from slipstream.learner.metrics import Sums
 from slipstream.learner.policy import Policy
@@ -46,6 +46,7 @@ from slipstream.learner.ranks import Ranks
 from slipstream.learner.step import _accumulate, _checked_norm, _Part
 from slipstream.rollout.config import VllmConfig
 from slipstream.rollout.engines.vllm_law import certificate_file, law_check
+from transformers import PreTrainedModel
 
 from tests.kernels.conftest import Case, differences, make_case
 from tests.kernels.test_fused import CASES
@@ -126,16 +127,21 @@ def dry_spec(folder: Path) -> DrySpec:
     return DrySpec(model_dir=folder, dtype="bfloat16", config=config, ranks=1, sample_tokens=1024)
 
 
-def one_step(spec: DrySpec, device: str, sums: Sums) -> Policy:
-    """`dry.run`'s step, on tensors that have bytes."""
+def inputs(spec: DrySpec, batch: MicroBatch, device: str) -> tuple[PreTrainedModel, MicroBatch]:
+    """`dry.run`'s model, on tensors that have bytes, and its micro-batch; there."""
     model = dry.make_model(spec)
     with torch.device(device):
         dry.place(model, Ranks())
     with torch.no_grad():
         for values in (*model.parameters(), *model.buffers()):
             values.fill_(0.01)  # not NaN is enough
+    return model, moved(batch, torch.device(device))
+
+
+def one_step(spec: DrySpec, batch: MicroBatch, device: str, sums: Sums) -> Policy:
+    """`dry.run`'s step."""
+    model, batch = inputs(spec, batch, device)
     policy = dry.make_policy(spec, model, Ranks(device=device), dry.Ledger())
-    batch = moved(dry.micro_batch(spec, torch.float32), torch.device(device))
     part = _Part(samples=[], batches=[batch], denominator=1.0, proximal=[None])
     for _ in range(2):
         _accumulate(policy, part, spec.config.objective, None, sums, 1)
@@ -157,7 +163,7 @@ def memory() -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        one_step(spec, "cuda", Sums())
+        one_step(spec, dry.micro_batch(spec, torch.float32), "cuda", Sums())
         measured = torch.cuda.max_memory_allocated() - before
         torch.cuda.empty_cache()
     found = {"planned_bytes": planned, "measured_bytes": measured, "ratio": measured / planned}
