@@ -58,7 +58,7 @@ TO_CHANGE = {
 }
 """What newer releases than ours have changed under us: what moving to them has to change."""
 
-NOT_VLLMS = {"span.length", "drafts.append"}
+NOT_VLLMS = {"span.length", "drafts.append", "speculative_config.get"}
 """What is read of objects of ours that are called like one of vLLM's."""
 
 
