@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from importlib import metadata
 from pathlib import Path
@@ -36,7 +36,6 @@ sys.path.extend([str(Path(__file__).parents[2]), str(Path(__file__).parent)])  #
 import pytest
 import torch
 from slipstream.kernels import definition, fused
-from slipstream.kernels.definition import Head
 from slipstream.learner import dry
 from slipstream.learner.batch import MicroBatch, moved
 from slipstream.learner.config import DrySpec, LearnerConfig
@@ -97,11 +96,8 @@ enabled = false
 
 def on(case: Case, device: str) -> Case:
     """The same inputs there."""
-    head = Head(*(None if each is None else each.to(device) for each in case.head))
     terms = {name: values.to(device) for name, values in case.terms.items()}
-    return dataclasses.replace(
-        case, hidden=case.hidden.to(device), targets=case.targets.to(device), head=head, terms=terms
-    )
+    return dataclasses.replace(moved(case, torch.device(device)), terms=terms)
 
 
 def results(case: Case, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -295,7 +291,7 @@ def tried(work: Callable[[Path], Any]) -> dict[str, Any]:
     try:
         with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(said):
             made = work(Path(root))
-            made = asyncio.run(made) if isinstance(made, Awaitable) else made
+            made = asyncio.run(made) if isinstance(made, Coroutine) else made
         found = {"ok": True, **(made or {})}
     except Exception as error:  # a check that cannot run proves nothing
         found["reason"] = "".join(traceback.format_exception(error))[-3000:]

@@ -4,6 +4,8 @@ in the place of the communicator and no CUDA streams (`standin/`).
 Run by `test_vllm.py` in the environment that `make setup-vllm-cpu` makes.
 """
 
+# pyright: reportMissingImports=false
+
 import asyncio
 import os
 import signal
@@ -12,6 +14,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +54,7 @@ def tiny(make_tiny, tmp_path_factory):
 class Sending:
     """The process beside the learner, as the learner starts it but for the stand-in."""
 
-    def __init__(self, folder, backend="nccl", module="nccl_standin"):
+    def __init__(self, folder, backend: Any = "nccl", module="nccl_standin"):
         self.module = module
         self.spec = SenderSpec(
             run_dir=folder, endpoint=f"ipc://{folder}/buffer", backend=backend, deadline_s=15.0
