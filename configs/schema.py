@@ -19,6 +19,7 @@ from ..rollout.config import (
     RolloutConfig,
     SourceConfig,
 )
+from ..rollout.engines.vllm_law import law_proved
 from .cluster import ClusterConfig
 
 MAX_KEPT_IDS = 512
@@ -280,11 +281,36 @@ def check_engine(experiment: Experiment) -> Iterator[str]:
             f"rollout.speculation.drafter is the native engine's, not of {asked}; remove it, or "
             "see rollout.vllm.speculative_config"
         )
-    if rollout.vllm.speculative_config and experiment.eval.temperature != 0:
+    drafts = rollout.vllm.speculative_config
+    if drafts and experiment.eval.temperature != 0 and not law_proved(drafts):
         yield (
             "rollout.vllm.speculative_config: what vLLM draws with speculation has a wrong law on "
-            "processors, and none that is proved on GPUs; it is for greedy evaluations: set "
-            "eval.temperature = 0, or remove it"
+            "processors, and none on GPUs until `make gpu-check` has proved it there; it is for "
+            "greedy evaluations: set eval.temperature = 0, or remove it"
+        )
+    yield from _check_weights(experiment)
+
+
+def _check_weights(experiment: Experiment) -> Iterator[str]:
+    """Yield why vLLM's own backend cannot send these weights."""
+    backend, cluster = experiment.rollout.vllm.weights, experiment.cluster
+    if backend == "files":
+        return
+    key = f'rollout.vllm.weights = "{backend}"'
+    if experiment.learner.device != "cuda":
+        yield f'{key} sends from the learner\'s GPU; set learner.device = "cuda", or "files"'
+    if backend == "nccl" and cluster.placement == "shared":
+        yield (
+            f"{key} cannot join a learner and an engine on one device, as cluster.placement = "
+            '"shared" puts them; set "ipc" or "files"'
+        )
+    if backend == "ipc" and (
+        cluster.placement != "shared" or cluster.learner_ranks > 1
+        or experiment.rollout.vllm.tensor_parallel > 1 or experiment.rollout.workers > 1
+    ):  # fmt: skip
+        yield (
+            f'{key} sends within one device: it needs cluster.placement = "shared" with one '
+            'learner rank, one worker and rollout.vllm.tensor_parallel = 1; set "nccl" or "files"'
         )
 
 

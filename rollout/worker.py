@@ -26,6 +26,7 @@ from ..kernels.models import load_tokenizer, render_prompt
 from .config import EngineSpec, WorkerSpec
 from .engine import Engine, GenerationRequest
 from .engines.native import NativeEngine
+from .engines.vllm_law import gpu_name, law_proved
 from .environments.episode import EpisodeFailed, Player
 from .evaluator import Evaluator
 from .hand_in import HandIn
@@ -61,6 +62,8 @@ class Worker:
         """
         self._spec, self._engine, self._rewards, self._client = spec, engine, rewards, client
         self._inbox = inbox
+        self._sent = sender_of(spec) is not None
+        """Whether weights for training samples come from device to device, not as files."""
         self._tokenizer = load_tokenizer(spec.model_dir)
         self._player = Player(spec.environment, self._tokenizer) if spec.environment else None
         self._evaluator = Evaluator(
@@ -130,7 +133,8 @@ class Worker:
                 continue
             try:
                 with waiting(self._spec.name, f"its engine to load {newest.manifest.version}"):
-                    await self._engine.load(await self._local(newest.manifest))
+                    manifest = newest.manifest
+                    await self._engine.load(manifest if self._sent else await self._local(manifest))
                 failures = 0
                 self._loaded.set()
             except CorruptData:
@@ -296,7 +300,8 @@ def make_engine(spec: EngineSpec, purpose: str = "") -> Engine:
         from .engines.vllm import VllmEngine
 
         settings = spec.rollout.vllm
-        if not purpose:  # training samples are drawn, which vLLM does wrongly with speculation
+        drafts = settings.speculative_config
+        if drafts and not purpose and not law_proved(drafts, gpu_name()):  # these are drawn
             settings = settings.model_copy(update={"speculative_config": {}})
         return VllmEngine(
             spec.model_dir,
@@ -306,6 +311,7 @@ def make_engine(spec: EngineSpec, purpose: str = "") -> Engine:
             threads=spec.rollout.threads_per_worker,
             engine_id=f"{spec.name}-{purpose}" if purpose else spec.name,
             settings=settings,
+            sender=None if purpose else sender_of(spec),
         )
     return NativeEngine(
         spec.model_dir,
@@ -319,6 +325,17 @@ def make_engine(spec: EngineSpec, purpose: str = "") -> Engine:
         prefill_tokens=spec.rollout.prefill_tokens,
         kv_memory_mb=spec.rollout.kv_memory_mb,
     )
+
+
+def sender_of(spec: EngineSpec) -> Path | None:
+    """Where the process that sends weights to vLLM leaves its address; None: they are files."""
+    if (
+        not isinstance(spec, WorkerSpec)
+        or spec.rollout.engine != "vllm"
+        or spec.rollout.vllm.weights == "files"
+    ):
+        return None
+    return spec.run_dir / "processes" / "sender.address"
 
 
 async def work(spec: WorkerSpec) -> None:

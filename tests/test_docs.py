@@ -31,7 +31,7 @@ ORDER = (
     "README.md", "docs/first-run.md", "docs/model-and-data.md", "docs/reward.md",
     "docs/environment.md", "docs/run-folder.md", "docs/staleness.md", "docs/sizing.md",
     "docs/architecture.md", "docs/config.md", "docs/coming-from.md", "docs/cluster.md",
-    "docs/vllm.md",
+    "docs/vllm.md", "docs/gpu.md",
 )  # fmt: skip
 """As a reader goes on; later pages use what earlier ones made."""
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -180,7 +180,7 @@ def test_every_block_says_what_it_is(block: Block) -> None:
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     lines = [line for block in ALL if block.is_make for line in block.text.splitlines()]
-    assert lines == ["make run", "make test"]
+    assert lines == ["make run", "make test", "make gpu-check"]
     for line in lines:
         assert re.search(rf"^{line.split()[1]}:", makefile, re.MULTILINE), line
 

@@ -1,7 +1,7 @@
 """vLLM behind the Engine protocol: its AsyncLLM here, its core in a process of its own.
 
     generate -> AsyncLLM.generate -> core              one request per sample, with its seed
-    load     -> verify digests, here
+    load     -> verify digests, here or where they are sent from
              -> pause (keep), start, update, finish(version), resume: in the core
     core dies, or makes no step: its samples end as `abort`, the engine is COLD, `load` starts anew
 
@@ -20,22 +20,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferInitRequest,
+    WeightTransferUpdateRequest,
+)
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from ...buffer.errors import ConfigError, CorruptData
+from ...buffer.errors import ConfigError, CorruptData, PeerLost
 from ...buffer.records import Version, WeightsManifest
 from ...kernels.adapters import merged
 from ...kernels.models import ModelError, check_fit, empty_model, end_token_ids, load_tokenizer
 from ..config import KvPolicy, VllmConfig
 from ..engine import EngineState, EngineStats, GenerationOutput, GenerationRequest
 from .outputs import unstarted
+from .vllm_law import gpu_name, law_proved
 from .vllm_plugin import file_identity
 from .vllm_samples import Samples, name_of
 from .vllm_start import COUNTS, Counts, start
+from .vllm_transfer import Steps, Transfer
 from .weights import read_verified
 
 _START_ATTEMPTS = 3
@@ -64,13 +69,29 @@ class VllmEngine:
         threads: int,
         engine_id: str,
         settings: VllmConfig,
+        sender: Path | None = None,
     ) -> None:
         """Start the core, which takes tens of seconds; call it in a thread.
 
+        Args:
+            model_dir: config and tokenizer.
+            dtype: of weights and arithmetic.
+            max_concurrent: rows decoded together.
+            kv: what becomes of keys and values when weights change.
+            threads: of tensor operations, on processors.
+            engine_id: for messages.
+            settings: `[rollout.vllm]`.
+            sender: where the process that sends weights leaves its address; None: they are files,
+                whatever `settings.weights` says.
         Raises:
             ConfigError: vLLM cannot run this model on this machine.
         """
+        if sender is None:
+            settings = settings.model_copy(update={"weights": "files"})
         self.engine_id, self._kv, self._settings = engine_id, kv, settings
+        self._transfer: Transfer | None = None
+        if sender is not None:
+            self._transfer = Transfer(sender, settings.tensor_parallel, settings.step_timeout_s)
         try:
             with torch.device("meta"):  # shapes only
                 self._empty = empty_model(model_dir, dtype)
@@ -85,10 +106,11 @@ class VllmEngine:
             end_token_ids(self._empty, tokenizer),
             context=self._llm.model_config.max_model_len,
             vocabulary=self._empty.config.vocab_size,
-            speculates=bool(settings.speculative_config),
+            speculates=bool(settings.speculative_config)
+            and not law_proved(settings.speculative_config, gpu_name()),
         )
         self._serving: Version | None = None
-        self._swaps, self._last_swap_s = 0, 0.0
+        self._swaps, self._last_swap_s, self._paused_s = 0, 0.0, 0.0
         self._deaths, self._failure = 0, "its process ended"
         self._loading = self._closed = self._killed = False
         self._load_lock = asyncio.Lock()
@@ -175,6 +197,8 @@ class VllmEngine:
         Raises:
             CorruptData: bytes differ from their digest or do not fit the model; the engine keeps
                 serving what it had.
+            PeerLost: who sends the weights ended or is not there; in the middle of them the core is
+                ended, too.
             RuntimeError: the engine is closed, or one core after the other failed.
         """
         async with self._load_lock:
@@ -184,17 +208,29 @@ class VllmEngine:
                 return
             self._loading = True
             try:
-                files = await asyncio.to_thread(self._verified, manifest)
+                files = await self._prepared(manifest)
                 for _ in range(_START_ATTEMPTS):
-                    if await self._swapped(manifest.version, files):
+                    if await self._swapped(manifest, files):
                         return
                     _check_same(files)
+                    files = await self._prepared(manifest)
                 raise RuntimeError(
                     f"engine {self.engine_id}: {_START_ATTEMPTS} cores could not load "
                     f"{manifest.version}, the last because of {self._failure}"
                 )
             finally:
                 self._loading = False
+
+    async def _prepared(self, manifest: WeightsManifest) -> list[dict[str, Any]]:
+        """The same, or none when they will be sent, and whoever sends them has proved them."""
+        if self._transfer is None:
+            return await asyncio.to_thread(self._verified, manifest)
+        shapes = await self._transfer.prepare(manifest)
+        try:
+            check_fit(self._empty, {n: torch.empty(s, device="meta") for n, s in shapes.items()})
+        except ModelError as error:
+            raise CorruptData(f"weights of version {manifest.version}: {error}") from error
+        return []
 
     def _verified(self, manifest: WeightsManifest) -> list[dict[str, Any]]:
         """The manifest's files as the core will look at them, once they are proved."""
@@ -207,11 +243,11 @@ class VllmEngine:
             raise CorruptData(f"weights of version {manifest.version}: {error}") from error
         return files
 
-    async def _swapped(self, version: Version, files: list[dict[str, Any]]) -> bool:
+    async def _swapped(self, manifest: WeightsManifest, files: list[dict[str, Any]]) -> bool:
         """Put new weights into the core, a new one when it is dead; whether it lived through it."""
         if self._dead:
             await self._restart()
-        swap = asyncio.create_task(self._swap(self._llm, version, files))
+        swap = asyncio.create_task(self._swap(self._llm, manifest, files))
         deadline_s = time.monotonic() + self._settings.step_timeout_s
         try:
             # vLLM answers no call for ever when its core dies over it.
@@ -221,6 +257,8 @@ class VllmEngine:
                 swap.result()
                 return True
             self._failure = "its process ended" if self._dead else "no answer to new weights"
+        except PeerLost:
+            raise
         except Exception as error:
             self._failure = repr(error)
         finally:
@@ -229,21 +267,41 @@ class VllmEngine:
                 self._kill()  # half-updated: nothing may be written by it
         return False
 
-    async def _swap(self, llm: AsyncLLM, version: Version, files: list[dict[str, Any]]) -> None:
-        started_s, name = time.perf_counter(), name_of(version)
-        update = WeightTransferUpdateRequest({"files": files, "head_dims": self._head_dims})
-        await llm.pause_generation(mode="keep", clear_cache=self._kv == "recompute")
-        await llm.start_weight_update()
-        await llm.update_weights(update)
-        _check_same(files)  # copied by now, and not written over while it was
-        await llm.finish_weight_update(name)
+    async def _swap(
+        self, llm: AsyncLLM, manifest: WeightsManifest, files: list[dict[str, Any]]
+    ) -> None:
+        name, steps = name_of(manifest.version), self._steps(llm, manifest.version)
+        if self._transfer is not None:
+            await self._transfer.put(manifest, steps)
+        else:
+            await steps["start_weight_update"](None)
+            await steps["update_weights"]({"files": files, "head_dims": self._head_dims})
+            _check_same(files)  # copied by now, and not written over while it was
+            await steps["finish_weight_update"](None)
         if await llm.get_weight_version() != name:
             raise RuntimeError(f"vLLM does not serve {name}")
-        self._serving = version
+        self._serving = manifest.version
         await llm.resume_generation()
         self._counts.touch()
         self._swaps += 1
-        self._last_swap_s = time.perf_counter() - started_s
+        self._last_swap_s = time.perf_counter() - self._paused_s
+
+    def _steps(self, llm: AsyncLLM, version: Version) -> Steps:
+        """An update of the core's weights, by vLLM's names."""
+
+        async def start(_: Any) -> None:
+            self._paused_s = time.perf_counter()
+            await llm.pause_generation(mode="keep", clear_cache=self._kv == "recompute")
+            await llm.start_weight_update()
+
+        return {
+            "init_weight_transfer_engine": lambda info: llm.init_weight_transfer_engine(
+                WeightTransferInitRequest(info)
+            ),
+            "start_weight_update": start,
+            "update_weights": lambda info: llm.update_weights(WeightTransferUpdateRequest(info)),
+            "finish_weight_update": lambda _: llm.finish_weight_update(name_of(version)),
+        }
 
     async def _restart(self) -> None:
         """Replace a dead core by one without weights.
@@ -257,6 +315,8 @@ class VllmEngine:
                 f"engine {self.engine_id}: {self._deaths} cores died and no sample was finished; "
                 f"the last: {self._failure}. vLLM's own messages are above in this log"
             )
+        if self._transfer is not None:
+            self._transfer.close()  # it was the dead core's
         await asyncio.to_thread(self._llm.shutdown, _CLOSE_TIMEOUT_S)
         self._llm, self._head_dims = await asyncio.to_thread(self._started)
         self._killed = False
@@ -264,6 +324,8 @@ class VllmEngine:
     def _kill(self) -> None:
         """End the core at once; who waits for it is told by vLLM's own monitor."""
         self._killed = True
+        if self._transfer is not None:
+            self._transfer.close()
         for pid in self.core_pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -286,6 +348,8 @@ class VllmEngine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         async with self._load_lock:
+            if self._transfer is not None:
+                self._transfer.close()
             if self._llm.output_handler is not None:
                 self._llm.output_handler.cancel()  # nobody waits, and an end on purpose is no error
             await asyncio.to_thread(self._llm.shutdown, _CLOSE_TIMEOUT_S)

@@ -54,7 +54,10 @@ class Samples:
         if law.truncates:
             return "vLLM's kept sets are not available: its log-probs would follow another law"
         if law.temperature and self._speculates:
-            return "drawn samples have a wrong law under rollout.vllm.speculative_config"
+            return (
+                "drawn samples have a wrong law under rollout.vllm.speculative_config, unless "
+                "`make gpu-check` has proved it for this vLLM and GPU"
+            )
         return ""
 
     def params(self, request: GenerationRequest) -> SamplingParams:

@@ -82,7 +82,7 @@ def start(
         "tensor_parallel_size": settings.tensor_parallel,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
     }
-    _set_environment(threads, on_cpu)
+    _set_environment(threads, on_cpu, settings.weights)
     if on_cpu:
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
@@ -104,7 +104,9 @@ def start(
                 max_model_len=settings.max_model_len or None,
                 logprobs_mode="processed_logprobs",  # of the law that is drawn from: temperature
                 enable_prefix_caching=True,
-                weight_transfer_config=WeightTransferConfig(backend="slipstream"),
+                weight_transfer_config=WeightTransferConfig(
+                    backend="slipstream" if settings.weights == "files" else settings.weights
+                ),
                 speculative_config=settings.speculative_config or None,
                 disable_log_stats=True,  # no periodic lines; our own counter is called all the same
                 **arguments,
@@ -116,13 +118,15 @@ def start(
     return llm, [own, overrides.get("head_dim", own)]
 
 
-def _set_environment(threads: int, on_cpu: bool) -> None:
+def _set_environment(threads: int, on_cpu: bool, weights: str) -> None:
     """What vLLM reads from the environment only; what the user has set stays."""
     values = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # our process has threads
     }
+    if weights == "ipc":
+        values["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # of CUDA's handles, from our sender
     if on_cpu:
         # One process for core and model: a second one would only cost its start.
         values |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

@@ -16,7 +16,7 @@ from slipstream.kernels import streambp
 from slipstream.kernels.models import read_weights
 from slipstream.learner import loop as loop_module
 from slipstream.learner.checkpoint import find_checkpoint
-from slipstream.learner.config import SftConfig
+from slipstream.learner.config import SenderSpec, SftConfig
 from slipstream.learner.policy import weights_digest
 from slipstream.learner.trainer import Trainer
 from transformers import GPT2Config
@@ -256,3 +256,28 @@ def test_a_run_that_trains_parts_as_they_come_publishes_what_whole_batches_make(
         losses.append([row["loss"] for row in rows_of(spec.run_dir).values()])
         assert buffer.parts == (3 if stream else 0)
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_who_sends_weights_is_started_again_when_it_ended_and_outstays_the_last_version(make_spec):
+    """Without vLLM it ends by itself, at once."""
+    run_dir = make_spec().run_dir
+    (run_dir / "processes").mkdir()
+    sender = SenderSpec(run_dir=run_dir, endpoint="ipc:///nowhere", backend="nccl", deadline_s=1.0)
+    trainer = Trainer(make_spec(sender=sender))
+    trainer.prepare(threading.Event())
+    trainer.write_weights()
+    first = trainer._sender
+    assert first is not None
+    trainer._keep_sender()
+    assert trainer._sender is first
+    assert first.wait(120) != 0
+    trainer._keep_sender()
+    second = trainer._sender
+    assert second is not None
+    assert second.pid != first.pid
+    second.kill()
+    second.wait()
+    sender.served_file.write_text('["0.0", "0.7"]')
+    assert trainer.receiving  # an engine lacks 0.0
+    sender.served_file.write_text('["0.0"]')
+    assert not trainer.receiving

