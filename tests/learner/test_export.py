@@ -106,7 +106,7 @@ def test_a_policy_trained_in_bfloat16_loses_nothing_in_any_wider_dtype(
 def test_dtypes_that_cannot_be_exported_are_refused_with_the_choices(run_dir, tmp_path):
     with pytest.raises(ConfigError, match="choose bfloat16, float16, float32"):
         export(run_dir, tmp_path / "out", dtype="int8")
-    with pytest.raises(ConfigError, match="norm.weight holds 7e.04, and float16 ends at 6.55e.04"):
+    with pytest.raises(ConfigError, match=r"norm\.weight holds 7e\+04, and float16 ends at 6\.55"):
         module._check_range("norm.weight", torch.tensor([1.0, -7e4]), "float16")
     assert not (tmp_path / "out").exists()
 
