@@ -89,17 +89,17 @@ def test_an_export_in_another_dtype_is_the_policy_rounded_once(
         assert "one more rounding" in lineage["check"]
 
 
-def test_a_policy_trained_in_bfloat16_loses_nothing_in_any_wider_dtype(
+def test_a_policy_trained_in_bfloat16_loses_nothing_in_float32_and_small_weights_in_float16(
     make_spec, fake_buffer, run_loop, tmp_path
 ):
     spec = make_spec(steps=2, dtype="bfloat16")
     run_loop(spec, fake_buffer())
     checkpoint, _ = find_checkpoint(spec.run_dir / "checkpoints")
     weights = load_file(checkpoint.folder / "weights.safetensors")
-    for dtype in (None, "float32"):
+    for dtype in (None, "float32", "float16"):
         out = tmp_path / str(dtype)
         done = export(spec.run_dir, out, dtype=dtype)
-        assert done.max_logit_difference <= 1e-5
+        assert done.max_logit_difference <= (1e-5 if dtype != "float16" else 0.1)
         assert_rounded(out, getattr(torch, done.dtype), weights)
 
 
