@@ -129,6 +129,7 @@ def _run(spec: EvaluateSpec) -> Iterator[dict[str, Any]]:
             try:
                 for line in process.stdout:
                     yield json.loads(line)
+                process.wait()
             finally:
                 process.terminate()  # nothing to end, unless nobody reads on
         if code := process.returncode:

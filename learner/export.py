@@ -35,12 +35,13 @@ from .config import EXPORT_DTYPES, LoraConfig, check_export_dtype
 from .lora import adapter_config, linear_layers
 
 LOGIT_BOUND = 1e-5
-"""Largest difference allowed between the live policy's float32 logits and those of the reload,
-where the dtype holds every trained weight exactly."""
+"""Largest difference allowed between the live policy's float32 logits and those of the reload, with
+weights as trained."""
 
 ROUNDINGS = 4.0
-"""Where it does not: how often what one more rounding of all weights does to the log-probs may be
-seen. Both are the largest of some thousand differences of one origin; 1 is expected, or less."""
+"""Where the dtype does not hold them: how often what one more rounding of all weights does to the
+log-probs may be seen. Both are the largest of some thousand differences of one origin; 1 is
+expected, or less."""
 
 VERIFY_TIMEOUT_S = 900.0
 
@@ -85,8 +86,9 @@ if not exact:
         most = unit * weight.abs().clamp_min(torch.finfo(exported).smallest_normal)
         weight += most * (2 * torch.rand_like(weight) - 1)
     rounding = apart(own.log_softmax(-1), logits().log_softmax(-1))
+    model.load_state_dict(load_file(checkpoint + "/weights.safetensors"), strict=False)
 print(json.dumps({
-    "wrong": wrong, "exact": exact, "logits": apart(own, live),
+    "wrong": wrong, "exact": exact, "logits": apart(logits(), live),
     "logprobs": apart(own.log_softmax(-1), live.log_softmax(-1)), "rounding": rounding,
 }))
 """
@@ -104,8 +106,9 @@ class Export:
     step: int
     dtype: str
     max_logit_difference: float
-    """Between the live policy and the reload."""
+    """Between the live policy and the reload with weights as trained."""
     max_logprob_difference: float
+    """With weights as exported."""
     check: str
     """In words: what was compared, the largest difference, and its bound."""
 
@@ -200,10 +203,11 @@ def _write_adapter(
 def verify(folder: Path, checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     """Have a fresh process load the folder, and judge what it prints.
 
-    Where `dtype` holds every trained weight, logits may differ by `LOGIT_BOUND`. Else the weights
-    were rounded, and log-probs may differ by 2 * LOGIT_BOUND + ROUNDINGS * r, where r is how far
-    they move when each weight w of the reload is moved once more, by a random part of
-    u * max(|w|, smallest normal number); u is the unit roundoff of the coarser of both dtypes.
+    Every weight must be the checkpoint's, rounded to nearest; with the checkpoint's own weights in
+    it, the reload's logits may differ from the live policy's by `LOGIT_BOUND`. Where `dtype` does
+    not hold them all, log-probs with the rounded ones may differ by 2 * LOGIT_BOUND + ROUNDINGS * r:
+    r is how far they move when each weight w of the reload is moved once more, by a random part of
+    u * max(|w|, smallest normal number), u the unit roundoff of the coarser of both dtypes.
 
     Returns:
         What it measured, and in `check` the comparison in words.
@@ -232,19 +236,22 @@ def verify(folder: Path, checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
             f"the reloaded {found['wrong'][:3]} ({len(found['wrong'])} in all) are not the "
             f"checkpoint's in {dtype}; nothing exported. Try an earlier --checkpoint"
         )
-    if found["exact"]:
-        kind, gap, bound, of = "logit", found["logits"], LOGIT_BOUND, "no weight was rounded"
-    else:
-        kind, gap = "log-prob", found["logprobs"]
-        bound = 2 * LOGIT_BOUND + ROUNDINGS * found["rounding"]
-        of = f"{ROUNDINGS:g} x the {found['rounding']:.2g} of one more rounding of all weights"
-    if not gap <= bound:  # also refuses NaN
-        raise TrainingFailed(
-            f"the reloaded model's {kind}s differ from the live policy's by {gap:.3g}, more than "
-            f"{bound:.3g} ({of}): its config is not what was trained; nothing exported. Try an "
-            "earlier --checkpoint"
-        )
-    return found | {"check": f"largest {kind} difference {gap:.2g} (at most {bound:.2g}: {of})"}
+    rounded = f"{ROUNDINGS:g} x the {found['rounding']:.2g} of one more rounding of all weights"
+    band = 2 * LOGIT_BOUND + ROUNDINGS * found["rounding"]
+    checks = [("logit", found["logits"], LOGIT_BOUND, "weights as trained")]
+    checks += [] if found["exact"] else [("log-prob", found["logprobs"], band, rounded)]
+    for kind, gap, bound, of in checks:
+        if not gap <= bound:  # also refuses NaN
+            raise TrainingFailed(
+                f"the reloaded model's {kind}s differ from the live policy's by {gap:.3g}, more "
+                f"than {bound:.3g} ({of}): its config is not what was trained; nothing exported. "
+                "Try an earlier --checkpoint"
+            )
+    said = (
+        f"largest {kind} difference {gap:.2g} (at most {bound:.2g}, {of})"
+        for kind, gap, bound, of in checks
+    )
+    return found | {"check": ", ".join(said)}
 
 
 def _finish(

@@ -121,7 +121,9 @@ def test_weights_that_are_missing_or_torn_are_named(place: Path):
 
 
 def test_what_a_reward_prints_is_no_result(place: Path):
-    (place / "reward.py").write_text(REWARD.replace("    return", "    print('scored')\n    return"))
+    (place / "reward.py").write_text(
+        REWARD.replace("    return", "    print('scored')\n    return")
+    )
     (line,) = evaluate(place / "model", "mine.toml", [])
     assert line["samples"] == 24
 

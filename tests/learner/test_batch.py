@@ -135,10 +135,7 @@ def test_a_long_tail_is_padded_by_less_than_a_twentieth_and_dealt_evenly(make_pl
     plan = plan_micro_batches(samples, 16_384, num_ranks=num_ranks)
     shares = [own_share(plan, rank, num_ranks) for rank in range(num_ranks)]
     widths = [
-        [
-            [width_of(row, groups[row[0].trajectory.uid]["prompt"]) for row in rows]
-            for rows in share
-        ]
+        [[width_of(row, groups[row[0].trajectory.uid]["prompt"]) for row in rows] for rows in share]
         for share in shares
     ]
     assert len({len(share) for share in shares}) == 1
