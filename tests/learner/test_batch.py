@@ -141,7 +141,6 @@ def test_a_long_tail_is_padded_by_less_than_a_twentieth_and_dealt_evenly(make_pl
     assert len({len(share) for share in shares}) == 1
     loads = [sum(len(rows) * max(rows) for rows in share) for share in widths]
     inputs = sum(sum(rows) for share in widths for rows in share)
-    print(num_ranks, loads, inputs, [len(s) for s in shares])
     assert sum(loads) * 0.95 < inputs
     assert max(loads) < 1.25 * sum(loads) / num_ranks
 
