@@ -116,7 +116,10 @@ def listed(values: Sequence[float]) -> list[float]:
 
 def smoke(overrides: Sequence[str]) -> list[str]:
     """The same arm in a few steps of a few prompts: shows that it runs, and says nothing else."""
-    sizes = {"learner.steps": 2, "sft.examples": 64, "prompts.held_out": 16, "eval.every_steps": 1}
+    sizes = {
+        "learner.steps": 2, "sft.examples": 64, "prompts.held_out": 16, "eval.every_steps": 1,
+        "buffer.drop_no_signal": "false",  # so early there may be none
+    }  # fmt: skip
     return [*overrides, *(f"{key}={value}" for key, value in sizes.items())]
 
 
