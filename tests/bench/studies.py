@@ -62,7 +62,7 @@ def curves(
     for seed in seeds:
         for name, overrides in arms.items():
             settings = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8]
-            folder = work.absolute() / f"{name}-{settings}-{seed}"
+            folder = work.absolute() / f"{settings}-{seed}"  # a run that two questions need is one
             found[name].append(curve(seed, overrides, folder))
     return found
 
