@@ -262,12 +262,13 @@ def export(
     run: RunArgument,
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],
     checkpoint: Annotated[str, typer.Option(help="Such as step-000010.b0; else the newest.")] = "",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32; else as trained.")] = "",
 ) -> None:
     """Write the trained model as a Hugging Face folder and verify it by reloading."""
     from .exporting import export as export_model
 
-    done = export_model(run, out, checkpoint or None)
-    print(f"export {done.path} ok: logits differ by at most {done.max_logit_difference}")
+    done = export_model(run, out, checkpoint or None, dtype or None)
+    print(f"export {done.path} ok: {done.check}")
 
 
 @app.command("eval")
@@ -276,6 +277,7 @@ def evaluate(
     overrides: OverridesArgument = None,
     experiment: Annotated[str, typer.Option(help="Else that of the run FOLDER lies in.")] = "",
     every: Annotated[bool, typer.Option("--every", help="All checkpoints of the run.")] = False,
+    engine: Annotated[str, typer.Option(help="native or vllm; else the experiment's.")] = "",
     jsonl: Annotated[bool, typer.Option("--jsonl", help="One JSON object a line.")] = False,
 ) -> None:
     """Score a model on held-out prompts: mean reward and pass@k, with 95% intervals."""
@@ -284,7 +286,8 @@ def evaluate(
     from .evaluating import evaluate as lines
     from .evaluating import table
 
-    for line in lines(folder, experiment, overrides or [], every=every):
+    given = [*(overrides or []), *([f"rollout.engine={engine}"] if engine else [])]
+    for line in lines(folder, experiment, given, every=every):
         print(json.dumps(line) if jsonl else table(line), flush=True)
 
 

@@ -12,6 +12,7 @@ from ..buffer.errors import ConfigError, SlipstreamError
 from ..learner.checkpoint import complete_folders, find_checkpoint, read_checkpoint
 from ..rollout.config import EvaluateSpec, WeightsFiles
 from .child import module_argv
+from .engines import check_engine
 from .load import load_experiment
 from .models import check_folder, weight_files
 from .schema import Experiment
@@ -27,15 +28,17 @@ def evaluate(
         folder: a Hugging Face folder or a run folder.
         experiment: whose prompts, reward and sampling; empty: those of the run that `folder` is, or
             lies in.
-        overrides: such as `eval.samples_per_prompt=8`.
+        overrides: such as `eval.samples_per_prompt=8` or `rollout.engine=vllm`.
         every: all checkpoints of a run, oldest first, instead of the newest.
     Raises:
-        ConfigError: no experiment is known, or the folder holds no model.
+        ConfigError: no experiment is known, the folder holds no model, or the engine cannot be
+            started here.
         CorruptData: weights are damaged.
         SlipstreamError: the evaluation failed, with its reason.
     """
     folder = folder.expanduser().absolute()
     loaded = load_experiment(experiment or _run_of(folder), overrides)
+    check_engine(loaded.experiment.rollout)
     if (folder / "run.json").is_file():
         model_dir, weights = _of_run(folder, every=every)
     else:
@@ -126,6 +129,7 @@ def _run(spec: EvaluateSpec) -> Iterator[dict[str, Any]]:
             try:
                 for line in process.stdout:
                     yield json.loads(line)
+                process.wait()
             finally:
                 process.terminate()  # nothing to end, unless nobody reads on
         if code := process.returncode:

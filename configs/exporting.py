@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from ..buffer.errors import SlipstreamError
+from ..learner.config import check_export_dtype
 from .child import Child, module_argv
 from .result import Exported
 from .supervisor import POLL_S, StopRequests
@@ -20,6 +21,7 @@ def export_run(
     out: Path,
     *,
     checkpoint: str | None = None,
+    dtype: str | None = None,
     tick: Callable[[], None] = lambda: None,
     stop: StopRequests | None = None,
 ) -> Exported:
@@ -29,12 +31,14 @@ def export_run(
         run_dir: the run folder.
         out: the folder to write.
         checkpoint: `step-000010.b0`; None: the newest.
+        dtype: of the weights; None: as trained.
         tick: called while waiting.
         stop: ends the export early when asked to stop.
     """
     argv = [*module_argv("learner.export", run_dir), str(out)]
     if checkpoint is not None:
         argv += ["--checkpoint", str(run_dir / "checkpoints" / checkpoint)]
+    argv += ["--dtype", dtype] if dtype else []
     child = Child("export", argv, run_dir=run_dir, threads=2)
     end = time.monotonic() + EXPORT_DEADLINE_S
     try:
@@ -48,26 +52,32 @@ def export_run(
         return Exported(path=str(out), ok=False, message="was ended before it was done")
     if child.poll() != 0:
         return Exported(path=str(out), ok=False, message=child.why())
-    return Exported(path=str(out), ok=True, max_logit_difference=_verified_difference(out))
+    difference, check = _verified(out)
+    return Exported(path=str(out), ok=True, max_logit_difference=difference, check=check)
 
 
-def export(run_dir: Path, out: Path, checkpoint: str | None = None) -> Exported:
+def export(
+    run_dir: Path, out: Path, checkpoint: str | None = None, dtype: str | None = None
+) -> Exported:
     """`slipstream export`: as `export_run`, but a failure is an error.
 
     Raises:
+        ConfigError: models are not exported in this dtype.
         SlipstreamError: the export failed or its reload differs from the live policy.
     """
+    if dtype is not None:
+        check_export_dtype(dtype)
     run_dir, out = run_dir.expanduser().absolute(), out.expanduser().absolute()
-    done = export_run(run_dir, out, checkpoint=checkpoint)
+    done = export_run(run_dir, out, checkpoint=checkpoint, dtype=dtype)
     if not done.ok:
         raise SlipstreamError(f"export to {out} failed: {done.message}")
     return done
 
 
-def _verified_difference(out: Path) -> float | None:
-    """What the export's own check measured against the live policy."""
+def _verified(out: Path) -> tuple[float | None, str]:
+    """What the export's own check measured against the live policy, and in words."""
     try:
         lineage = msgspec.json.decode((out / "slipstream.json").read_bytes())
-        return float(lineage["max_logit_difference"])
+        return float(lineage["max_logit_difference"]), str(lineage["check"])
     except (OSError, msgspec.DecodeError, KeyError, TypeError, ValueError):
-        return None
+        return None, ""

@@ -31,6 +31,8 @@ class Exported(msgspec.Struct, kw_only=True, frozen=True):
     path: str
     ok: bool
     max_logit_difference: float | None = None
+    check: str = ""
+    """What was compared, the largest difference, and its bound."""
     message: str = ""
 
 

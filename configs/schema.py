@@ -384,11 +384,13 @@ def check_objective(experiment: Experiment) -> Iterator[str]:
             "itself: the ratio is 1 and clipping is off; set updates_per_step to 2 or more, or "
             f'{of}proximal = "ewma", "interpolated" or "behaviour"'
         )
-    if objective.proximal == "first_pass" and objective.correction == "none" and stale:
+    unbounded = objective.correction == "none" and objective.surrogate != "raft"  # without ratio
+    if unbounded and objective.anchor(updates) == "first_pass" and stale:
         yield (
-            f'{of}proximal = "first_pass" makes the ratio 1, so clipping is off, and {of}correction'
-            ' = "none" leaves nothing that bounds updates on old samples; set correction = '
-            '"truncate", proximal = "behaviour", or buffer.max_staleness_steps = 0'
+            f'{of}proximal = "{objective.proximal}" is the current policy itself here: the ratio '
+            f'is 1, so clipping is off, and {of}correction = "none" leaves nothing that bounds '
+            'updates on old samples; set correction = "truncate", proximal = "behaviour", or '
+            "buffer.max_staleness_steps = 0"
         )
     if objective.needs_whole_samples and stale and experiment.buffer.stale == "trim":
         key = "ratio" if objective.ratio == "sequence" else "correction_level"

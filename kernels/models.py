@@ -26,10 +26,15 @@ from transformers.utils import logging
 
 logging.disable_progress_bar()
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}  # fmt: skip
+"""float16 is for exports: nothing is trained in it."""
 
 DTYPE_NAMES = {
-    torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.uint8: "U8"
+    torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.uint8: "U8",
 }  # fmt: skip
 """safetensors' names of them, and of bytes."""
 
@@ -97,7 +102,9 @@ def load_policy(model_dir: Path | str, dtype: str, seed: int | None) -> PreTrain
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return _checked(model.to(DTYPES[dtype]))
+    for weight in model.parameters():  # not `model.to`: engines have frequencies in float32
+        weight.data = weight.data.to(DTYPES[dtype])
+    return _checked(model)
 
 
 def empty_model(model_dir: Path | str, dtype: str) -> PreTrainedModel:

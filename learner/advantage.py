@@ -60,6 +60,7 @@ def staged_advantages(rewards_G: Sequence[float | None], sizes: Sequence[int]) -
     Args:
         rewards_G: as in `group_advantages`, in order of stage.
         sizes: samples of each stage; of one stage it is `leave_one_out` as ever.
+    Source: RLOO (arXiv:2402.14740) within what was drawn; the stages are ours.
     """
     advantages_G, start = np.zeros(len(rewards_G)), 0
     for end in np.cumsum(sizes).tolist():

@@ -36,7 +36,7 @@ R = TypeVar("R")
 RatioLaw = Literal["temperature", "kept_set"]
 
 MAX_PADDING = 0.05
-EFFICIENT_TOKENS = 1024
+EFFICIENT_TOKENS = 512
 """More rows than this make the matrix products of a layer no faster (measured on CPUs)."""
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ..buffer.config import Settings
+from ..buffer.errors import ConfigError
 
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {},
@@ -34,6 +35,7 @@ BatchAdvantage = Literal[
 ]
 AdvantageKind = BatchAdvantage | Literal["gigpo", "gae"]
 Proximal = Literal["auto", "recomputed", "first_pass", "behaviour", "interpolated", "ewma"]
+EXPORT_DTYPES = ("bfloat16", "float16", "float32")
 
 
 class ObjectiveConfig(Settings):
@@ -337,6 +339,19 @@ class SenderSpec(Settings):
     def served_file(self) -> Path:
         """The version that each engine has."""
         return self.run_dir / "processes" / "sender.served.json"
+
+
+def check_export_dtype(dtype: str) -> None:
+    """See that a model can be exported in it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if dtype not in EXPORT_DTYPES:
+        raise ConfigError(
+            f'--dtype "{dtype}" is none that models are exported in: choose '
+            f"{', '.join(EXPORT_DTYPES)}, or leave it out for what the run was trained in"
+        )
 
 
 class LearnerSpec(Settings):

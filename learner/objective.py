@@ -267,6 +267,8 @@ def token_weights(
         aggregation: `token`: every token alike; `sequence`: every sample alike.
     Returns:
         the weight of each sample's tokens, and the denominator (at least 1).
+    Source: the token mean of DAPO eq. 8 (arXiv:2503.14476); the mean over samples of GRPO eq. 3
+        (arXiv:2402.03300).
     """
     if aggregation == "token":
         return [1.0] * len(lengths), float(max(1, sum(lengths)))

@@ -3,12 +3,13 @@ any run. Prints one JSON object per set of weights, as it is done."""
 
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..buffer.errors import ConfigError, SlipstreamError
 from ..buffer.mailbox import file_digest
@@ -35,8 +36,9 @@ class Collected:
         self.results.append(FinishEvaluation(**result))
 
 
-async def evaluate(spec: EvaluateSpec) -> None:
-    """Score each set of weights on the same prompts with the same random numbers.
+async def evaluate(spec: EvaluateSpec, told: TextIO) -> None:
+    """Score each set of weights on the same prompts with the same random numbers; a line each goes
+    to `told`.
 
     Raises:
         ConfigError: there are no held-out prompts, or the model or the reward cannot be loaded.
@@ -74,7 +76,8 @@ async def evaluate(spec: EvaluateSpec) -> None:
                     ]
                 )
                 rewards.raise_if_failing()
-                print(json.dumps(_line(weights.name, collected.results, began_s)), flush=True)
+                line = _line(weights.name, collected.results, began_s)
+                print(json.dumps(line), file=told, flush=True)
         finally:
             await evaluator.close()
             if player is not None:
@@ -102,8 +105,10 @@ def _line(name: str, results: Sequence[FinishEvaluation], began_s: float) -> dic
 def main() -> int:
     """Evaluate what a spec file describes; the reason on stderr with a non-zero code if not."""
     spec = EvaluateSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what rewards and vLLM print is no result
     try:
-        asyncio.run(evaluate(spec))
+        asyncio.run(evaluate(spec, told))
     except SlipstreamError as error:
         print(error, file=sys.stderr)
         return error.exit_code

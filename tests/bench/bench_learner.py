@@ -10,13 +10,17 @@ Batches. 8 prompts x 8 samples. `long tail`: lengths of `traces/long_tail.json`,
 Arms. ours: `train_step` with the shipped settings (token budget, shared prompts, fused loss).
     trl: GRPOTrainer's own training loop with generation and scoring replaced by the batch, in
     micro-batches of 8; loss "dapo", no KL. Both: the same AdamW, rate and clipping, all cores.
+Ranks. `growth with ranks`: ours on the long tail with 1, 2, 4 ... learner ranks (FSDP2, gloo), as
+    many as there are cores, one thread each, against one rank; all sizes in turn in each round.
 Metric. Trained tokens per second of an update: forward, loss, backward, clipping, optimizer; the
-    median of `--updates` updates after 2 to warm up, one process per arm and round, arms in turn.
+    median of `--updates` updates after 2 to warm up, one process per rank, arm and round, arms in
+    turn.
 Equal. Both minimise the same loss: the gradient norms of the first update are printed beside.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +47,7 @@ from slipstream.buffer.staleness import LivePath
 from slipstream.kernels.models import load_policy
 from slipstream.learner.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
 from slipstream.learner.policy import Policy
+from slipstream.learner.ranks import Ranks, shard
 from slipstream.learner.step import train_step
 from transformers import AutoTokenizer, LlamaConfig
 
@@ -125,14 +130,16 @@ def _trajectory(
     )  # fmt: skip
 
 
-def ours(model_dir: Path, case: str, updates: int) -> dict[str, Any]:
+def ours(model_dir: Path, case: str, updates: int, threads: int, ranks: Ranks) -> dict[str, Any]:
     """Seconds of each update, gradient norms, padding."""
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     config = LearnerConfig(
         objective=ObjectiveConfig(advantage="group_mean", aggregation="token", correction="none"),
         optimizer=OptimizerConfig(learning_rate=RATE, warmup_steps=0),
     )
-    policy = Policy(load_policy(model_dir, "float32", seed=0), config.optimizer)
+    model = load_policy(model_dir, "float32", seed=0)
+    shard(model, ranks)
+    policy = Policy(model, config.optimizer, ranks=ranks)
     groups, found = groups_of(rows_of(case)), {"seconds": [], "grad_norms": [], "padding": 0.0}
     for step in range(1, updates + WARM_UP + 1):
         metrics = train_step(
@@ -143,6 +150,37 @@ def ours(model_dir: Path, case: str, updates: int) -> dict[str, Any]:
         found["grad_norms"].append(metrics["grad_norm"])
         found["padding"] = metrics["padding"]
     return found
+
+
+def run_ours(args: argparse.Namespace, case: str, threads: int, size: int = 1) -> dict[str, Any]:
+    """One run of ours, each rank a process; what rank 0 found.
+
+    Raises:
+        SystemExit: a rank failed.
+    """
+    work = args.work.absolute()
+    for left in ("meeting", "ours.json"):
+        (work / left).unlink(missing_ok=True)
+    argv = [sys.executable, __file__, "--updates", str(args.updates), "--work", str(work)]
+    argv += ["--arm", case, str(threads), str(size)]
+    children = [subprocess.Popen([*argv, str(rank)]) for rank in range(size)]
+    try:
+        codes = [child.wait(timeout=1800) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    if any(codes):
+        raise SystemExit(f"ranks of ours ended with {codes}")
+    return json.loads((work / "ours.json").read_text())
+
+
+def arm(work: Path, updates: int, case: str, threads: int, size: int, rank: int) -> None:
+    """One rank of `run_ours`."""
+    ranks = Ranks.join(rank, size, work / "meeting", "")
+    found = ours(work / "model", case, updates, threads, ranks)
+    ranks.exchange(None)  # none leaves while another computes
+    if ranks.first:
+        (work / "ours.json").write_text(json.dumps(found))
 
 
 def trl(python: Path, model_dir: Path, case: str, updates: int, work: Path) -> dict[str, Any]:
@@ -177,33 +215,61 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trl-python", type=Path, default=ROOT / ".venvs/trl/bin/python")
     parser.add_argument("--work", type=Path, default=new_work_folder("learner"))
-    parser.add_argument("--arm", nargs=3, metavar=("MODEL", "CASE", "OUT"), help="one run of ours")
+    parser.add_argument("--arm", nargs=4, metavar=("CASE", "THREADS", "RANKS", "RANK"))
     parser.add_argument("--dry", action="store_true", help="print, but record nothing")
     args = parser.parse_args()
-    if args.arm:
-        model_dir, case, out = args.arm
-        Path(out).write_text(json.dumps(ours(Path(model_dir), case, args.updates)))
-        return
     work = args.work.absolute()
+    if args.arm:
+        case, *numbers = args.arm
+        arm(work, args.updates, case, *map(int, numbers))
+        return
     save_model(work / "model")
     for case in ("long tail", "equal"):
         measure(args, case, work)
+    grow(args)
+
+
+def tokens_of(case: str) -> int:
+    """That are trained."""
+    return sum(len(text) for _, texts, _ in rows_of(case) for text in texts)
+
+
+def seconds_of(found: dict[str, Any]) -> float:
+    """Of the median update."""
+    return median(found["seconds"][WARM_UP:])
+
+
+def grow(args: argparse.Namespace) -> None:
+    """The same batch on more and more ranks, and a line of results."""
+    case, cores = "long tail", os.cpu_count() or 1
+    sizes = [2**n for n in range(cores.bit_length()) if 2**n <= cores]
+    found: dict[int, list[dict[str, Any]]] = {size: [] for size in sizes}
+    for _ in range(args.rounds):
+        for size in sizes:
+            found[size].append(run_ours(args, case, 1, size))
+    rates = {n: [tokens_of(case) / seconds_of(each) for each in runs] for n, runs in found.items()}
+    ratios = {n: ratio_of_medians(rates[n], rates[1]) for n in sizes}
+    emit(
+        {
+            "bench": "learner", "case": "growth with ranks", "unit": "trained tokens/s",
+            "runs": args.rounds, "ranks": {n: median(rates[n]) for n in sizes},
+            "ratio": {n: ratio.value for n, ratio in ratios.items()},
+            "spread": {n: [ratio.low, ratio.high] for n, ratio in ratios.items()},
+            "padding": {n: runs[0]["padding"] for n, runs in found.items()},
+            "first_grad_norm": {n: runs[0]["grad_norms"][0] for n, runs in found.items()},
+        },
+        record=not args.dry,
+    )  # fmt: skip
 
 
 def measure(args: argparse.Namespace, case: str, work: Path) -> None:
     """Some rounds of both arms, and a line of results."""
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
     for _ in range(args.rounds):
-        out, argv = work / "ours.json", [sys.executable, __file__, "--updates", str(args.updates)]
-        argv += ["--arm", str(work / "model"), case, str(out)]
-        subprocess.run(argv, check=True, timeout=1800)
-        found["ours"].append(json.loads(out.read_text()))
+        found["ours"].append(run_ours(args, case, THREADS))
         found["trl"].append(trl(args.trl_python, work / "model", case, args.updates, work))
-    tokens = sum(len(text) for _, texts, _ in rows_of(case) for text in texts)
-    rates = {
-        arm: [tokens / median(each["seconds"][WARM_UP:]) for each in runs]
-        for arm, runs in found.items()
-    }
+    tokens = tokens_of(case)
+    rates = {arm: [tokens / seconds_of(each) for each in runs] for arm, runs in found.items()}
     ratio = ratio_of_medians(rates["ours"], rates["trl"])
     padding = found["ours"][0]["padding"]
     emit(

@@ -1,38 +1,85 @@
-"""What the studies share: arms by seed, held-out curves, the area between them, and intervals."""
+"""What the studies share: arms by seed, held-out curves, the area between them, and intervals.
 
+Runs are kept in `--work`: a study that was ended begins again with the run that was not done.
+"""
+
+import argparse
+import hashlib
 import json
-import tempfile
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
-from common import read_lines, slipstream
+from common import ROOT, numbers, read_lines, slipstream
+from slipstream.configs.claim import running_supervisor
+from slipstream.configs.launch import stop
 
 DRAWS = 10_000
+RATES = ("1e-4", "3e-4", "1e-3")
+DEVELOPMENT, SMOKE_RATE = (0, 1, 2, 3, 4), "3e-4"
 Curve = dict[int, float]
 """Held-out reward by prompts trained."""
 
 
+def options(study: str, text: str | None) -> argparse.ArgumentParser:
+    """What all of them are asked with."""
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=numbers, default=[5, 6, 7, 8, 9])
+    parser.add_argument("--rate", help="learning rate of all arms; else it is tuned first")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / study, help="keeps the runs")
+    parser.add_argument("--smoke", action="store_true")
+    return parser
+
+
 def curve(seed: int, overrides: Sequence[str], folder: Path) -> Curve:
-    """One run of the quickstart; its evaluations against the prompts trained before each."""
-    slipstream(
-        "run", "quickstart", f"seed={seed}", *overrides, "--no-export", "--output", str(folder),
-        log=folder.with_suffix(".log"),
-    )  # fmt: skip
+    """One run of the quickstart, unless it is done; its evaluations against the prompts trained
+    before each."""
+    done = folder.with_suffix(".done")
+    if not done.exists():
+        if running_supervisor(folder):  # of a study that was killed
+            stop(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        slipstream(
+            "run", "quickstart", f"seed={seed}", *overrides, "--no-export", "--output", str(folder),
+            log=folder.with_suffix(".log"),
+        )  # fmt: skip
+        done.touch()
     learner = json.loads((folder / "resolved.json").read_text())["learner"]
     rows = read_lines(folder / "eval.jsonl")
     return {row["step"] * learner["prompts_per_step"]: row["reward_mean"] for row in rows}
 
 
-def curves(arms: Mapping[str, Sequence[str]], seeds: Sequence[int]) -> dict[str, list[Curve]]:
+def curves(
+    arms: Mapping[str, Sequence[str]], seeds: Sequence[int], work: Path
+) -> dict[str, list[Curve]]:
     """Every arm for every seed, a seed's arms one after the other."""
     found: dict[str, list[Curve]] = {name: [] for name in arms}
-    with tempfile.TemporaryDirectory(prefix="slipstream-study-") as work:
-        for seed in seeds:
-            for number, (name, overrides) in enumerate(arms.items()):
-                found[name].append(curve(seed, overrides, Path(work) / f"arm-{number}-{seed}"))
+    for seed in seeds:
+        for name, overrides in arms.items():
+            settings = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8]
+            folder = work.absolute() / f"{settings}-{seed}"  # a run that two questions need is one
+            found[name].append(curve(seed, overrides, folder))
     return found
+
+
+def at_rate(arm: Sequence[str], rate: str) -> list[str]:
+    """An arm at a learning rate."""
+    return [*arm, f"learner.optimizer.learning_rate={rate}"]
+
+
+def tuned(study: str, arm: Sequence[str], work: Path) -> tuple[str, dict[str, Any]]:
+    """The learning rate under which an arm's final reward is best, over the development seeds, and
+    the line of results that says so."""
+    found = curves({rate: at_rate(arm, rate) for rate in RATES}, DEVELOPMENT, work)
+    ends = {rate: [last(each) for each in found[rate]] for rate in RATES}
+    best = max(RATES, key=lambda rate: mean(ends[rate]))
+    values = {"best": best, "rewards": {rate: listed(of) for rate, of in ends.items()}}
+    return best, line(study, "learning rate", values, DEVELOPMENT)
 
 
 def area_between(one: Curve, other: Curve) -> float:
@@ -69,7 +116,10 @@ def listed(values: Sequence[float]) -> list[float]:
 
 def smoke(overrides: Sequence[str]) -> list[str]:
     """The same arm in a few steps of a few prompts: shows that it runs, and says nothing else."""
-    sizes = {"learner.steps": 2, "sft.examples": 64, "prompts.held_out": 16, "eval.every_steps": 1}
+    sizes = {
+        "learner.steps": 2, "sft.examples": 64, "prompts.held_out": 16, "eval.every_steps": 1,
+        "buffer.drop_no_signal": "false",  # so early there may be none
+    }  # fmt: skip
     return [*overrides, *(f"{key}={value}" for key, value in sizes.items())]
 
 

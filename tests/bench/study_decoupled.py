@@ -7,7 +7,8 @@ Learning rate. Tuned once, at S = 0, on development seeds 0 to 4: the best final
     1e-4, 3e-4, 1e-3. `--rate` gives it to all arms.
 S. The smallest of 2, 4, 8, 16 at which the uncorrected arm fails in at least 4 of the development
     seeds 0 to 4: a final held-out reward more than 0.2 below that of S = 0 with the same seed.
-    `--find` looks for it. When it fails at none, that is the result.
+    The script looks for it unless `--staleness` gives it. When it fails at none, that is the
+    result.
 Arms, 60 steps of 32 prompts, engines fast enough to reach the bound (`stale = "wait"`):
     synchronous   S = 0, proximal "first_pass"
     uncorrected   S, proximal "first_pass", correction "none": refused by our own check, so the
@@ -20,13 +21,26 @@ Measure. Final held-out reward, decoupled - synchronous, by seed. Equivalent whe
 `--smoke` runs each arm for two steps and records nothing.
 """
 
-import argparse
+from pathlib import Path
+from typing import Any
 
-from common import emit, numbers
-from studies import curves, interval, last, line, listed, smoke
+from common import emit
+from studies import (
+    DEVELOPMENT,
+    SMOKE_RATE,
+    at_rate,
+    curves,
+    interval,
+    last,
+    line,
+    listed,
+    options,
+    smoke,
+    tuned,
+)
 
 STUDY, LEVEL, MARGIN = "study-decoupled", 0.9, 0.05
-CANDIDATES, DEVELOPMENT, FAILED_BY, FAILED_IN = (2, 4, 8, 16), (0, 1, 2, 3, 4), 0.2, 4
+CANDIDATES, FAILED_BY, FAILED_IN = (2, 4, 8, 16), 0.2, 4
 SYNCHRONOUS = ["buffer.max_staleness_steps=0"]
 
 
@@ -38,14 +52,18 @@ def stale(bound: int, high: float) -> list[str]:
     ]  # fmt: skip
 
 
-def find(rate: list[str]) -> int | None:
+def find(rate: str, work: Path, lines: list[dict[str, Any]]) -> int | None:
     """The smallest S at which the uncorrected loss fails; None when it fails at none."""
-    fresh = curves({"synchronous": [*SYNCHRONOUS, *rate]}, DEVELOPMENT)["synchronous"]
+
+    def ends(arm: list[str]) -> list[float]:
+        found = curves({"find": at_rate(arm, rate)}, DEVELOPMENT, work)["find"]
+        return [last(each) for each in found]
+
+    fresh = ends(SYNCHRONOUS)
     for bound in CANDIDATES:
-        found = curves({"uncorrected": [*stale(bound, 1e9), *rate]}, DEVELOPMENT)["uncorrected"]
-        losses = [last(one) - last(other) for one, other in zip(fresh, found, strict=True)]
+        losses = [one - other for one, other in zip(fresh, ends(stale(bound, 1e9)), strict=True)]
         values = {"staleness": bound, "reward_lost": listed(losses)}
-        emit(line(STUDY, "development", values, DEVELOPMENT))
+        lines.append(line(STUDY, "development", values, DEVELOPMENT))
         if sum(loss > FAILED_BY for loss in losses) >= FAILED_IN:
             return bound
     return None
@@ -53,34 +71,41 @@ def find(rate: list[str]) -> int | None:
 
 def main() -> None:
     """Run and print the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=numbers, default=[5, 6, 7, 8, 9])
-    parser.add_argument("--rate", default="3e-4")
-    parser.add_argument("--staleness", type=int, help="skip looking for S")
-    parser.add_argument("--smoke", action="store_true")
+    parser = options(STUDY, __doc__)
+    parser.add_argument("--staleness", type=int, help="S; else it is looked for")
     given = parser.parse_args()
-    rate = [f"learner.optimizer.learning_rate={given.rate}"]
-    bound = given.staleness or (CANDIDATES[0] if given.smoke else find(rate))
+    rate, bound, lines = given.rate or SMOKE_RATE, given.staleness or CANDIDATES[0], []
+    if not given.rate and not given.smoke:
+        rate, row = tuned(STUDY, SYNCHRONOUS, given.work)
+        lines.append(row)
+    if not given.staleness and not given.smoke:
+        bound = find(rate, given.work, lines)
+    lines.append(compare(rate, bound, given))
+    for each in lines:
+        emit(each, record=not given.smoke)
+
+
+def compare(rate: str, bound: int | None, given: Any) -> dict[str, Any]:
+    """The line of the final comparison."""
     if bound is None:
-        values = {"found": "the uncorrected loss fails at no S"}
-        emit(line(STUDY, "final", values, DEVELOPMENT))
-        return
-    arms = {
-        "synchronous": [*SYNCHRONOUS, *rate],
-        "uncorrected": [*stale(bound, 1e9), *rate],
-        "decoupled": [*stale(bound, 2.0), *rate],
+        values = {"rate": rate, "found": "the uncorrected loss fails at no S"}
+        return line(STUDY, "final", values, DEVELOPMENT)
+    plain = {
+        "synchronous": SYNCHRONOUS,
+        "uncorrected": stale(bound, 1e9),
+        "decoupled": stale(bound, 2.0),
     }
-    seeds = given.seeds
+    arms, seeds = {name: at_rate(arm, rate) for name, arm in plain.items()}, given.seeds
     if given.smoke:
-        arms, seeds = {name: smoke(arm) for name, arm in arms.items()}, given.seeds[:1]
-    ends = {name: [last(each) for each in found] for name, found in curves(arms, seeds).items()}
+        arms, seeds = {name: smoke(arm) for name, arm in arms.items()}, seeds[:1]
+    found = curves(arms, seeds, given.work)
+    ends = {name: [last(each) for each in of] for name, of in found.items()}
     gaps = [a - b for a, b in zip(ends["decoupled"], ends["synchronous"], strict=True)]
     low, high = interval(gaps, LEVEL)
     values = {f"reward_{name}": listed(of) for name, of in ends.items()}
-    equivalent = -MARGIN <= low <= high <= MARGIN
-    values |= {"rate": given.rate, "staleness": bound, "interval": [low, high]}
-    values |= {"equivalent": equivalent}
-    emit(line(STUDY, "final", values, seeds), record=not given.smoke)
+    values |= {"rate": rate, "staleness": bound, "interval": [low, high]}
+    values |= {"equivalent": -MARGIN <= low <= high <= MARGIN}
+    return line(STUDY, "final", values, seeds)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,19 @@ Measure. Area between an arm's held-out curve and the reference's of the same se
 `--smoke` runs each arm for two steps and records nothing.
 """
 
-import argparse
-
-from common import emit, numbers
-from studies import area_between, curves, interval, line, listed, smoke
+from common import emit
+from studies import (
+    SMOKE_RATE,
+    area_between,
+    at_rate,
+    curves,
+    interval,
+    line,
+    listed,
+    options,
+    smoke,
+    tuned,
+)
 
 STUDY, LEVEL = "study-ewma", 0.9
 COMMON = [
@@ -40,16 +49,15 @@ ARMS = {
 
 def main() -> None:
     """Run and print one line per arm and the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=numbers, default=[5, 6, 7, 8, 9])
-    parser.add_argument("--rate", default="3e-4")
-    parser.add_argument("--smoke", action="store_true")
-    given = parser.parse_args()
-    arms = {n: [*a, f"learner.optimizer.learning_rate={given.rate}"] for n, a in ARMS.items()}
-    seeds = given.seeds
+    given = options(STUDY, __doc__).parse_args()
+    rate, lines = given.rate or SMOKE_RATE, []
+    if not given.rate and not given.smoke:
+        rate, row = tuned(STUDY, [*ARMS["reference"], "buffer.max_staleness_steps=0"], given.work)
+        lines.append(row)
+    arms, seeds = {name: at_rate(arm, rate) for name, arm in ARMS.items()}, given.seeds
     if given.smoke:
-        arms, seeds = {name: smoke(arm) for name, arm in arms.items()}, given.seeds[:1]
-    found = curves(arms, seeds)
+        arms, seeds = {name: smoke(arm) for name, arm in arms.items()}, seeds[:1]
+    found = curves(arms, seeds, given.work)
     areas = {
         name: [area_between(*pair) for pair in zip(found[name], found["reference"], strict=True)]
         for name in ("ewma", "ppo")
@@ -57,8 +65,9 @@ def main() -> None:
     gains = [ppo - ewma for ppo, ewma in zip(areas["ppo"], areas["ewma"], strict=True)]
     low, high = interval(gains, LEVEL)
     values = {f"area_{name}": listed(of) for name, of in areas.items()}
-    values |= {"rate": given.rate, "interval": [low, high], "holds": low > 0}
-    emit(line(STUDY, "batch / 4", values, seeds), record=not given.smoke)
+    values |= {"rate": rate, "interval": [low, high], "holds": low > 0}
+    for each in (*lines, line(STUDY, "batch / 4", values, seeds)):
+        emit(each, record=not given.smoke)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ REFUSED = [
     (["learner.objective.proximal=recomputed"], ["clipping is off", "updates_per_step to 2"]),
     (["learner.objective.proximal=first_pass", "learner.objective.correction=none"],
      ["clipping is off", 'correction = "truncate"']),
+    (["learner.objective.correction=none"], ['proximal = "auto"', "clipping is off"]),
     (["learner.objective.preset=gspo"], ['ratio = "sequence" needs whole samples', "requeue"]),
     (["cluster.min_workers=2"], ["cluster.max_workers = 0 is below cluster.min_workers"]),
     (
@@ -125,6 +126,8 @@ def test_everything_wrong_is_said_at_once():
         ["eval.temperature=0"],
         ["learner.objective.preset=gspo", "buffer.stale=requeue"],
         ["learner.objective.preset=scalerl"],
+        ["learner.objective.preset=raft"],
+        ["learner.objective.correction=none", "buffer.max_staleness_steps=0"],
         ["learner.objective.proximal=recomputed", "learner.updates_per_step=2"],
     ],
 )

@@ -77,7 +77,7 @@ def test_seeds_make_sibling_runs_and_the_worst_end_counts(monkeypatch: pytest.Mo
             "export",
             exporting,
             "export",
-            SimpleNamespace(path="OUT", max_logit_difference=0.0),
+            SimpleNamespace(path="OUT", check="equal"),
             ("RUN", "OUT"),
         ),
     ],

@@ -5,13 +5,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from slipstream.buffer.errors import ConfigError, SlipstreamError
 from slipstream.buffer.messages import FinishEvaluation
 from slipstream.buffer.records import Score
+from slipstream.configs import engines
 from slipstream.configs.evaluating import evaluate, table
 from slipstream.configs.models import TINY_DIR
 from slipstream.kernels.models import load_policy
 from slipstream.rollout.evaluation import pass_at
+from transformers import AutoModelForCausalLM
 
 EXPERIMENT = """
 [prompts]
@@ -115,3 +118,34 @@ def test_weights_that_are_missing_or_torn_are_named(place: Path):
     file.unlink()
     with pytest.raises(ConfigError, match="weights"):
         list(evaluate(place / "model", "mine.toml", []))
+
+
+def test_what_a_reward_prints_is_no_result(place: Path):
+    (place / "reward.py").write_text(
+        REWARD.replace("    return", "    print('scored')\n    return")
+    )
+    (line,) = evaluate(place / "model", "mine.toml", [])
+    assert line["samples"] == 24
+
+
+def test_an_engine_that_does_not_work_here_is_named_with_the_remedy(place: Path, monkeypatch):
+    monkeypatch.setattr(engines, "version", lambda name: "")
+    with pytest.raises(ConfigError, match=r"vLLM is not installed \(.*(setup-vllm-cpu|\[vllm\])"):
+        next(evaluate(place / "model", "mine.toml", ["rollout.engine=vllm"]))
+    with pytest.raises(ConfigError, match=r"rollout\.engine.*native.*vllm"):
+        next(evaluate(place / "model", "mine.toml", ["rollout.engine=sglang"]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_folder_in_another_dtype_is_scored_as_the_float32_model_of_its_weights(place, dtype):
+    model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=getattr(torch, dtype))
+    model.save_pretrained(place / "rounded")
+    model.float().save_pretrained(place / "widened")
+    lines = []
+    for name in ("rounded", "widened"):
+        for file in TINY_DIR.glob("tokenizer*"):
+            (place / name / file.name).write_bytes(file.read_bytes())
+        lines += evaluate(place / name, "mine.toml", [])
+    for line in lines:
+        del line["seconds"], line["weights"]
+    assert lines[0] == lines[1]

@@ -80,7 +80,10 @@ def test_late_share_agrees_with_a_sum_over_samples():
         ([*SMALL, "rollout.max_concurrent_samples=1000"], "1,872 of 2,000 rows stay empty"),
         ([*SMALL, "rollout.max_concurrent_samples=1000"], "max_concurrent_samples = 64"),
         ([*SMALL, "rollout.max_concurrent_samples=64"], "max_staleness_steps = 4 fits"),
-        (["learner.objective.correction=none"], "as if they were fresh"),
+        (
+            ["learner.objective.correction=none", "learner.updates_per_step=2"],
+            "as if they were fresh",
+        ),
         (["learner.optimizer.warmup_steps=500"], "is not over when the run is"),
         (["learner.micro_batch_tokens=100"], "less than one sample"),
         (["learner.objective.clip_low=0.1"], "clip_low (command line) has no effect"),

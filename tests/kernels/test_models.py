@@ -67,6 +67,18 @@ def test_runs_of_one_seed_start_equal_in_every_dtype(model_dir):
     assert not torch.equal(other["model.embed_tokens.weight"], single.model.embed_tokens.weight)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_seeded_policy_computes_what_its_saved_folder_does(model_dir, tmp_path, dtype):
+    long = torch.arange(200)[None] % 16  # far positions show frequencies that differ
+    model = load_policy(model_dir, dtype, 3)
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_policy(tmp_path / "saved", dtype, None)
+    assert torch.equal(model(long).logits, saved(long).logits)
+    engines = empty_model(model_dir, dtype)
+    assign_weights(engines, policy_weights(model))
+    assert torch.equal(engines(long).logits, model(long).logits)
+
+
 def test_weights_travel_by_name_with_tied_ones_once(model_dir, tmp_path):
     model = load_policy(model_dir, "float32", 0)
     weights = policy_weights(model)

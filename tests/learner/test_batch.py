@@ -1,5 +1,7 @@
 """From groups to micro-batches: who is trained, in which order, on which tokens."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from slipstream.learner.batch import (
     RatioLaw,
     Sample,
     collate,
+    own_share,
     plan_micro_batches,
     same_weights,
     samples_of,
@@ -25,6 +28,7 @@ from slipstream.learner.policy import hidden_states, score
 from slipstream.learner.rows import Piece, lay_out
 
 HELD = Version(branch=0, step=0)
+LONG_TAIL = Path(__file__).parents[1] / "bench" / "traces" / "long_tail.json"
 
 
 def test_samples_come_in_order_of_uid_and_index(make):
@@ -122,6 +126,23 @@ def test_micro_batches_hold_every_sample_once_within_the_budget(
         assert len(rows) == 1 or padded <= budget
         if sum(widths) > EFFICIENT_TOKENS + 600:
             assert padded <= 1.5 * sum(widths)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def test_a_long_tail_is_padded_by_less_than_a_twentieth_and_dealt_evenly(make_plain, num_ranks):
+    groups = json.loads(LONG_TAIL.read_text())["groups"]
+    samples = [make_plain(u, g["prompt"], n) for u, g in enumerate(groups) for n in g["written"]]
+    plan = plan_micro_batches(samples, 16_384, num_ranks=num_ranks)
+    shares = [own_share(plan, rank, num_ranks) for rank in range(num_ranks)]
+    widths = [
+        [[width_of(row, groups[row[0].trajectory.uid]["prompt"]) for row in rows] for rows in share]
+        for share in shares
+    ]
+    assert len({len(share) for share in shares}) == 1
+    loads = [sum(len(rows) * max(rows) for rows in share) for share in widths]
+    inputs = sum(sum(rows) for share in widths for rows in share)
+    assert sum(loads) * 0.95 < inputs
+    assert max(loads) < 1.25 * sum(loads) / num_ranks
 
 
 def width_of(row: list[Sample], num_prompt: int) -> int:

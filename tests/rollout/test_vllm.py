@@ -18,9 +18,9 @@ KNOWN = (32, 64)
 @pytest.mark.parametrize(
     ("file", "passed"),
     [
-        ("rollout/on_vllm.py", 22),
+        ("rollout/on_vllm.py", 23),
         ("rollout/on_vllm_transfer.py", 6),
-        ("flow/on_vllm.py", 7),
+        ("flow/on_vllm.py", 14),
         ("gpu/on_check.py", 3),
     ],
     ids=["engine", "transfer", "runs", "gpu-check"],
