@@ -337,8 +337,7 @@ class DepthController:
 
     @property
     def speed_up(self) -> float:
-        """Tokens per second over what the fitted cost of a step makes of them without drafts; 0 while
-        that is not known."""
+        """Tokens per second over those at the fitted cost of steps without drafts; 0: not known."""
         slope, (_, m, _, t, _) = self._slope(), self._sums
         if slope is None:
             return 0.0
@@ -346,13 +345,12 @@ class DepthController:
 
     def trim(self, draft: Draft, least: float) -> Draft:
         """The part of a draft that is likely enough to be reached and accepted."""
-        reached, depth = 1.0, 0
-        for place in draft.classes:
+        reached = 1.0
+        for depth, place in enumerate(draft.classes):
             reached *= self._hits[place] / self._tries[place]
             if reached < least:
                 laws = None if draft.laws is None else draft.laws[:depth]
                 return Draft(draft.tokens[:depth], draft.classes[:depth], laws)
-            depth += 1
         return draft
 
     def saw_step(self, num_rows: int, num_tokens: int, num_written: int, seconds: float) -> None:
