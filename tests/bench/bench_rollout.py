@@ -228,7 +228,7 @@ def adversarial(bench: Bench) -> None:
     folder, draw = bench.model("builtin:tiny", max_position_embeddings=512), random.Random(0)
     prompts = [[draw.randrange(3, 448) for _ in range(20)] for _ in range(2)]
     for rows in PROMPTS:
-        work = [(prompt, 200) for prompt in prompts for _ in range(rows)]
+        work = [(prompt, 400) for prompt in prompts for _ in range(rows)]
         with closing(Ours(folder, rows)) as plain, closing(drafting(folder, rows)) as ours:
             mine, peer = bench.in_turn(
                 work, lambda work: ours.run(work, 3.0), lambda work: plain.run(work, 3.0)
@@ -246,7 +246,7 @@ def trained(bench: Bench, experiment: str) -> tuple[list[Path], list[list[int]],
     budget of tokens."""
     run = bench.folder / experiment
     policies = [bench.folder / f"{experiment}-{step}" for step in (0, UPDATES)]
-    if not run.exists():
+    if not policies[-1].exists():
         more = [f"learner.steps={UPDATES}", "eval.enabled=false"]
         slipstream("run", experiment, *more, "--no-export", "--output", str(run),
                    log=bench.folder / f"{experiment}.log")  # fmt: skip
