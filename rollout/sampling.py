@@ -28,8 +28,8 @@ _BLOCK_LOGITS = 1 << 19
 (64 rows of 49,152: 12 ms of processor time instead of 45)."""
 
 _IN_RUNS, _RUN = 4096, 64
-"""A vocabulary of so many tokens is added up in runs of so many: adding one by one waits for each
-sum (SMALL)."""
+"""A vocabulary of so many tokens is added up in runs of so many, at once: a running sum over all of
+it waits for each addition."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
