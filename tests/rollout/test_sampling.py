@@ -140,22 +140,6 @@ def test_rows_that_do_not_fit_are_refused_with_both_shapes():
         sample(FOUR[None], laws_of([SamplingParams()]), np.zeros(2))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_large_vocabulary_is_drawn_from_as_in_one_pass_over_it(dtype):
-    logits = 3 * torch.randn(200, 8192, generator=torch.Generator().manual_seed(1), dtype=dtype)
-    for never in (slice(0, 100), slice(3000, 4000), slice(8100, None)):
-        logits[:, never] = -torch.inf
-    uniforms = np.concatenate([[0.0, np.nextafter(1.0, 0.0)], uniform(5, np.arange(198))])
-    draws = sample(logits, laws_of([SamplingParams()] * 200), uniforms)
-    weights = (logits - logits.amax(-1, keepdim=True)).exp().double().numpy()
-    for row, (of_row, u) in enumerate(zip(weights, uniforms, strict=True)):
-        cdf = of_row.cumsum()
-        token = min(int(np.searchsorted(cdf, u * cdf[-1], "right")), 8099)
-        assert draws.token_ids_B[row] == token
-        expected = np.log(of_row[token]) - np.log(cdf[-1])
-        assert draws.logprobs_B[row] == pytest.approx(expected, abs=1e-12)
-
-
 LAWS = [
     SamplingParams(),
     SamplingParams(temperature=0.7),
@@ -170,7 +154,7 @@ LAWS = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("vocabulary", [6, 700, 2000, 8192])
+@pytest.mark.parametrize("vocabulary", [6, 700, 2000])
 def test_a_row_draws_the_same_alone_and_in_any_batch(dtype, vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
     logits = torch.randn(len(LAWS), vocabulary, generator=generator, dtype=dtype) * 2
