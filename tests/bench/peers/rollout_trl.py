@@ -1,10 +1,10 @@
 """TRL's generation of given workloads, by its GRPOTrainer, in an environment of its own.
 
-    python rollout_trl.py MODEL_DIR THREADS [continuous]
+    python rollout_trl.py MODEL_DIR THREADS
 
-The trainer's own method generates: as TRL is set, `transformers.generate` on one static batch; with
-`continuous`, its setting `use_transformers_continuous_batching`. A batch has one length, that of
-the longest sample, and no sample ends before it. Protocol: see `rollout_vllm.py`.
+The trainer's own method generates, as TRL is set: with `transformers.generate`, on one static batch,
+which has one length, that of the longest sample. No sample ends before it. Protocol: see
+`rollout_vllm.py`.
 """
 
 import json
@@ -21,7 +21,7 @@ SAMPLES_PER_PROMPT = 8
 
 
 def main() -> None:
-    model_dir, threads, continuous = sys.argv[1], int(sys.argv[2]), sys.argv[3:] == ["continuous"]
+    model_dir, threads = sys.argv[1], int(sys.argv[2])
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     trainer = GRPOTrainer(
@@ -34,7 +34,6 @@ def main() -> None:
             per_device_train_batch_size=SAMPLES_PER_PROMPT,
             num_generations=SAMPLES_PER_PROMPT,
             temperature=1.0,
-            use_transformers_continuous_batching=continuous,
             generation_kwargs={"eos_token_id": model.config.vocab_size},  # never drawn
             report_to="none",
             use_cpu=True,
