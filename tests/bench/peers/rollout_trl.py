@@ -2,8 +2,8 @@
 
     python rollout_trl.py MODEL_DIR THREADS
 
-The trainer's own method generates, as TRL is set: with `transformers.generate`, on one static batch,
-which has one length, that of the longest sample. No sample ends before it. Protocol: see
+The trainer's own method generates, as TRL is set: with `transformers.generate`, on one static
+batch, which has one length, that of the longest sample. No sample ends before it. Protocol: see
 `rollout_vllm.py`.
 """
 
