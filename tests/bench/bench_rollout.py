@@ -48,7 +48,7 @@ from slipstream.rollout.engines import decoder
 from slipstream.rollout.prompts import PromptSource
 from torch.nn import functional
 
-WARM_UP_TOKENS = 8
+WARM_UP_PROMPT, WARM_UP_TOKENS = 64, 8
 LOOKUP_TOKENS = 10
 """What transformers' documentation tells prompt lookup to draft."""
 UPDATES = 5
@@ -74,8 +74,8 @@ class Bench:
     def in_turn(
         self, work: Workload, *sides: Callable[[Workload], Measured]
     ) -> list[list[Measured]]:
-        """Per side, one measurement a run; the work's first tokens warm it up."""
-        short = [(prompt, min(count, WARM_UP_TOKENS)) for prompt, count in work]
+        """Per side, one measurement a run; the same with few tokens warms it up."""
+        short = [(p[:WARM_UP_PROMPT], min(count, WARM_UP_TOKENS)) for p, count in work]
         for side in sides:
             side(short)
         runs = [[side(work) for side in sides] for _ in range(self.runs)]
