@@ -271,6 +271,7 @@ def second_epoch(
     ):
         ours.run(work)
         drafts = ours.engine._decoder.speculation
+        assert drafts is not None
         remembered = deepcopy(drafts.drafter)
         ours.load(policies[1], UPDATES)
         plain.load(policies[1], UPDATES)
