@@ -121,7 +121,7 @@ bench-rollout bench-weights: .venvs/vllm/.installed
 
 bench-staleness: .venvs/areal/.installed
 
-bench-e2e bench-learner test-long: $(TRL_VENV)/.installed
+bench-e2e bench-learner bench-rollout test-long: $(TRL_VENV)/.installed
 
 $(LOSS_VENV)/.installed:
 	$(PYTHON) -m venv $(LOSS_VENV)

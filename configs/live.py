@@ -231,6 +231,10 @@ def _workers(progress: Progress) -> Text:
         running, speed = values.get("running", 0), values.get("tokens_per_s", 0)
         text.append(f"{name} ", style="bold").append(f"{running:.0f} rows, {speed:,.0f} tok/s, ")
         text.append(f"{values.get('idle', 0):.0%} idle, ")
+        if drafted := values.get("drafted"):
+            text.append(f"{values['accepted'] / drafted:.0%} of drafts right, ")
+        if speed_up := values.get("speed_up"):
+            text.append(f"{speed_up:.2f}x by them, ")
         text.append(f"{values.get('swaps', 0):.0f} swaps   ", style="dim")
     return text or Text("none yet", style="dim")
 

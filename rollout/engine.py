@@ -67,6 +67,8 @@ class EngineStats(Record):
     drafted_tokens: int = 0
     """Proposed by speculation; `accepted_tokens` of them needed no forward of their own."""
     accepted_tokens: int = 0
+    speed_up: float = 0.0
+    """By speculation, estimated from the measured cost of recent steps; 0 where it is not known."""
     kept_tokens: int = 0
     """Prompt tokens that needed no forward: an earlier turn's keys and values were kept."""
     kv_share: float = 0.0

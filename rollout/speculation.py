@@ -18,8 +18,9 @@ Depth: our own rule.
 """
 
 import time
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -87,8 +88,8 @@ NUM_CLASSES = (len(_LENGTH_EDGES) + 1) * (len(_SHARE_EDGES) + 1)
 
 def class_of(context_length: int, share: float) -> int:
     """A longer context and a more one-sided past make a better guess."""
-    longer = sum(context_length >= edge for edge in _LENGTH_EDGES)
-    return longer * (len(_SHARE_EDGES) + 1) + sum(share >= edge for edge in _SHARE_EDGES)
+    longer = bisect_right(_LENGTH_EDGES, context_length)
+    return longer * (len(_SHARE_EDGES) + 1) + bisect_right(_SHARE_EDGES, share)
 
 
 class SuffixAutomaton:
@@ -223,13 +224,20 @@ class LookupDrafter:
         return _Reader(SuffixAutomaton())
 
 
+_AT_ONCE = 16
+"""An ended sample's last tokens, as many as a step may write, are read at once for its siblings; a
+longer rest means that nobody drafts."""
+
+
 class _Past:
-    """What was written for one prompt: read into the automaton, or still as tokens."""
+    """What was written for one prompt: read into the automaton, or still as tokens to be read on
+    from where a reader stands (None: from the prompt's start)."""
 
     __slots__ = ("automaton", "num_tokens", "unread")
 
     def __init__(self) -> None:
-        self.automaton, self.unread, self.num_tokens = SuffixAutomaton(), [], 0
+        self.automaton, self.num_tokens = SuffixAutomaton(), 0
+        self.unread: list[tuple[_Reader | None, list[int]]] = []
 
 
 class SiblingsDrafter(LookupDrafter):
@@ -249,10 +257,13 @@ class SiblingsDrafter(LookupDrafter):
     def finish(self, sample: str, prompt: tuple[int, ...], written: np.ndarray) -> None:
         """Remember what the sample wrote."""
         reader, past = self._readers.pop(sample, None), self._of(prompt)
-        if reader is not None and reader.automaton is past.automaton:
-            reader.read(written[reader.num_read :].tolist())
+        if reader is not None and reader.automaton is not past.automaton:
+            reader = None  # what it read is forgotten
+        rest = written[reader.num_read if reader else 0 :].tolist()
+        if reader is not None and len(rest) <= _AT_ONCE:
+            reader.read(rest)
         else:
-            past.unread.append(written.tolist())
+            past.unread.append((reader, rest))
         past.num_tokens += len(written)
         self.num_tokens += len(written)
         while self.num_tokens > self._limit:
@@ -260,8 +271,11 @@ class SiblingsDrafter(LookupDrafter):
 
     def _open(self, prompt: tuple[int, ...]) -> _Reader:
         past = self._of(prompt)
-        for written in past.unread:
-            _Reader(past.automaton).read((*prompt, *written))
+        for reader, rest in past.unread:
+            if reader is None:
+                reader = _Reader(past.automaton)
+                reader.read(prompt)
+            reader.read(rest)
         past.unread.clear()
         return _Reader(past.automaton)
 
@@ -278,7 +292,10 @@ _FIRST_PROBE_STEPS, _LAST_PROBE_STEPS = 16, 512
 _TRIED_TOKENS = 8.0
 """Worth of time that is spent on looking before the first draft must have been right."""
 _PROBE_SHARE = 1 / 16
-"""Of the rows, that a probe drafts for: keeps the cost of looking under 1 %."""
+"""Of the rows, that a probe drafts for."""
+_PROBE_TIME = 1 / 200
+"""Of the time since speculation went off, that its probes may take, the reading of all that was
+written for a prompt meanwhile included: the next one waits until they have."""
 
 
 class DepthController:
@@ -289,39 +306,61 @@ class DepthController:
     in when p >= b r (the optimality condition of a ratio, Dinkelbach 1967), so `least` = b r. Where
     a forward costs as much per token whatever M is, b r is 1 and nothing is drafted: speculation is
     off. So it is while the accepted tokens are worth less than the time that looking for drafts
-    takes. Then a few rows are drafted for now and then, lest a change be missed.
+    takes. Then a few rows are drafted for now and then, lest a change be missed, and between two
+    looks at the numbers a step costs some additions.
     """
 
     def __init__(self) -> None:
-        self._hits, self._tries = np.full(NUM_CLASSES, 0.5), np.ones(NUM_CLASSES)
-        self._sums = np.zeros(5)  # of 1, M, M^2, t, M t
-        self._written, self._steps, self._probe_every = 0.0, 0, _FIRST_PROBE_STEPS
+        self._hits, self._tries = [0.5] * NUM_CLASSES, [1.0] * NUM_CLASSES
+        self._sums = [0.0] * 5  # of 1, M, M^2, t, M t
+        self._rows = self._written = 0.0
+        self._steps, self._probe_every = 0, _FIRST_PROBE_STEPS
         self._asked_s, self._gained = 0.0, _TRIED_TOKENS
+        self._settled = False
+        self._off_s = self._probes_s = 0.0
 
     def start(self, num_rows: int) -> tuple[float, int]:
         """Of the step to come: the least acceptance worth a draft, and for how many rows."""
         self._steps += 1
+        if self._settled and self._steps % _FIRST_PROBE_STEPS:
+            return 1.0, 0
         least = self._least()
         if least < 1.0 and self._pays():
-            self._probe_every = _FIRST_PROBE_STEPS
+            self._settled, self._probe_every = False, _FIRST_PROBE_STEPS
+            self._off_s = self._probes_s = 0.0
             return least, num_rows
-        if self._steps % self._probe_every:
+        self._settled = True
+        if self._steps % self._probe_every or self._probes_s > _PROBE_TIME * self._off_s:
             return 1.0, 0
-        self._probe_every = min(2 * self._probe_every, _LAST_PROBE_STEPS)
+        self._settled, self._probe_every = False, min(2 * self._probe_every, _LAST_PROBE_STEPS)
         return 0.0, max(1, int(num_rows * _PROBE_SHARE))
+
+    @property
+    def speed_up(self) -> float:
+        """Tokens per second over those at the fitted cost of steps without drafts; 0: not known."""
+        slope, (_, m, _, t, _) = self._slope(), self._sums
+        if slope is None:
+            return 0.0
+        return (1.0 - slope * (m - self._rows) / t) * self._written / self._rows
 
     def trim(self, draft: Draft, least: float) -> Draft:
         """The part of a draft that is likely enough to be reached and accepted."""
-        reached = np.cumprod(self._hits[draft.classes] / self._tries[draft.classes])
-        depth = int((reached >= least).sum())
-        laws = None if draft.laws is None else draft.laws[:depth]
-        return Draft(draft.tokens[:depth], draft.classes[:depth], laws)
+        reached = 1.0
+        for depth, place in enumerate(draft.classes):
+            reached *= self._hits[place] / self._tries[place]
+            if reached < least:
+                laws = None if draft.laws is None else draft.laws[:depth]
+                return Draft(draft.tokens[:depth], draft.classes[:depth], laws)
+        return draft
 
-    def saw_step(self, num_tokens: int, num_written: int, seconds: float) -> None:
-        """A step fed `num_tokens`, wrote `num_written` and took so long."""
+    def saw_step(self, num_rows: int, num_tokens: int, num_written: int, seconds: float) -> None:
+        """A step fed `num_tokens`, one a row and drafts, wrote `num_written` and took so long."""
         m, t = float(num_tokens), seconds
-        self._sums = _MEMORY * self._sums + (1.0, m, m * m, t, m * t)
+        new = (1.0, m, m * m, t, m * t)
+        self._sums = [_MEMORY * old + more for old, more in zip(self._sums, new, strict=True)]
+        self._rows = _MEMORY * self._rows + num_rows
         self._written = _MEMORY * self._written + num_written
+        self._off_s += seconds
 
     def saw_draft(self, classes: Sequence[int], num_accepted: int) -> None:
         """Of a draft, so many tokens were right; the one after them was wrong, if there is one."""
@@ -335,18 +374,23 @@ class DepthController:
         """Looking for drafts took so long, for one step, and so many tokens were accepted."""
         self._asked_s = _MEMORY * self._asked_s + seconds
         self._gained = _MEMORY * self._gained + num_accepted
+        self._probes_s += seconds
 
     def _pays(self) -> bool:
         return self._gained * self._sums[3] >= self._asked_s * self._written
 
     def _least(self) -> float:
         """b r; 1 while the slope is not known."""
+        slope, t = self._slope(), self._sums[3]
+        return 1.0 if slope is None else min(1.0, slope * self._written / t)
+
+    def _slope(self) -> float | None:
+        """b; None while steps have been too much alike to know it."""
         n, m, mm, t, mt = self._sums
         spread = n * mm - m * m
         if spread < 1e-6 * max(1.0, n * mm) or t <= 0:
-            return 1.0
-        slope = max(0.0, (n * mt - m * t) / spread)
-        return min(1.0, slope * self._written / t)
+            return None
+        return max(0.0, (n * mt - m * t) / spread)
 
 
 class Speculation:
@@ -359,36 +403,46 @@ class Speculation:
         self.drafted = self.accepted = self.forwards = 0
         self._asking_s = 0.0
 
-    def propose(self, samples: Sequence[Asked]) -> list[Draft]:
-        """One draft a sample, most of them empty when they would not pay."""
-        least, num_rows = self._controller.start(len(samples))
-        drafts = [NO_DRAFT] * len(samples)
-        first = self.forwards % len(samples) if num_rows < len(samples) else 0
-        rows = range(first, min(first + num_rows, len(samples)))
-        asked = [
-            of._replace(limit=min(self._max_depth, of.limit))
-            for of in samples[rows.start : rows.stop]
-        ]
+    @property
+    def speed_up(self) -> float:
+        """See `EngineStats`."""
+        return self._controller.speed_up
+
+    def propose(self, num_samples: int, ask: Callable[[range], Sequence[Asked]]) -> list[Draft]:
+        """One draft a sample, most of them empty when they would not pay.
+
+        Args:
+            num_samples: of the step to come.
+            ask: tells of those in some of its rows; not called where nothing is drafted.
+        """
+        least, num_rows = self._controller.start(num_samples)
+        drafts, self._asking_s = [NO_DRAFT] * num_samples, 0.0
+        if not num_rows:
+            return drafts
         started_s = time.perf_counter()
-        for row, draft in zip(rows, self.drafter.propose(asked) if asked else (), strict=True):
+        first = self.forwards % num_samples if num_rows < num_samples else 0
+        rows = range(first, min(first + num_rows, num_samples))
+        asked = [of._replace(limit=min(self._max_depth, of.limit)) for of in ask(rows)]
+        for row, draft in zip(rows, self.drafter.propose(asked), strict=True):
             drafts[row] = self._controller.trim(draft, least)
-        self._asking_s = time.perf_counter() - started_s if asked else 0.0
+        self._asking_s = time.perf_counter() - started_s
         return drafts
 
     def saw(self, drafts: Sequence[Draft], written: Sequence[int], seconds: float) -> None:
         """How the step went: tokens written by each sample (an accepted draft's, and one more)."""
-        before = self.accepted
-        for draft, num_written in zip(drafts, written, strict=True):
-            if draft.tokens:
-                right = min(num_written - 1, len(draft.tokens))
-                self._controller.saw_draft(draft.classes, right)
-                self.drafted += len(draft.tokens)
-                self.accepted += right
+        num_rows = num_tokens = len(drafts)
         if self._asking_s:
+            before = self.accepted
+            for draft, num_written in zip(drafts, written, strict=True):
+                if draft.tokens:
+                    right = min(num_written - 1, len(draft.tokens))
+                    self._controller.saw_draft(draft.classes, right)
+                    self.drafted += len(draft.tokens)
+                    self.accepted += right
+                    num_tokens += len(draft.tokens)
             self._controller.saw_asking(self._asking_s, self.accepted - before)
         self.forwards += 1
-        num_tokens = len(drafts) + sum(len(draft.tokens) for draft in drafts)
-        self._controller.saw_step(num_tokens, sum(written), seconds)
+        self._controller.saw_step(num_rows, num_tokens, sum(written), seconds)
 
 
 def make_speculation(config: SpeculationConfig, model: Drafter | None = None) -> Speculation | None:

@@ -288,6 +288,7 @@ class Worker:
                     "last_swap_s": stats.last_swap_s,
                     "drafted": stats.drafted_tokens,
                     "accepted": stats.accepted_tokens,
+                    "speed_up": stats.speed_up,
                     "idle": self._idle_s / (now_s - beat_s),
                 },
             )

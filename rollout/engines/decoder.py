@@ -50,6 +50,9 @@ class _Fed(NamedTuple):
 
     @staticmethod
     def of(drafts: Sequence[Draft]) -> "_Fed":
+        if not any(draft.tokens for draft in drafts):
+            rows = np.arange(len(drafts))
+            return _Fed(rows, rows, np.zeros_like(rows), np.full_like(rows, -1), {})
         counts = np.array([len(draft.tokens) + 1 for draft in drafts])
         first, row = np.cumsum(counts) - counts, np.repeat(np.arange(len(drafts)), counts)
         following = [token for draft in drafts for token in (*draft.tokens, -1)]
@@ -216,22 +219,25 @@ class Decoder:
         return self._finish(reasons)
 
     def _drafts(self) -> list[Draft]:
-        """One for each slot; none where memory is short."""
-        used = self._slots.used
+        """One for each slot."""
         if self.speculation is None:
-            return [NO_DRAFT] * len(used)
+            return [NO_DRAFT] * self._slots.count
+        return self.speculation.propose(self._slots.count, self._asked)
+
+    def _asked(self, slots: range) -> list[Asked]:
+        """Some samples, as a drafter is told of them; drafts are short where memory is."""
+        used = self._slots.used
         most = self._memory.in_rows / len(used) - int(self._slots.row_lengths.max()) - 1
         room = np.minimum(used["budget"] - used["num_written"] - 1, max(0, most)).astype(int)
-        return self.speculation.propose(
-            [
-                Asked(
-                    request.request_id, request.prompt_token_ids,
-                    self._slots.written(slot)["token"], int(room[slot]),
-                    request.sampling, request.sample_key,
-                )
-                for slot, request in enumerate(self._slots.requests)
-            ]
-        )  # fmt: skip
+        return [
+            Asked(
+                request.request_id, request.prompt_token_ids,
+                self._slots.written(slot)["token"], int(room[slot]),
+                request.sampling, request.sample_key,
+            )
+            for slot in slots
+            for request in [self._slots.requests[slot]]
+        ]  # fmt: skip
 
     def _admit(self) -> None:
         """Give waiting samples rows to come, group by group, as far as rows and memory go."""

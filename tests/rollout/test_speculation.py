@@ -244,7 +244,7 @@ async def test_nothing_is_kept_of_samples_that_were_dropped_in_flight_or_paused(
 def test_depth_follows_measured_cost_and_acceptance(seconds_per_token, acceptance, drafts):
     """A step of 8 rows that costs 1 s and so much a token."""
     controller, random = DepthController(), np.random.default_rng(0)
-    fed = 0
+    fed, written, seconds = 0, 0, 0.0
     for step in range(3000):
         least, rows = controller.start(8)
         draft = controller.trim(Draft([1] * 6, [5] * 6), least) if rows else Draft([], [])
@@ -256,8 +256,12 @@ def test_depth_follows_measured_cost_and_acceptance(seconds_per_token, acceptanc
             accepted += right
         tokens = 8 + rows * len(draft.tokens)
         fed += rows * len(draft.tokens) * (step >= 1000)
-        controller.saw_step(tokens, 8 + accepted, 1.0 + seconds_per_token * tokens)
+        took = 1.0 + seconds_per_token * tokens
+        written, seconds = written + 8 + accepted, seconds + took
+        controller.saw_step(8, tokens, 8 + accepted, took)
     assert (fed > 2000 * 8 * 2) if drafts else (fed < 2000 * 8 * 0.02)
+    without = 8 / (1.0 + 8 * seconds_per_token)
+    assert controller.speed_up == pytest.approx(written / seconds / without, rel=0.1)
 
 
 def test_drafts_that_are_never_right_are_not_looked_for_even_where_they_cost_nothing_to_verify():
@@ -271,7 +275,7 @@ def test_drafts_that_are_never_right_are_not_looked_for_even_where_they_cost_not
             controller.saw_asking(0.05, 0)
         if draft.tokens:
             controller.saw_draft(draft.classes, 0)
-        controller.saw_step(1 + len(draft.tokens), 1, 1.0 + 1e-6 * len(draft.tokens))
+        controller.saw_step(1, 1 + len(draft.tokens), 1, 1.0 + 1e-6 * len(draft.tokens))
     assert looked < 2000 * 0.02
 
 
@@ -327,7 +331,7 @@ LAW = {"temperature": 1.5, "top_k": 4}
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", [False, True])
 async def test_the_law_of_texts_is_the_targets_and_a_wrong_acceptance_rule_is_seen(
-    tiny, monkeypatch, wrong
+    tiny, monkeypatch, wrong, record_property
 ):
     """120,000 draws, the likeliest token drafted; the planted rule takes a draft whenever the
     target gives it 30 %."""
@@ -349,6 +353,7 @@ async def test_the_law_of_texts_is_the_targets_and_a_wrong_acceptance_rule_is_se
     assert speculation.accepted > 5000
     assert set(counts) <= set(texts)
     z = chi_square_z(counts, texts)
+    record_property("texts, standard deviations", (sum(counts.values()), z))
     assert z > 20 if wrong else z < 4
 
 
@@ -372,7 +377,7 @@ def plant_wrong_rule(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", [False, True])
 async def test_drafts_drawn_from_another_law_leave_the_targets_and_a_wrong_rule_is_seen(
-    tiny, monkeypatch, wrong
+    tiny, monkeypatch, wrong, record_property
 ):
     """160,000 draws with a draft model of another law, two deep; the planted rule takes a draft
     whenever the target gives it more than half of what the draft's law does."""
@@ -394,6 +399,7 @@ async def test_drafts_drawn_from_another_law_leave_the_targets_and_a_wrong_rule_
     assert 0.3 < speculation.accepted / speculation.drafted < 0.95
     assert set(counts) <= set(texts)
     z = chi_square_z(counts, texts)
+    record_property("texts, standard deviations", (sum(counts.values()), z))
     assert z > 20 if wrong else z < 4
 
 
