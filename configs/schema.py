@@ -181,10 +181,10 @@ def _check_stages(experiment: Experiment) -> Iterator[str]:
             f"rollout.sizing.probe_samples = {k} leaves nothing of rollout.samples_per_prompt = {n}"
             " to commit; make it smaller"
         )
-    yield from _check_weights(experiment, 'sizer = "probe_then_commit"')
+    yield from _check_objective(experiment, 'sizer = "probe_then_commit"')
 
 
-def _check_weights(experiment: Experiment, key: str) -> Iterator[str]:
+def _check_objective(experiment: Experiment, key: str) -> Iterator[str]:
     """Yield what is wrong with an objective that has to know the weights of samples."""
     objective = experiment.learner.objective
     if (objective.advantage, objective.aggregation) != ("leave_one_out", "prompt"):
@@ -200,7 +200,7 @@ def _check_spares(experiment: Experiment) -> Iterator[str]:
     """Yield where spare samples cannot be told, or would be waited for anyway."""
     n, sizing = experiment.rollout.samples_per_prompt, experiment.rollout.sizing
     key = f"spare_samples = {sizing.spare_samples}"
-    yield from _check_weights(experiment, key)
+    yield from _check_objective(experiment, key)
     if n - sizing.spare_samples < 2:
         yield (
             f"rollout.sizing.{key} leaves fewer than 2 of rollout.samples_per_prompt = {n} to "

@@ -80,7 +80,7 @@ def test_attention_with_wider_heads_computes_the_same():
     weights = {
         f"a.{name}": torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()
     }
-    wide = dict(widen_heads(weights, 24, 32))
+    wide = dict(widen_heads(weights.items(), 24, 32))
     assert wide["a.q_proj.weight"].shape == (128, 50)
     x_TE = torch.randn(40, 50, dtype=torch.float64)
     expected, found = (
@@ -93,7 +93,7 @@ def test_attention_with_wider_heads_computes_the_same():
 def test_heads_that_are_known_stay_and_those_that_zeros_would_change_are_refused():
     assert wider_heads(LlamaConfig(hidden_size=128, num_attention_heads=4), KNOWN) == {}
     weights = {"layers.0.self_attn.q_proj.weight": torch.ones(4, 4)}
-    assert dict(widen_heads(weights, 32, 32)) == weights
+    assert dict(widen_heads(weights.items(), 32, 32)) == weights
     for config in (
         Qwen3Config(head_dim=24),  # a norm over each head
         LlamaConfig(head_dim=80),  # wider than any that is known

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """On a machine without GPU: gloo in the place of vLLM's NCCL communicator, and streams that do
 nothing. vLLM's processes load it as a plugin when this folder is on their path.
 
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo
 
 GIVE_UP_S = 20.0
 
@@ -23,9 +25,9 @@ class Communicator:
 
     def __init__(self, group, device, library_path=None):
         self.device, self.rank = torch.device("cpu"), group.rank
-        store = dist.PrefixStore("standin", group.store)
+        store = PrefixStore("standin", group.store)
         timeout = timedelta(seconds=GIVE_UP_S)
-        self._gloo = dist.ProcessGroupGloo(store, group.rank, group.world_size, timeout)
+        self._gloo = ProcessGroupGloo(store, group.rank, group.world_size, timeout)
         self.disabled = False
 
     def broadcast(self, tensor, src, stream=None):
@@ -38,7 +40,7 @@ class Communicator:
             return  # as vLLM's own does
         options = dist.BroadcastOptions()
         options.rootRank = src
-        self._gloo.broadcast([tensor], options).wait()
+        self._gloo.broadcast([tensor], options).wait()  # pyright: ignore[reportAttributeAccessIssue]
 
     def destroy(self):
         self.disabled = True
