@@ -21,7 +21,7 @@ KNOWN = (32, 64)
         ("rollout/on_vllm.py", 22),
         ("rollout/on_vllm_transfer.py", 6),
         ("flow/on_vllm.py", 7),
-        ("gpu/on_check.py", 3),
+        ("gpu/on_check.py", 1),
     ],
     ids=["engine", "transfer", "runs", "gpu-check"],
 )
