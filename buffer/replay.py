@@ -601,6 +601,6 @@ def _same_attempt(group: Group, indices: list[int]) -> tuple[Group, int, list[in
 def _why_unusable(group: Group) -> DropReason:
     """Why a complete group has too few rewards: the first reason a worker gave, if any did."""
     for sample in group.samples:
-        if sample.voided is not None:
+        if sample.voided is not None and sample.voided[0] != "cut":
             return sample.voided[0]
     return "reward_failed"

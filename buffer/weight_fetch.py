@@ -310,8 +310,9 @@ class Fetch:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep up to 64 MiB of what is freed. It would give every chunk's memory
-    back, and fresh pages for the next one cost as much as copying it. Nothing without glibc."""
+    """Have the C library keep blocks of up to 32 MiB that are freed, in the whole process. It would
+    give every chunk's memory back, and fresh pages for the next one cost as much as copying it.
+    Nothing without glibc."""
     with contextlib.suppress(OSError, AttributeError):
         for setting, num_bytes in ((_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 64 << 20)):
             ctypes.CDLL(None).mallopt(setting, num_bytes)

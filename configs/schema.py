@@ -299,6 +299,17 @@ def _check_weights(experiment: Experiment) -> Iterator[str]:
     key = f'rollout.vllm.weights = "{backend}"'
     if experiment.learner.device != "cuda":
         yield f'{key} sends from the learner\'s GPU; set learner.device = "cuda", or "files"'
+    lora = experiment.learner.lora
+    if lora.rank and lora.publish == "adapter":
+        yield (
+            f'{key} sends whole weights, and learner.lora.publish = "adapter" publishes the '
+            'adapters alone; set learner.lora.publish = "merged", or weights = "files"'
+        )
+    if backend == "nccl" and cluster.launcher == "local":
+        yield (
+            f'{key} needs a device for each side, which cluster.launcher = "local" does not assign; '
+            'set cluster.launcher = "ray", or weights = "files"'
+        )
     if backend == "nccl" and cluster.placement == "shared":
         yield (
             f"{key} cannot join a learner and an engine on one device, as cluster.placement = "

@@ -222,6 +222,7 @@ class LearnerLoop:
                 return reply
             if reply.closing:
                 return None
+            self.trainer.keep_sender()
             waiting_on = reply.waiting_on
         raise TrainingFailed(
             f"step {step} got no batch within buffer.take_deadline_s = "

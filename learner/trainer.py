@@ -378,13 +378,14 @@ class Trainer:
         """Put the held version where engines can load it."""
         manifest = self.outbox.announce(self.held, self._file, self._file_digest)
         self._file = Path(manifest.shards[0].path)
-        self._keep_sender()
+        self.keep_sender()
         crash_point("publish.file_written")
         return manifest
 
-    def _keep_sender(self) -> None:
+    def keep_sender(self) -> None:
         """Start the process that sends weights by vLLM's backends, again when it ended; it ends
-        with this one."""
+        with this one. Asked also while a batch is waited for: engines that have no weights yet
+        write none."""
         spec = self.spec.sender
         if spec is None or (self._sender is not None and self._sender.poll() is None):
             return
@@ -481,6 +482,9 @@ class Trainer:
         """Let the other ranks go; weights that were not published are removed."""
         self.ranks.tell("end")
         self._forget_file()
+        if self._sender is not None:  # its own look at its parent would let it live on for seconds
+            self._sender.kill()
+            self._sender.wait()
 
     def _is_kept(self, step: int) -> bool:
         """Whether a checkpoint is kept beyond `keep_last`."""

@@ -204,6 +204,7 @@ class Sender:
         self._sending = threading.Lock()
         """vLLM's packing streams are the process's: two transfers would wait for one another."""
         self._served: dict[int, str] = {}
+        self._noting = threading.Lock()
         self._note()
         host, port = self._listener.getsockname()[:2]
         draft = spec.address_file.with_suffix(".tmp")
@@ -235,7 +236,7 @@ class Sender:
                 line.write(answer)
                 if answer["done"] and ask["do"] == "send":
                     return  # its communicator is in no known state
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, msgspec.ValidationError):
             pass  # the engine is gone, or it is no engine of ours
         finally:
             abort(client)
@@ -270,15 +271,25 @@ class Sender:
 
     def _note(self) -> None:
         """Tell the learner which version each engine has: it stays until they have the last."""
-        draft = self.spec.served_file.with_suffix(f".{threading.get_ident()}.tmp")
-        draft.write_text(json.dumps(list(self._served.values())))
-        draft.replace(self.spec.served_file)
+        with self._noting:
+            draft = self.spec.served_file.with_suffix(".tmp")
+            draft.write_text(json.dumps(list(self._served.values())))
+            draft.replace(self.spec.served_file)
 
 
 async def main(spec: SenderSpec) -> None:
     """Serve until SIGTERM, or until the learner ends."""
-    threading.Thread(target=Sender(spec).serve, daemon=True).start()
-    await asyncio.get_running_loop().create_future()
+    ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def serve() -> None:
+        try:
+            sender.serve()
+        except OSError as error:  # the learner starts another
+            loop.call_soon_threadsafe(ended.set_exception, error)
+
+    sender, loop = Sender(spec), asyncio.get_running_loop()
+    threading.Thread(target=serve, daemon=True).start()
+    await ended
 
 
 if __name__ == "__main__":

@@ -224,7 +224,8 @@ class Worker:
                     self._tasks.create_task(finish)
         finally:
             self._count(-len(samples))
-        await self._hand_in.cut(claim, {name: index for name, (index, _) in samples.items()})
+        if claim.ticket.sizing.spares:
+            await self._hand_in.cut(claim, {name: index for name, (index, _) in samples.items()})
 
     async def _play(
         self, player: Player, claim: Claim, index: int, request: GenerationRequest, claimed_s: float

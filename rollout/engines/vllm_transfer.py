@@ -46,12 +46,20 @@ class Transfer:
 
         Raises:
             CorruptData: they differ, or the version is retired.
-            PeerLost: there is no sender.
+            PeerLost: there is no sender, or it does not answer in time.
         """
         try:
-            said = await self._ask("verify", manifest, {})
-        except PeerLost:  # since the last version; the learner starts another
-            said = await self._ask("verify", manifest, {})
+            async with asyncio.timeout(2 * self._timeout_s):
+                try:
+                    said = await self._ask("verify", manifest, {})
+                except PeerLost:  # since the last version; the learner starts another
+                    said = await self._ask("verify", manifest, {})
+        except TimeoutError:
+            self.close()
+            raise PeerLost(
+                f"the process that sends weights has not verified {manifest.version} within "
+                f"{2 * self._timeout_s:.0f} s; see the learner's log"
+            ) from None
         if said["done"]:
             raise CorruptData(said["done"])
         return said["shapes"]

@@ -200,7 +200,7 @@ async def test_requests_of_both_backends_are_made_from_the_config(tiny, sending,
     monkeypatch.setattr(vllm_sender, "BUFFER_BYTES", 1)
     ipc = init_info(sending.spec.model_copy(update={"backend": "ipc"}), 1, source)
     assert isinstance(ipc, IPCTrainerInitInfo)
-    assert ipc.packed_buffer_size_bytes == 64 * 32 * 4  # the largest tensor fits
+    assert ipc.packed_buffer_size_bytes == (4 * 32) * 32 * 4  # the largest tensor, q_proj, fits
 
     calls = []
     monkeypatch.setattr(Client, "_call", lambda self, *call: calls.append(call))

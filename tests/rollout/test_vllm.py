@@ -21,7 +21,7 @@ KNOWN = (32, 64)
         ("rollout/on_vllm.py", 23),
         ("rollout/on_vllm_transfer.py", 6),
         ("flow/on_vllm.py", 14),
-        ("gpu/on_check.py", 3),
+        ("gpu/on_check.py", 1),
     ],
     ids=["engine", "transfer", "runs", "gpu-check"],
 )
@@ -41,24 +41,22 @@ def test_vllm_in_an_environment_that_has_it(file, passed, record_property):
             record_property(name, value)
 
 
-def attention(x_TE, weights, head, rotated):
-    """[T, E] of causal attention with heads of `head` numbers, whose first `rotated` are rotated;
-    two query heads share a key head."""
+def attention(x_TE, weights, head, theta):
+    """[T, E] of causal attention with heads of `head` numbers, rotated; two query heads share a key
+    head."""
     T = len(x_TE)
-    angle_TR = torch.arange(T)[:, None] * 1e4 ** -(torch.arange(0, rotated, 2) / rotated)
-    cos_TR, sin_TR = angle_TR.double().cos(), angle_TR.double().sin()
+    exponents = torch.arange(0, head, 2, dtype=torch.float64) / head
+    angle_TR = torch.arange(T)[:, None] * theta**-exponents
+    cos_TR, sin_TR = angle_TR.cos(), angle_TR.sin()
 
     def heads(part):
         bias = weights[f"{part}_proj.bias"]
         return (x_TE @ weights[f"{part}_proj.weight"].T + bias).unflatten(1, (-1, head))
 
     def turned(x_THD):
-        first, second, rest = x_THD.movedim(1, 0).split(
-            [rotated // 2, rotated // 2, head - rotated], dim=2
-        )
-        return torch.cat(
-            [first * cos_TR - second * sin_TR, second * cos_TR + first * sin_TR, rest], dim=2
-        )
+        first, second = x_THD.movedim(1, 0).chunk(2, dim=2)
+        turned = [first * cos_TR - second * sin_TR, second * cos_TR + first * sin_TR]
+        return torch.cat(turned, dim=2)
 
     q_HTD = turned(heads("q"))
     k_HTD = turned(heads("k")).repeat_interleave(2, 0)
@@ -71,7 +69,6 @@ def test_attention_with_wider_heads_computes_the_same():
     torch.manual_seed(0)
     changes = wider_heads(LlamaConfig(hidden_size=96, num_attention_heads=4), KNOWN)
     assert changes["head_dim"] == 32
-    assert changes["rope_parameters"]["partial_rotary_factor"] == 0.75
     shapes = {
         "q_proj.weight": (96, 50), "q_proj.bias": (96,), "k_proj.weight": (48, 50),
         "k_proj.bias": (48,), "v_proj.weight": (48, 50), "v_proj.bias": (48,),
@@ -84,8 +81,11 @@ def test_attention_with_wider_heads_computes_the_same():
     assert wide["a.q_proj.weight"].shape == (128, 50)
     x_TE = torch.randn(40, 50, dtype=torch.float64)
     expected, found = (
-        attention(x_TE, {name[2:]: weight for name, weight in each.items()}, head, 24)
-        for each, head in ((weights, 24), (wide, 32))
+        attention(x_TE, {name[2:]: weight for name, weight in each.items()}, head, theta)
+        for each, head, theta in (
+            (weights, 24, 1e4),
+            (wide, 32, changes["rope_parameters"]["rope_theta"]),
+        )
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
