@@ -305,10 +305,10 @@ def _check_weights(experiment: Experiment) -> Iterator[str]:
             f'{key} sends whole weights, and learner.lora.publish = "adapter" publishes the '
             'adapters alone; set learner.lora.publish = "merged", or weights = "files"'
         )
-    if backend == "nccl" and cluster.launcher == "local":
+    if backend == "nccl" and experiment.launcher == "local":
         yield (
-            f'{key} needs a device for each side, which cluster.launcher = "local" does not assign; '
-            'set cluster.launcher = "ray", or weights = "files"'
+            f'{key} needs a device for each side, which launcher = "local" does not assign; '
+            'set launcher = "ray", or weights = "files"'
         )
     if backend == "nccl" and cluster.placement == "shared":
         yield (

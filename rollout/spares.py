@@ -13,8 +13,9 @@ finish, is settled before anything depends on C, so C is independent of all of i
 what is left is the leave-one-out update of the whole group, with the expectation w g. Nothing is
 assumed of lengths, engines, clocks or of who generates what: a group that is not cut, because
 several workers have a part of it, is weighed as if it were. One exception: a needed sample whose
-reward process is lost is made again, and then is among the last; that happens to few. (Weights 1 / P(a sample of this length
-is kept) need the law of the lengths, and grow without bound at its tail.)
+reward process is lost is made again, and is then among the last; that happens to few. (Weights
+1 / P(a sample of this length is kept) need the law of the lengths, and grow without bound at its
+tail.)
 
 Source: backup workers, Chen et al. (arXiv:1604.00981), who keep the bias; ending at random, with
 weights of 1 / probability for what goes on, is Russian roulette (Kahn and Harris 1951).

@@ -110,6 +110,7 @@ def test_drafts_are_allowed_by_a_certificate_of_this_vllm_and_gpu_alone(monkeypa
     assert proved()
     assert proved(gpu=None)
     assert proved(config={**NGRAM, "num_speculative_tokens": 7})
+    assert not proved(config={**NGRAM, "rejection_sample_method": "synthetic"})
     assert not proved(gpu="A100")
     assert not proved(gpu="")
     assert not proved(vllm="0.32.1")

@@ -271,7 +271,7 @@ def test_who_sends_weights_is_started_again_when_it_ended_and_outstays_the_last_
     trainer.keep_sender()
     assert trainer._sender is first
     assert first.wait(120) != 0
-    trainer._keep_sender()
+    trainer.keep_sender()
     second = trainer._sender
     assert second is not None
     assert second.pid != first.pid
