@@ -11,6 +11,7 @@ from ..buffer.config import BufferConfig, Settings
 from ..learner.config import LearnerConfig, SftConfig
 from ..rollout.config import (
     SAME_SIZE,
+    TICKETS_AT_ONCE,
     EnvironmentConfig,
     EvalConfig,
     PartConfig,
@@ -157,6 +158,14 @@ def check_sizing(experiment: Experiment) -> Iterator[str]:
         yield (
             f"rollout.samples_per_prompt = {n}, the size that a sizer starts from, is outside "
             f"[rollout.sizing.min_samples, max_samples] = [{sizing.min_samples}, {most}]"
+        )
+    least = sizing.min_samples * rollout.sampling.max_new_tokens
+    if 0 < sizing.tokens_per_prompt * TICKETS_AT_ONCE < least:
+        yield (
+            f"rollout.sizing.tokens_per_prompt = {sizing.tokens_per_prompt:g} leaves "
+            f"{sizing.tokens_per_prompt * TICKETS_AT_ONCE:g} tokens to the {TICKETS_AT_ONCE} "
+            f"prompts sized together, and min_samples = {sizing.min_samples} long answers of one "
+            f"take {least}: it might never be issued; set at least {least / TICKETS_AT_ONCE:g}"
         )
     if sizing.sizer == "filter_refill" and not experiment.buffer.drop_no_signal:
         yield (

@@ -22,6 +22,9 @@ SizerName = Literal[
 ]
 SAME_SIZE: tuple[SizerName, ...] = ("fixed", "filter_refill", "probe_then_commit")
 """The rules under which a whole group has `samples_per_prompt` samples."""
+TICKETS_AT_ONCE = 32
+"""Prompts that are sized together, and put in one request: enough to amortise the journal's sync,
+soon enough for a claim."""
 
 
 class SourceConfig(Settings):

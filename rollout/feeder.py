@@ -15,13 +15,11 @@ from ..buffer.errors import PeerLost, Refused
 from ..buffer.messages import EvaluationResults
 from ..buffer.process import run_process
 from ..buffer.records import Ticket, Version
-from .config import FeederSpec
+from .config import TICKETS_AT_ONCE, FeederSpec
 from .evaluation import EvaluationSchedule, append_line, last_evaluated_step, summary
 from .prompts import PromptSource
 from .tickets import TicketMaker
 
-TICKETS_AT_ONCE = 32
-"""Prompts put in one request: enough to amortise the journal's sync, soon enough for a claim."""
 COMMIT_POLL_S = 0.1
 """How long a finished probe waits for its decision, at most: other groups are in flight then."""
 WAIT_S = 10.0

@@ -40,6 +40,8 @@ REFUSED = [
     (["rollout.sizing.max_samples=9"], ["max_samples has no effect", "choose an adaptive sizer"]),
     (["rollout.sizing.sizer=min_variance", "rollout.sizing.max_samples=4"],
      ["samples_per_prompt = 8", "outside", "[2, 4]"]),
+    (["rollout.sizing.sizer=min_variance", "rollout.sizing.tokens_per_prompt=1"],
+     ["32 prompts sized together", "might never be issued", "set at least"]),
     (["rollout.sizing.sizer=filter_refill", "buffer.drop_no_signal=false"], ["keeps them"]),
     (["rollout.sizing.length_schedule=[[5, 9], [5, 9]]"], ["ascending steps"]),
     (["rollout.sizing.length_cycle_steps=5"], ["length_schedule, which is empty"]),

@@ -111,6 +111,27 @@ def test_a_prompt_left_out_by_the_budget_comes_first_the_next_time():
     assert served == [2, 2, 2, 2]
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0.01, 3), st.floats(0.5, 9)), min_size=1, max_size=8),
+    st.floats(0, 30),
+    st.booleans(),
+)
+def test_every_prompt_is_issued_within_as_many_visits_as_there_are_prompts(prompts, more, treated):
+    """Whatever the budget, once it is enough for the least group of the dearest prompt."""
+    values, costs = ([p[i] for p in prompts] for i in (0, 1))
+    budget, skips = 2 * max(costs) + more, [0] * len(prompts)
+    sizes_N = np.arange(2, 9)
+    losses = policy_gradient_loss(np.array(values), sizes_N)
+    for _ in range(4 * len(prompts)):
+        if treated:
+            sizes = treatment_sizes(values, [2.0] * len(values), costs, budget, (2, 8), skips)
+        else:
+            sizes = allocate(losses, sizes_N, np.array(costs), budget, skips).tolist()
+        skips = [0 if n else skipped + 1 for n, skipped in zip(sizes, skips, strict=True)]
+        assert max(skips) < len(prompts)
+
+
 def test_neyman_allocation_is_the_limit_of_equal_and_of_unequal_costs():
     deviations, sizes_N = np.array([1.0, 2.0, 4.0]), np.arange(2, 400)
     losses = (deviations**2)[:, None] / sizes_N
