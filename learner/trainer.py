@@ -60,6 +60,8 @@ from .step import StepResult, StreamedStep, train_step
 _HELD = ".held"
 """Of a file of weights that is not published yet."""
 _COPY_BYTES = 1 << 24
+SENDER_END_S = 10.0
+"""How long a killed sender may take to give its device back before the learner ends anyway."""
 
 
 class Trainer:
@@ -484,7 +486,8 @@ class Trainer:
         self._forget_file()
         if self._sender is not None:  # its own look at its parent would let it live on for seconds
             self._sender.kill()
-            self._sender.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._sender.wait(SENDER_END_S)
 
     def _is_kept(self, step: int) -> bool:
         """Whether a checkpoint is kept beyond `keep_last`."""

@@ -284,7 +284,10 @@ async def main(spec: SenderSpec) -> None:
     def serve() -> None:
         try:
             sender.serve()
-        except OSError as error:  # the learner starts another
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # no descriptor or thread: the learner starts another
             loop.call_soon_threadsafe(ended.set_exception, error)
 
     sender, loop = Sender(spec), asyncio.get_running_loop()
