@@ -31,6 +31,7 @@ from .placement import Placement
 from .ray_child import RayChild
 from .ray_code import runtime_environment
 from .scratch import Scratch, host_dir, scratch
+from .secrecy import named_variables
 from .specs import Launch, ProcessPlan, user_module_path
 
 CONNECT_S = 5.0
@@ -152,7 +153,11 @@ def start_on_ray(
     if plan.name in ("buffer", "feeder"):
         return plan.start(launch.run_dir, working_dir)
     argv = plan.write(launch.run_dir)
-    extra = user_module_path(plan.spec, working_dir) | keys
+    experiment = launch.experiment
+    given = [
+        section.arguments for section in (experiment.reward, experiment.environment) if section
+    ]
+    extra = user_module_path(plan.spec, working_dir) | named_variables(*given) | keys
     actor = placement.actor(plan.name)
     return RayChild(
         plan.name,

@@ -22,6 +22,7 @@ from ..rollout.config import (
 )
 from ..rollout.engines.vllm_law import law_proved
 from .cluster import ClusterConfig
+from .secrecy import check_secrets
 
 MAX_KEPT_IDS = 512
 """Ids recorded per token under `ratio_law = "kept_set"`; more would cost more than the text."""
@@ -423,7 +424,7 @@ def check_objective(experiment: Experiment) -> Iterator[str]:
 CHECKS = (
     check_batch, check_ranks, check_sizing, check_sampling, check_engine, check_staleness,
     check_prompts,
-    check_launch, check_objective,
+    check_launch, check_objective, check_secrets,
 )  # fmt: skip
 
 
