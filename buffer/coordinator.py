@@ -32,7 +32,7 @@ from .mailbox import Mailbox, check_present
 from .messages import Claim, Done, NotYet, ProofLine, RefusedReply, Reply, Request
 from .records import Ticket, TrainingSample, Trajectory, TrajectoryGroup, WeightsManifest
 from .replay import MAX_DEATHS, Replay
-from .staleness import capacity, proof_line, token_bound
+from .staleness import capacity, joined, proof_line, token_bound
 from .state import Group, Lengths
 from .waits import Wait
 
@@ -81,6 +81,8 @@ class Coordinator:
         self._stats: dict[str, dict[str, float]] = {}
         self._tickets: dict[int, Ticket] = {}
         self._proofs: list[ProofLine] = []
+        self._parts: tuple[int, int, list[ProofLine]] = (0, 0, [])
+        """(step, groups, a line for each part) of what was handed out of the step begun."""
         self._step_wait: Wait | None = None
         """The learner's, over all requests of a step."""
         self._asked_take: tuple[int, float] = (-1, 0.0)
@@ -424,10 +426,13 @@ class Coordinator:
             if len(groups) < len(plan.groups):
                 continue
             if not plan.completes:
+                self._note_part(step, len(handed_out), groups)
                 self.replay.commit_part(plan, name)
                 return self._part(step, groups)
-            before = self._load_all(step, handed_out)
-            proof = self._prove(step, before, groups)
+            noted = self._parts[0] == step and self._parts[1] == len(handed_out)
+            before = [] if noted and part else self._load_all(step, handed_out)
+            proofs = self._parts[2] if noted else [self._count(step, before)]
+            proof = self._prove(step, proofs, groups)
             self.replay.demonstrate(step, self.journal.intact)
             self.replay.commit_take(plan, name, proof)
             self._proofs.append(proof)
@@ -520,15 +525,30 @@ class Coordinator:
             samples=tuple(samples),
         )
 
+    def _note_part(self, step: int, before: int, groups: list[TrajectoryGroup]) -> None:
+        """Count a part of a step, so that its end need not read again what was handed out."""
+        follows = self._parts[:2] == (step, before)
+        if before and not follows:  # others were handed out by a process that ended
+            return
+        proofs = self._parts[2] if before else []
+        self._parts = (step, before + len(groups), [*proofs, self._count(step, groups)])
+
+    def _count(self, step: int, groups: Sequence[TrajectoryGroup]) -> ProofLine:
+        """What the samples of some groups are to a step's proof."""
+        samples = [sample for group in groups for sample in group.samples]
+        bound = self.spec.config.max_staleness_steps
+        path = self.replay.state.path
+        return proof_line(samples, step=step, max_staleness_steps=bound, path=path)
+
     def _prove(
-        self, step: int, before: list[TrajectoryGroup], last: list[TrajectoryGroup]
+        self, step: int, before: Sequence[ProofLine], last: list[TrajectoryGroup]
     ) -> ProofLine:
         """The proof line, from the samples themselves and not from the decisions on their facts.
 
         Args:
             step: k.
-            before: groups handed out in parts: what they drop and train is counted already.
-            last: the others.
+            before: of the parts handed out: what they drop and train is counted already.
+            last: the other groups.
         """
         state = self.replay.state
         samples = [sample for group in last for sample in group.samples]
@@ -539,8 +559,8 @@ class Coordinator:
             if sample.trained:
                 trained.add(sample.trajectory.num_policy_tokens)
         issued_mean = state.finished.mean
-        return proof_line(
-            [*(sample for group in before for sample in group.samples), *samples],
+        end = proof_line(
+            samples,
             step=step,
             max_staleness_steps=self.spec.config.max_staleness_steps,
             path=state.path,
@@ -548,6 +568,7 @@ class Coordinator:
             length_bias=trained.mean / issued_mean if issued_mean else 1.0,
             rewards=list(state.rewards_since.values()),
         )
+        return joined(before, end)
 
     def _get_stats(self, now: float) -> Reply:
         """What displays show; the service adds the waits it has parked."""

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import resource
 import sqlite3
 import sys
 import time
@@ -271,8 +272,17 @@ class BufferService:
         return address, frames
 
 
+def allow_many_connections() -> None:
+    """As many open files as the system lets us have: each process of a run is a connection, and
+    the usual 1,024 are soon used up by a fleet."""
+    with contextlib.suppress(ValueError, OSError):
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def main() -> None:
     """Serve the run that a spec file describes."""
+    allow_many_connections()
     spec = ServiceSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
 
     async def serve() -> None:
