@@ -37,6 +37,8 @@ from .spares import Spares
 
 POLL_S = 2.0
 """How long a claim stays parked; a new version or free rows do not wait for it."""
+EVALUATION_POLL_S = 20.0
+"""The same for held-out samples, which come seldom; a thousand workers ask."""
 VERSION_POLL_S = 10.0
 HEARTBEAT_S = 2.0
 """Or a quarter of the lease, when that is shorter."""
@@ -175,16 +177,16 @@ class Worker:
         while self._engine.serving is None:
             await asyncio.sleep(0.05)
         while not self._closing.is_set():
-            await self._claim(0)
+            await self._claim(0, EVALUATION_POLL_S)
 
-    async def _claim(self, max_samples: int) -> None:
+    async def _claim(self, max_samples: int, wait_s: float = POLL_S) -> None:
         """Ask once, and start what is granted."""
         serving = self._engine.serving
         if serving is None:  # it died: `_follow_versions` starts it again
             await asyncio.sleep(0.1)
             return
         try:
-            claims = await self._client.claim(serving, max_samples, wait_s=POLL_S)
+            claims = await self._client.claim(serving, max_samples, wait_s=wait_s)
         except Refused:  # our version left the live path: the newest is on its way
             await asyncio.sleep(0.1)
             return

@@ -24,7 +24,7 @@ from slipstream.buffer.records import (
     Version,
     VersionSpan,
 )
-from slipstream.rollout.worker import HEARTBEAT_S, POLL_S, VERSION_POLL_S
+from slipstream.rollout.worker import EVALUATION_POLL_S, HEARTBEAT_S, POLL_S, VERSION_POLL_S
 
 TOKENS_PER_S, SHORTEST, LONGEST, PROMPT = 2000, 6144, 10_240, 64
 CONNECTIONS = 128
@@ -184,7 +184,8 @@ class Fleet:
         assert engine.serving is not None
         return messages.ClaimSamples(
             worker=f"engine-{engine.number}", serving=engine.serving, max_samples=samples,
-            request_id=f"{engine.number}/{next(self.numbers)}", wait_s=POLL_S,
+            request_id=f"{engine.number}/{next(self.numbers)}",
+            wait_s=POLL_S if samples else EVALUATION_POLL_S,
         )  # fmt: skip
 
     def begin(self, engine: Engine, now: float) -> None:
