@@ -8,7 +8,7 @@ from collections import deque
 import numpy as np
 
 from ..engine import GenerationRequest
-from .kv_cache import RaggedCache
+from .kv_cache import KvShape, RaggedCache
 from .slots import Slots
 from .waiting import Group, KeptTurns, Waiting
 
@@ -46,20 +46,18 @@ class Lengths:
         return np.minimum(predicted_N, budget_N) - num_written_N
 
 
-def peak_tokens(lengths_N: np.ndarray, left_N: np.ndarray) -> int:
-    """Most tokens of memory that rows take until the last has ended, none being added.
-
-    When the k-th longest to live ends, the k rows that still go on have each grown by what it had
-    left.
+def peak_tokens(lengths_N: np.ndarray, left_N: np.ndarray, shape: KvShape) -> int:
+    """Most tokens of memory, in whole pages, that rows take until the last has ended, none being
+    added. It is reached when one of them ends, and those that go on have grown by what it had left.
 
     Args:
         lengths_N: [N] int, tokens in each row now.
         left_N: [N] int, tokens each is still to get.
+        shape: says what a page is.
     Source: the predicted peak of Past-Future (arXiv:2507.10150).
     """
-    order = np.argsort(-left_N, kind="stable")
-    alive_N = np.arange(1, len(order) + 1)
-    return int((np.cumsum(lengths_N[order]) + alive_N * left_N[order]).max(initial=0))
+    grown_NN = shape.in_pages(lengths_N + left_N[:, None])
+    return int((grown_NN * (left_N >= left_N[:, None])).sum(axis=1).max(initial=0))
 
 
 class Memory:
@@ -129,12 +127,12 @@ class Memory:
         used = self._slots.used
         more = [self._of(g, request) for g, request in (*begun, (group, group.waiting[0]))]
         row, written, budget = np.array(more).T
-        page = self._cache.shape.page_tokens
         peak = peak_tokens(
-            np.append(self._slots.row_lengths, row) + page - 1,  # a row's last page may be empty
+            np.append(self._slots.row_lengths, row),
             self.lengths.left(
                 np.append(used["num_written"], written), np.append(used["budget"], budget)
             ),
+            self._cache.shape,
         )
         no_keys = {id(g): len(g.token_ids) for g in (*self._waiting.begun, group) if not g.keys}
         peak += sum(no_keys.values())

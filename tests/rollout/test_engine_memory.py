@@ -3,6 +3,7 @@
 import asyncio
 import heapq
 import sys
+from mmap import PAGESIZE
 from pathlib import Path
 
 import numpy as np
@@ -203,7 +204,7 @@ async def test_memory_is_never_passed_and_every_sample_comes_out_as_without_a_bo
     few = prompts(10, longest=20, seed=5)
     requests = [
         tiny.request(few[i % 10], i, max_new_tokens=int(n), logit_bias=NEVER_ENDS)
-        for i, n in enumerate(random.lognormal(4.0, 1.0, size=60).clip(1, 700))
+        for i, n in enumerate(random.lognormal(5.0, 1.0, size=60).clip(1, 700))
     ]
     expected = await tiny.outputs(free, requests)
     batch, peak = engine._decoder, 0
@@ -291,10 +292,11 @@ async def test_turns_of_conversations_share_and_keep_within_the_bound(tiny, shar
 
 @pytest.mark.parametrize(
     ("seen", "begin"),
-    [(40, 18), (300, 5), (None, 2)],  # of 2048 tokens: 4 of the prompt, 4 + 63 in pages, the rest
+    [(40, 30), (300, 6), (None, 2)],
 )
 async def test_as_many_begin_as_fit_by_the_lengths_of_earlier_samples(tiny, seen, begin):
-    """18 x (4 + 67 + 40) = 1998, 5 x (4 + 67 + 300) = 1855, 2 x (4 + 67 + 700) = 1542."""
+    """2048 tokens; each sample's prompt of 4, once as it is computed and once in a row that grows:
+    30 x (4 + 64) = 2040, 6 x (4 + 320) = 1944, by its budget of 700 alone 2 x (4 + 704) = 1416."""
     folder = tiny.folder("llama", max_position_embeddings=2048)
     engine = tiny.engine(folder, dtype="float64", max_concurrent=64, kv_memory_mb=1)
     await engine.load(tiny.publish(tiny.policy(folder, 3, torch.float64), 0))
@@ -377,8 +379,12 @@ def test_the_predicted_peak_is_that_of_the_rows_played_through(rows):
     lengths, left = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True)) if (
         rows
     ) else (np.zeros(0, dtype=np.int64),) * 2  # fmt: skip
-    steps = [sum((lengths + t)[left >= t]) for t in range(left.max(initial=0) + 1)]
-    assert peak_tokens(lengths, left) == max(steps)
+    shape = KvShape(1, 1, PAGESIZE // 16, torch.float32)  # 4 tokens a page
+    steps = [
+        sum(-(-(length + t) // 4) * 4 for length, n in zip(lengths, left, strict=True) if n >= t)
+        for t in range(left.max(initial=0) + 1)
+    ]
+    assert peak_tokens(lengths, left, shape) == max(steps)
 
 
 def test_lengths_still_possible_predict_what_is_left():
