@@ -100,7 +100,7 @@ class RowAttention:
         mask = torch.zeros(hidden_NTL.shape, dtype=cache.shape.dtype)
         mask.masked_fill_(hidden_NTL, -torch.inf)
         self._mask_N11TL = mask.view(self._num_rows, 1, 1, self._width, self._num_places)
-        self._targets = cache.places(torch.from_numpy(rows), torch.from_numpy(places))
+        self._targets = cache.places(rows, places)
 
     def __call__(self, layer: int, query_MHD: Tensor, key_MKD: Tensor, value_MKD: Tensor) -> Tensor:
         """See `Attend`; the query heads of a key-value head are folded into one product, so keys

@@ -142,7 +142,9 @@ class PolicyForward:
                 query_MHD, key_MKD = turned.split(split[:2], dim=1)
                 query_MHD = self._norm(query_MHD, layer.query_norm_D)
                 turned = torch.cat([query_MHD, self._norm(key_MKD, layer.key_norm_D)], dim=1)
-            query_MHD, key_MKD = _rotate(turned, cos_M1D, sin_M1D).split(split[:2], dim=1)
+            if layer.rotates:
+                turned = _rotate(turned, cos_M1D, sin_M1D)
+            query_MHD, key_MKD = turned.split(split[:2], dim=1)
             hidden_ME = hidden_ME + layer.out(attend(index, query_MHD, key_MKD, value_MKD))
             both = layer.gate_up(self._norm(hidden_ME, layer.mlp_norm_E))
             gate, up = both.chunk(2, dim=1)
@@ -181,12 +183,8 @@ class PolicyForward:
         prompt = PromptKeys(ids[:-2], self.kv_shape.zeros(6), 0)
         self.fill([(prompt, 3)])
         self.fill([(prompt, 3)])
-        cache, rows, places = (
-            RaggedCache(self.kv_shape),
-            np.zeros(2, dtype=np.int64),
-            np.arange(6, 8),
-        )
-        cache.reserve(1, 2, np.inf)
+        cache, rows, places = RaggedCache(self.kv_shape, 1), np.zeros(2, np.int64), np.arange(6, 8)
+        cache.reserve(2)
         both = Shared(prompt, torch.zeros(1, dtype=torch.int64))
         hidden_ME = self.extend(ids[-2:], rows, places, cache, np.array([6]), [both])
         ours_V = self.logits(hidden_ME)[-1]

@@ -27,6 +27,7 @@ from ..engine import EngineState, EngineStats, GenerationOutput, GenerationReque
 from ..speculation import make_speculation
 from .decoder import Decoder
 from .draft_model import DraftModel
+from .outputs import unstarted
 from .weights import Weights, read_verified
 
 _CLOSE_TIMEOUT_S = 60.0
@@ -93,7 +94,8 @@ class NativeEngine:
             kv_memory_mb=kv_memory_mb,
         )
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, _Stream] = {}  # by sample; the engine's thread's own
+        self._open: set[_Stream] = set()
         self._calls: set[Future[None]] = set()
         self._load_lock = asyncio.Lock()
         self._ended_lock = threading.Lock()
@@ -149,9 +151,9 @@ class NativeEngine:
             raise RuntimeError(f"engine {self.engine_id} serves no weights: load some first")
         stream = _Stream({request.request_id for request in requests})
         assert len(stream.open) == len(requests), "request ids must differ"
-        self._streams.update(dict.fromkeys(stream.open, stream))
-        self._post(lambda: self._deliver(self._decoder.submit(requests)))
+        self._open.add(stream)
         try:
+            self._post(lambda: self._submit(stream, requests))
             while stream.open:
                 output = await stream.outputs.get()
                 if output is None:
@@ -159,8 +161,9 @@ class NativeEngine:
                 stream.open.discard(output.request_id)
                 yield output
         finally:
+            self._open.discard(stream)
             if stream.open and not self._ended:
-                self._post(lambda: self._drop(stream.open))
+                self._post(lambda: self._drop(stream))
 
     async def load(self, manifest: WeightsManifest) -> None:
         """Verify weights aside, then swap them in between two steps, without draining.
@@ -255,9 +258,10 @@ class NativeEngine:
         """Leave nobody waiting: after this `_post` refuses."""
         with self._ended_lock:
             self._ended = True
-        for stream in {id(stream): stream for stream in self._streams.values()}.values():
+        # Copies: the event loop may still add to what it shares with this thread, or take from it.
+        for stream in list(self._open):
             stream.put(None)
-        for call in self._calls:
+        for call in list(self._calls):
             if not call.done():
                 call.set_exception(RuntimeError(self._obituary()))
 
@@ -272,10 +276,22 @@ class NativeEngine:
                 return
             command()
 
-    def _drop(self, request_ids: set[str]) -> None:
+    def _submit(self, stream: _Stream, requests: Sequence[GenerationRequest]) -> None:
+        new = []
+        for request in requests:
+            if request.request_id in self._streams:
+                why = f"a sample with the request id {request.request_id!r} is in flight"
+                stream.put(unstarted(request, why))
+            else:
+                self._streams[request.request_id] = stream
+                new.append(request)
+        self._deliver(self._decoder.submit(new))
+
+    def _drop(self, stream: _Stream) -> None:
+        request_ids = {name for name in stream.open if self._streams.get(name) is stream}
         self._decoder.drop(request_ids)
         for request_id in request_ids:
-            self._streams.pop(request_id, None)
+            del self._streams[request_id]
 
     def _deliver(self, outputs: Sequence[GenerationOutput]) -> None:
         for output in outputs:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ...buffer.records import FinishReason, Version
 from ..engine import GenerationOutput, GenerationRequest
+from .kv_cache import KvShape
 from .slots import Slots, spans
 from .text import Detokeniser
 
@@ -19,7 +20,7 @@ class Limits(NamedTuple):
     vocabulary: int
     most_tokens: float
     """Of keys and values; inf where they are not bounded."""
-    bytes_per_token: int
+    shape: KvShape
 
     def budget(self, request: GenerationRequest) -> int:
         """Tokens a sample may write."""
@@ -43,12 +44,14 @@ class Limits(NamedTuple):
             return f"max_new_tokens is {request.sampling.max_new_tokens}, at least 1 is needed"
         if any(not 0 <= token < self.vocabulary for token, _ in request.sampling.logit_bias):
             return f"logit_bias names a token id outside 0 to {self.vocabulary - 1}"
-        tokens = len(prompt) + self.budget(request)
+        parts = np.array([len(prompt), self.budget(request)])
+        tokens = int(self.shape.in_pages(parts).sum())
         if tokens > self.most_tokens:
+            mib = tokens * self.shape.bytes_per_token / 2**20
             return (
-                f"prompt and answer may take {tokens} tokens, "
-                f"{tokens * self.bytes_per_token / 2**20:.1f} MiB of keys and values; "
-                f"rollout.kv_memory_mb allows {self.most_tokens:.0f} tokens"
+                f"a prompt of {parts[0]} tokens and an answer of up to {parts[1]} take whole pages "
+                f"of keys and values: {tokens} tokens, {mib:.1f} MiB; rollout.kv_memory_mb allows "
+                f"{self.most_tokens:.0f}"
             )
         return ""
 

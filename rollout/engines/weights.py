@@ -6,7 +6,7 @@ Shape suffixes: E hidden size, F fused outputs, I intermediate size, V vocabular
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import xxhash
@@ -90,12 +90,14 @@ def _views(bytes_N: Tensor) -> dict[str, Tensor]:
 
 
 class Layer(NamedTuple):
-    """One decoder layer; the norms of queries and keys are Qwen3's."""
+    """One decoder layer; the norms of queries and keys are Qwen3's, layers that do not rotate are
+    SmolLM3's."""
 
     attention_norm_E: Tensor
     qkv: Linear
     query_norm_D: Tensor | None
     key_norm_D: Tensor | None
+    rotates: bool
     out: Linear
     mlp_norm_E: Tensor
     gate_up: Linear
@@ -123,7 +125,7 @@ def fuse(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Weights:
     """
     check_fit(model, tensors)
     left = {name: tensor.to(model.dtype) for name, tensor in tensors.items()}
-    body = model.base_model_prefix
+    body, modules = model.base_model_prefix, cast(Any, model.base_model).layers
 
     def take(name: str) -> Tensor:
         return left.pop(f"{body}.{name}").clone()  # out of the mapped file: it is removed one day
@@ -146,6 +148,7 @@ def fuse(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Weights:
                 qkv=linear(f"layers.{i}.self_attn", "q_proj", "k_proj", "v_proj"),
                 query_norm_D=maybe(f"layers.{i}.self_attn.q_norm.weight"),
                 key_norm_D=maybe(f"layers.{i}.self_attn.k_norm.weight"),
+                rotates=bool(getattr(modules[i].self_attn, "use_rope", True)),
                 out=linear(f"layers.{i}.self_attn", "o_proj"),
                 mlp_norm_E=take(f"layers.{i}.post_attention_layernorm.weight"),
                 gate_up=linear(f"layers.{i}.mlp", "gate_proj", "up_proj"),

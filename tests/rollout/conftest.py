@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 +-=.,?!ABCDEFGHIJKLMNOPQR"
@@ -36,6 +37,7 @@ _CONFIGS = {
     "llama": (LlamaConfig, {"tie_word_embeddings": True}),
     "qwen2": (Qwen2Config, {"tie_word_embeddings": False}),
     "qwen3": (Qwen3Config, {"tie_word_embeddings": True}),
+    "smollm3": (SmolLM3Config, {"tie_word_embeddings": True}),
 }
 _SIZES = {
     "vocab_size": 64,

@@ -1,6 +1,7 @@
 """Speculation changes how many forwards a sample takes, and nothing of the sample."""
 
 import asyncio
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -401,6 +402,45 @@ async def test_drafts_drawn_from_another_law_leave_the_targets_and_a_wrong_rule_
     z = chi_square_z(counts, texts)
     record_property("texts, standard deviations", (sum(counts.values()), z))
     assert z > 20 if wrong else z < 4
+
+
+@pytest.mark.parametrize("ratio_law", ["temperature", "kept_set"])
+async def test_log_probs_of_drafts_drawn_from_another_law_are_the_targets(tiny, ratio_law):
+    folder = tiny.folder("llama")
+    model = tiny.policy(folder, 2, torch.float64)
+    engine = tiny.engine(folder, dtype="float64", ratio_law=ratio_law)
+    await engine.load(tiny.publish(model, 0))
+    small = tiny.saved(tiny.policy(folder, 2, noise=0.1))
+    speculation = speculate(engine, DraftModel(small, 64, "rejection"), depth=3)
+    laws = [{"temperature": 0.0}, {}, {"temperature": 1.3, "top_k": 4}, {"top_p": 0.8}]
+    requests = [
+        tiny.request(p, i, kept=True, max_new_tokens=30, **laws[i % 4])
+        for i, p in enumerate(prompts(24, seed=4))
+    ]
+    outputs = await tiny.outputs(engine, requests)
+    assert 0 < speculation.accepted < speculation.drafted
+    for request in requests:
+        output, law = outputs[request.request_id], request.sampling
+        tokens = output.token_ids.astype(np.int64)
+        logits = tiny.logits(model, request.prompt_token_ids, tokens)
+        full = (logits / (law.temperature or 1.0)).log_softmax(-1)
+        if law.temperature == 0.0:
+            assert tokens.tolist() == logits.argmax(-1).tolist()
+        expected = full[torch.arange(len(tokens)), tokens].numpy()
+        assert (output.kept_ids is not None) == law.truncates
+        if output.kept_ids is not None:
+            edges = output.kept_ids.offsets
+            sets = [output.kept_ids.values[a:b] for a, b in itertools.pairwise(edges)]
+            shares = probabilities(logits, RowLaws.of([law] * len(tokens)))
+            assert [ids.tolist() for ids in sets] == [
+                row.nonzero()[:, 0].tolist() for row in shares
+            ]
+            masses = [
+                float(full[i, ids.astype(np.int64)].logsumexp(-1)) for i, ids in enumerate(sets)
+            ]
+            np.testing.assert_allclose(output.removed_mass, 1 - np.exp(masses), atol=1e-6)
+            expected = expected - (np.array(masses) if ratio_law == "kept_set" else 0.0)
+        np.testing.assert_allclose(output.behaviour_logprobs, expected, rtol=0, atol=1e-9)
 
 
 @given(st.integers(0, 2**32), st.sampled_from([{}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}]))
