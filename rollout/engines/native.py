@@ -9,7 +9,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -174,7 +174,9 @@ class NativeEngine:
                 return
             self._loading = True
             try:
-                weights = await asyncio.to_thread(self._prepare, manifest)
+                with ThreadPoolExecutor(1) as passing:  # see `_prepare`
+                    loop = asyncio.get_running_loop()
+                    weights = await loop.run_in_executor(passing, self._prepare, manifest)
                 old: list[Weights | None] = []
                 await self._call(lambda: old.append(self._swap(manifest.version, weights)))
                 await asyncio.to_thread(old.clear)
@@ -182,7 +184,13 @@ class NativeEngine:
                 self._loading = False
 
     def _prepare(self, manifest: WeightsManifest) -> Weights:
-        """Verify weights and lay them out, while tokens are made."""
+        """Verify weights and lay them out, while tokens are made.
+
+        In a thread that ends: one that has computed on several cores keeps a team of threads for
+        it, and where there are more of those than cores, each product of the decoding thread
+        waits for its team to be woken (a third of a step's time).
+        """
+        torch.set_num_threads(self._threads)
         with torch.inference_mode():
             try:
                 weights = self._decoder.prepare(dict(merged(read_verified(manifest))))

@@ -98,7 +98,8 @@ class Layer(NamedTuple):
     key_norm_D: Tensor | None
     out: Linear
     mlp_norm_E: Tensor
-    gate_up: Linear
+    gate: Linear
+    up: Linear
     down: Linear
 
 
@@ -148,7 +149,8 @@ def fuse(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Weights:
                 key_norm_D=maybe(f"layers.{i}.self_attn.k_norm.weight"),
                 out=linear(f"layers.{i}.self_attn", "o_proj"),
                 mlp_norm_E=take(f"layers.{i}.post_attention_layernorm.weight"),
-                gate_up=linear(f"layers.{i}.mlp", "gate_proj", "up_proj"),
+                gate=linear(f"layers.{i}.mlp", "gate_proj"),
+                up=linear(f"layers.{i}.mlp", "up_proj"),
                 down=linear(f"layers.{i}.mlp", "down_proj"),
             )
             for i in range(model.config.num_hidden_layers)
