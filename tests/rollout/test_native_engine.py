@@ -1,6 +1,7 @@
 """The native engine against transformers' own forward: tokens, log-probabilities and stamps."""
 
 import asyncio
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -302,6 +303,22 @@ async def test_new_weights_between_turns_keep_old_keys_only_where_that_was_asked
     gap = np.abs(second.behaviour_logprobs - reference).max()
     assert (oldest, gap > 1e-3) == (({0}, True) if kv == "keep" else ({1}, False))
     assert gap < 1e-9 or kv == "keep"
+
+
+async def test_the_thread_that_lays_weights_out_has_ended_when_they_are_served(tiny, monkeypatch):
+    folder = tiny.folder("llama")
+    engine, threads = tiny.engine(folder), []
+    prepare = engine._decoder.prepare
+
+    def seen(tensors):
+        threads.append(threading.current_thread())
+        return prepare(tensors)
+
+    monkeypatch.setattr(engine._decoder, "prepare", seen)
+    for step in range(2):
+        await engine.load(tiny.publish(tiny.policy(folder, step, torch.float32), step))
+    assert len(threads) == 2
+    assert not any(thread.is_alive() for thread in threads)
 
 
 async def test_tied_embeddings_stay_tied_after_a_load(tiny):
