@@ -91,7 +91,10 @@ class Trainer:
         self.journal_sequence = 0
         self._streamed: StreamedStep | None = None
         self._copies: dict[str, Tensor] = {}
-        self._copier = ThreadPoolExecutor(1, thread_name_prefix="copy")
+        # A second thread with a team for all cores would slow the training thread's products.
+        self._copier = ThreadPoolExecutor(
+            1, thread_name_prefix="copy", initializer=torch.set_num_threads, initargs=(1,)
+        )
         self._file = self.spec.weights_dir / "none"
         """The held version's weights: the one copy that is published, saved and evaluated."""
         self._file_digest = self._base_digest = ""

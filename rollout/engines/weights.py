@@ -100,7 +100,8 @@ class Layer(NamedTuple):
     rotates: bool
     out: Linear
     mlp_norm_E: Tensor
-    gate_up: Linear
+    gate: Linear
+    up: Linear
     down: Linear
 
 
@@ -151,7 +152,8 @@ def fuse(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Weights:
                 rotates=bool(getattr(modules[i].self_attn, "use_rope", True)),
                 out=linear(f"layers.{i}.self_attn", "o_proj"),
                 mlp_norm_E=take(f"layers.{i}.post_attention_layernorm.weight"),
-                gate_up=linear(f"layers.{i}.mlp", "gate_proj", "up_proj"),
+                gate=linear(f"layers.{i}.mlp", "gate_proj"),
+                up=linear(f"layers.{i}.mlp", "up_proj"),
                 down=linear(f"layers.{i}.mlp", "down_proj"),
             )
             for i in range(model.config.num_hidden_layers)
