@@ -27,7 +27,7 @@ from ..engine import EngineState, EngineStats, GenerationOutput, GenerationReque
 from ..speculation import make_speculation
 from .decoder import Decoder
 from .draft_model import DraftModel
-from .weights import Weights, read_verified
+from .weights import Weights, verified_beside
 
 _CLOSE_TIMEOUT_S = 60.0
 """Longer than any single step: the thread looks at its commands after each."""
@@ -96,6 +96,7 @@ class NativeEngine:
         self._streams: dict[str, _Stream] = {}
         self._calls: set[Future[None]] = set()
         self._load_lock = asyncio.Lock()
+        self._freeing: asyncio.Task[None] | None = None
         self._ended_lock = threading.Lock()
         self._loading = self._closing = self._ended = False
         self._failure: Exception | None = None
@@ -174,18 +175,26 @@ class NativeEngine:
                 return
             self._loading = True
             try:
+                await self._old_freed()  # there are never three
                 weights = await asyncio.to_thread(self._prepare, manifest)
                 old: list[Weights | None] = []
                 await self._call(lambda: old.append(self._swap(manifest.version, weights)))
-                await asyncio.to_thread(old.clear)
+                self._freeing = asyncio.create_task(asyncio.to_thread(old.clear))
             finally:
                 self._loading = False
+
+    async def _old_freed(self) -> None:
+        """Wait for the memory of the weights before: giving it back takes longer than a swap."""
+        if self._freeing is not None:
+            await asyncio.wait({self._freeing})
 
     def _prepare(self, manifest: WeightsManifest) -> Weights:
         """Verify weights and lay them out, while tokens are made."""
         with torch.inference_mode():
             try:
-                weights = self._decoder.prepare(dict(merged(read_verified(manifest))))
+                weights = verified_beside(
+                    manifest, lambda tensors: self._decoder.prepare(dict(merged(tensors)))
+                )
             except ModelError as error:
                 raise CorruptData(f"weights of version {manifest.version}: {error}") from error
         confirm(manifest)
@@ -196,6 +205,7 @@ class NativeEngine:
         if not self._ended:
             self._post(self._stop)
         await asyncio.to_thread(self._thread.join, _CLOSE_TIMEOUT_S)
+        await self._old_freed()
 
     def _post(self, command: Callable[[], None]) -> None:
         """Give the thread a command; one that is taken is carried out or reported."""

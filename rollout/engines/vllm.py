@@ -30,6 +30,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from ...buffer.errors import ConfigError, CorruptData, PeerLost
+from ...buffer.mailbox import moving_s
 from ...buffer.records import Version, WeightsManifest
 from ...kernels.adapters import merged
 from ...kernels.models import ModelError, check_fit, empty_model, end_token_ids, load_tokenizer
@@ -107,7 +108,7 @@ class VllmEngine:
             context=self._llm.model_config.max_model_len,
             vocabulary=self._empty.config.vocab_size,
             speculates=bool(settings.speculative_config)
-            and not law_proved(settings.speculative_config, gpu_name()),
+            and not law_proved(settings.speculative_config, gpu_name(), self.runner),
         )
         self._serving: Version | None = None
         self._swaps, self._last_swap_s, self._paused_s = 0, 0.0, 0.0
@@ -135,6 +136,16 @@ class VllmEngine:
     @property
     def _dead(self) -> bool:
         return self._killed or self._llm.errored
+
+    @property
+    def runner(self) -> str:
+        """Which of vLLM's model runners computes: `v1` or `v2`."""
+        return "v2" if self._llm.vllm_config.use_v2_model_runner else "v1"
+
+    @property
+    def draws(self) -> bool:
+        """Whether what it draws has the right law."""
+        return not self._samples.speculates
 
     @property
     def core_pids(self) -> list[int]:
@@ -248,10 +259,15 @@ class VllmEngine:
         if self._dead:
             await self._restart()
         swap = asyncio.create_task(self._swap(self._llm, manifest, files))
-        deadline_s = time.monotonic() + self._settings.step_timeout_s
+        began_s, patience_s = time.monotonic(), self._settings.step_timeout_s + moving_s(manifest)
+
+        def silent_s() -> float:
+            heard_s = self._transfer.heard_s if self._transfer is not None else began_s
+            return time.monotonic() - max(began_s, heard_s)
+
         try:
             # vLLM answers no call for ever when its core dies over it.
-            while not swap.done() and not self._dead and time.monotonic() < deadline_s:
+            while not swap.done() and not self._dead and silent_s() < patience_s:
                 await asyncio.wait({swap}, timeout=_DEATH_POLL_S)
             if swap.done():
                 swap.result()

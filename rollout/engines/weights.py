@@ -4,9 +4,10 @@ Shape suffixes: E hidden size, F fused outputs, I intermediate size, V vocabular
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import xxhash
@@ -19,6 +20,8 @@ from ...buffer.records import Shard, Version, WeightsManifest
 from ...kernels.adapters import base_of
 from ...kernels.models import DTYPE_NAMES, check_fit
 from .linear import Linear
+
+T = TypeVar("T")
 
 _bases: dict[tuple[Shard, int, int], dict[str, Tensor]] = {}
 """The base of adapters that this process has verified, mapped, by its shard, inode and time of
@@ -35,13 +38,39 @@ def read_verified(manifest: WeightsManifest) -> dict[str, Tensor]:
         CorruptData: a shard is missing, or its size, digest or contents are not what was published;
             or an adapter belongs to another base than the manifest names.
     """
+    return verified_beside(manifest, lambda tensors: tensors)
+
+
+def verified_beside(manifest: WeightsManifest, use: Callable[[dict[str, Tensor]], T]) -> T:
+    """What `use` makes of the tensors, which another thread verifies meanwhile: what was made of
+    wrong bytes is not returned.
+
+    Raises:
+        CorruptData: see `read_verified`; whatever `use` raised because of it.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="verify") as pool:
+        checks: list[Future[None]] = []
+        try:
+            made = use(_read(manifest, lambda *read: checks.append(pool.submit(_check, *read))))
+        finally:
+            for check in checks:
+                check.result()
+    return made
+
+
+def _read(
+    manifest: WeightsManifest, check: Callable[[Shard, Tensor, Version], object]
+) -> dict[str, Tensor]:
+    """All tensors; `check` is called with the bytes that they are views of."""
     tensors: dict[str, Tensor] = {}
     for shard in manifest.files:
         try:
             if shard == manifest.base:
                 tensors |= _kept(shard, manifest.version)
             else:
-                tensors |= _views(_mapped(shard, manifest.version))
+                bytes_N = _mapped(shard, manifest.version)
+                check(shard, bytes_N, manifest.version)
+                tensors |= _views(bytes_N)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise CorruptData(
                 f"weights of version {manifest.version}: {shard.path}: {error}"
@@ -59,21 +88,25 @@ def _kept(base: Shard, version: Version) -> dict[str, Tensor]:
     told = Path(base.path).stat()
     key = base, told.st_ino, told.st_mtime_ns
     if key not in _bases:
-        found = _views(_mapped(base, version))
+        _check(base, bytes_N := _mapped(base, version), version)
+        found = _views(bytes_N)
         _bases.clear()
         _bases[key] = found
     return _bases[key]
 
 
 def _mapped(shard: Shard, version: Version) -> Tensor:
-    """[num_bytes] uint8, verified."""
+    """[num_bytes] uint8, not verified yet."""
     path = Path(shard.path)
     num_bytes = path.stat().st_size if path.is_file() else -1
     if num_bytes != shard.num_bytes:  # what is empty or missing cannot be mapped
         check_shard(shard, *file_digest(path), version)
-    bytes_N = torch.from_file(shard.path, shared=False, size=num_bytes, dtype=torch.uint8)
-    check_shard(shard, num_bytes, xxhash.xxh3_128(bytes_N.numpy().data).hexdigest(), version)
-    return bytes_N
+    return torch.from_file(shard.path, shared=False, size=num_bytes, dtype=torch.uint8)
+
+
+def _check(shard: Shard, bytes_N: Tensor, version: Version) -> None:
+    digest = xxhash.xxh3_128_hexdigest(bytes_N.numpy().data)
+    check_shard(shard, bytes_N.numel(), digest, version)
 
 
 def _views(bytes_N: Tensor) -> dict[str, Tensor]:
@@ -123,7 +156,7 @@ def fuse(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Weights:
     """
     check_fit(model, tensors)
     left = {name: tensor.to(model.dtype) for name, tensor in tensors.items()}
-    body = model.base_model_prefix
+    body, room = model.base_model_prefix, torch.empty(0, dtype=model.dtype)
 
     def take(name: str) -> Tensor:
         return left.pop(f"{body}.{name}").clone()  # out of the mapped file: it is removed one day
@@ -131,13 +164,23 @@ def fuse(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Weights:
     def maybe(name: str) -> Tensor | None:
         return take(name) if f"{body}.{name}" in left else None
 
+    def stacked(weights: list[Tensor]) -> Tensor:
+        """[F, E] in memory that the next ones use again: fresh pages cost more than the copying."""
+        nonlocal room
+        if len(weights) == 1:
+            return weights[0]
+        rows, columns = sum(len(weight) for weight in weights), weights[0].shape[1]
+        if room.numel() < rows * columns:
+            room = torch.empty(rows * columns, dtype=model.dtype)
+        return torch.cat(weights, out=room[: rows * columns].view(rows, columns))
+
     def linear(prefix: str, *names: str) -> Linear:
         weights = [left.pop(f"{body}.{prefix}.{name}.weight") for name in names]
         biases = [left.pop(f"{body}.{prefix}.{name}.bias", None) for name in names]
         bias = [b for b in biases if b is not None]
         if bias and len(bias) < len(names):
             raise ConfigError(f"only some of {prefix}'s {names} have a bias: not supported")
-        return Linear.pack(torch.cat(weights), torch.cat(bias) if bias else None)
+        return Linear.pack(stacked(weights), torch.cat(bias) if bias else None)
 
     try:
         layers = tuple(
