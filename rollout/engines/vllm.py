@@ -38,7 +38,7 @@ from ..config import KvPolicy, VllmConfig
 from ..engine import EngineState, EngineStats, GenerationOutput, GenerationRequest
 from .outputs import unstarted
 from .vllm_law import gpu_name, law_proved
-from .vllm_plugin import file_identity
+from .vllm_plugin import check_same, file_identity
 from .vllm_samples import Samples, name_of
 from .vllm_start import COUNTS, Counts, start
 from .vllm_transfer import Steps, Transfer
@@ -223,7 +223,7 @@ class VllmEngine:
                 for _ in range(_START_ATTEMPTS):
                     if await self._swapped(manifest, files):
                         return
-                    _check_same(files)
+                    check_same(files)
                     files = await self._prepared(manifest)
                 raise RuntimeError(
                     f"engine {self.engine_id}: {_START_ATTEMPTS} cores could not load "
@@ -259,16 +259,13 @@ class VllmEngine:
         if self._dead:
             await self._restart()
         swap = asyncio.create_task(self._swap(self._llm, manifest, files))
-        began_s, patience_s = time.monotonic(), self._settings.step_timeout_s + moving_s(manifest)
-
-        def silent_s() -> float:
-            heard_s = self._transfer.heard_s if self._transfer is not None else began_s
-            return time.monotonic() - max(began_s, heard_s)
-
+        heard_s, patience_s = time.monotonic(), self._settings.step_timeout_s + moving_s(manifest)
         try:
             # vLLM answers no call for ever when its core dies over it.
-            while not swap.done() and not self._dead and silent_s() < patience_s:
+            while not swap.done() and not self._dead and time.monotonic() < heard_s + patience_s:
                 await asyncio.wait({swap}, timeout=_DEATH_POLL_S)
+                if self._transfer is not None:
+                    heard_s = max(heard_s, self._transfer.heard_s)
             if swap.done():
                 swap.result()
                 return True
@@ -292,7 +289,7 @@ class VllmEngine:
         else:
             await steps["start_weight_update"](None)
             await steps["update_weights"]({"files": files, "head_dims": self._head_dims})
-            _check_same(files)  # copied by now, and not written over while it was
+            check_same(files)  # copied by now, and not written over while it was
             await steps["finish_weight_update"](None)
         if await llm.get_weight_version() != name:
             raise RuntimeError(f"vLLM does not serve {name}")
@@ -400,15 +397,3 @@ class VllmEngine:
         # Under `keep` the cache is salted with the version of submission: no key is older.
         oldest = serving if self._kv == "keep" else None
         return self._samples.finished(request, last, arrived_s, oldest)
-
-
-def _check_same(files: list[dict[str, Any]]) -> None:
-    """See that the files are still those that were verified.
-
-    Raises:
-        CorruptData: somebody wrote to one, or removed it.
-    """
-    for file in files:
-        path = Path(file["path"])
-        if not path.exists() or file_identity(path) != file:
-            raise CorruptData(f"weights {path} have changed while they were loaded")

@@ -326,8 +326,12 @@ async def test_corrupt_weights_are_refused_and_the_engine_keeps_serving(tiny):
     before = (await tiny.outputs(engine, [tiny.request([3, 4])]))["0"]
     bad = tiny.publish(tiny.policy(folder, 2), 1)
     data = bytearray(Path(bad.shards[0].path).read_bytes())
+    head = bytearray(data)
+    for place in (0, 8, 30):  # its length, its beginning, a name
+        head[place] ^= 1
     data[-5] ^= 1
-    for contents, reason in ((data, "digest"), (data[:-1], "bytes"), (None, "does not exist")):
+    wrong = ((data, "digest"), (head, "digest"), (data[:-1], "bytes"), (None, "does not exist"))
+    for contents, reason in wrong:
         path = tiny.root / "weights-0.1.safetensors"
         path.write_bytes(contents) if contents is not None else path.unlink()
         with pytest.raises(CorruptData, match=reason):
