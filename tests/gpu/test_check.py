@@ -93,6 +93,29 @@ def test_a_check_that_fails_is_recorded_with_its_reason():
     assert "too far" in found["reason"]
 
 
+def test_the_certificate_says_what_each_check_found_and_is_the_one_that_is_read(
+    monkeypatch, tmp_path
+):
+    async def proved():
+        return {"runner": "v2"}
+
+    def fails(_):
+        raise AssertionError("too much")
+
+    monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(metadata, "version", lambda _: "0.32.0")
+    found = [(law_check(NGRAM), lambda _: proved()), ("memory", fails)]
+    monkeypatch.setattr(check, "checks", lambda: iter(found))
+    assert check.main() == 1
+    told = json.loads(certificate_file().read_text())
+    assert (told["ok"], told["checks"]["memory"]["ok"]) == (False, False)
+    assert "too much" in told["checks"]["memory"]["reason"]
+    assert law_proved(NGRAM, "H100", "v2")
+    assert not law_proved(NGRAM, "H100", "v1")
+
+
 def test_drafts_are_allowed_by_a_certificate_of_this_vllm_gpu_and_runner_alone(
     monkeypatch, tmp_path
 ):
