@@ -22,7 +22,7 @@ KNOWN = (32, 64)
         ("rollout/on_vllm_transfer.py", "test", 16),
         ("flow/on_vllm.py", "not bf16", 13),
         ("flow/on_vllm.py", "bf16", 1),
-        ("gpu/on_check.py", "test", 8),
+        ("gpu/on_check.py", "test", 9),
     ],
     ids=["engine", "transfer", "runs", "bf16", "gpu-check"],
 )
