@@ -4,10 +4,16 @@ Shape suffixes: E hidden size, F fused outputs, I intermediate size, V vocabular
 """
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from threading import local
+from typing import Any, NamedTuple, TypeVar
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# torch asks for huge pages: new weights are new memory, whose pages cost more than the copying.
 
 import torch
 import xxhash
@@ -21,11 +27,19 @@ from ...kernels.adapters import base_of
 from ...kernels.models import DTYPE_NAMES, check_fit
 from .linear import Linear
 
+LAYOUT_THREADS = 2
+"""Besides the one that verifies: oneDNN reorders at a third of a memory's speed."""
+
 T = TypeVar("T")
 
 _bases: dict[tuple[Shard, int, int], dict[str, Tensor]] = {}
 """The base of adapters that this process has verified, mapped, by its shard, inode and time of
 change: every version is merged onto it, and its file is as large as all weights."""
+
+
+_maps: dict[tuple[Path, int, int], Tensor] = {}
+"""Files by folder, inode and size, mapped while they are there: a publisher uses their pages again,
+and mapping a file costs twice its digest. No other file gets an inode that is mapped."""
 
 
 def read_verified(manifest: WeightsManifest) -> dict[str, Tensor]:
@@ -98,10 +112,18 @@ def _kept(base: Shard, version: Version) -> dict[str, Tensor]:
 def _mapped(shard: Shard, version: Version) -> Tensor:
     """[num_bytes] uint8, not verified yet."""
     path = Path(shard.path)
-    num_bytes = path.stat().st_size if path.is_file() else -1
-    if num_bytes != shard.num_bytes:  # what is empty or missing cannot be mapped
+    told = path.stat() if path.is_file() else None
+    if told is None or told.st_size != shard.num_bytes:  # nothing cannot be mapped
         check_shard(shard, *file_digest(path), version)
-    return torch.from_file(shard.path, shared=False, size=num_bytes, dtype=torch.uint8)
+    assert told is not None
+    with os.scandir(path.parent) as files:
+        present = {file.inode() for file in files}
+    for gone in [key for key in _maps if key[0] == path.parent and key[1] not in present]:
+        del _maps[gone]
+    key = path.parent, told.st_ino, told.st_size
+    if key not in _maps:
+        _maps[key] = torch.from_file(shard.path, shared=False, size=told.st_size, dtype=torch.uint8)
+    return _maps[key]
 
 
 def _check(shard: Shard, bytes_N: Tensor, version: Version) -> None:
@@ -120,6 +142,15 @@ def _views(bytes_N: Tensor) -> dict[str, Tensor]:
         first, end = (start + offset for offset in entry["data_offsets"])
         tensors[name] = bytes_N[first:end].view(dtypes[entry["dtype"]]).view(entry["shape"])
     return tensors
+
+
+def _neighbours(weights: Sequence[Tensor]) -> bool:
+    """Whether they lie one behind the other, in one piece of memory."""
+    return (
+        all(weight.is_contiguous() for weight in weights)
+        and len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+        and all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in pairwise(weights))
+    )
 
 
 class Layer(NamedTuple):
@@ -156,7 +187,7 @@ def fuse(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Weights:
     """
     check_fit(model, tensors)
     left = {name: tensor.to(model.dtype) for name, tensor in tensors.items()}
-    body, room = model.base_model_prefix, torch.empty(0, dtype=model.dtype)
+    body, inference, own = model.base_model_prefix, torch.is_inference_mode_enabled(), local()
 
     def take(name: str) -> Tensor:
         return left.pop(f"{body}.{name}").clone()  # out of the mapped file: it is removed one day
@@ -165,13 +196,14 @@ def fuse(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Weights:
         return take(name) if f"{body}.{name}" in left else None
 
     def stacked(weights: list[Tensor]) -> Tensor:
-        """[F, E] in memory that the next ones use again: fresh pages cost more than the copying."""
-        nonlocal room
-        if len(weights) == 1:
-            return weights[0]
+        """[F, E], as they lie in the file when they are neighbours there; else in memory that the
+        next ones use again: fresh pages cost more than the copying."""
         rows, columns = sum(len(weight) for weight in weights), weights[0].shape[1]
-        if room.numel() < rows * columns:
-            room = torch.empty(rows * columns, dtype=model.dtype)
+        if _neighbours(weights):
+            return weights[0].as_strided((rows, columns), (columns, 1))
+        room = getattr(own, "room", None)
+        if room is None or room.numel() < rows * columns:
+            own.room = room = torch.empty(rows * columns, dtype=model.dtype)
         return torch.cat(weights, out=room[: rows * columns].view(rows, columns))
 
     def linear(prefix: str, *names: str) -> Linear:
@@ -182,29 +214,36 @@ def fuse(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Weights:
             raise ConfigError(f"only some of {prefix}'s {names} have a bias: not supported")
         return Linear.pack(stacked(weights), torch.cat(bias) if bias else None)
 
-    try:
-        layers = tuple(
-            Layer(
-                attention_norm_E=take(f"layers.{i}.input_layernorm.weight"),
-                qkv=linear(f"layers.{i}.self_attn", "q_proj", "k_proj", "v_proj"),
-                query_norm_D=maybe(f"layers.{i}.self_attn.q_norm.weight"),
-                key_norm_D=maybe(f"layers.{i}.self_attn.k_norm.weight"),
-                out=linear(f"layers.{i}.self_attn", "o_proj"),
-                mlp_norm_E=take(f"layers.{i}.post_attention_layernorm.weight"),
-                gate_up=linear(f"layers.{i}.mlp", "gate_proj", "up_proj"),
-                down=linear(f"layers.{i}.mlp", "down_proj"),
-            )
-            for i in range(model.config.num_hidden_layers)
+    def layer(i: int) -> Layer:
+        return Layer(
+            attention_norm_E=take(f"layers.{i}.input_layernorm.weight"),
+            qkv=linear(f"layers.{i}.self_attn", "q_proj", "k_proj", "v_proj"),
+            query_norm_D=maybe(f"layers.{i}.self_attn.q_norm.weight"),
+            key_norm_D=maybe(f"layers.{i}.self_attn.k_norm.weight"),
+            out=linear(f"layers.{i}.self_attn", "o_proj"),
+            mlp_norm_E=take(f"layers.{i}.post_attention_layernorm.weight"),
+            gate_up=linear(f"layers.{i}.mlp", "gate_proj", "up_proj"),
+            down=linear(f"layers.{i}.mlp", "down_proj"),
         )
-        embedding, norm = take("embed_tokens.weight"), take("norm.weight")
+
+    def ours(work: Callable[..., T], *arguments: Any) -> T:
+        with torch.inference_mode(inference):  # a mode is one thread's
+            return work(*arguments)
+
+    try:
+        embedding_VE = left.pop(f"{body}.embed_tokens.weight")
+        head_VE, bias = left.pop("lm_head.weight", embedding_VE), left.pop("lm_head.bias", None)
+        with ThreadPoolExecutor(LAYOUT_THREADS, thread_name_prefix="layout") as pool:
+            head = pool.submit(ours, Linear.pack, head_VE, None if bias is None else bias.clone())
+            embedding = pool.submit(ours, embedding_VE.clone)
+            numbers = range(model.config.num_hidden_layers)
+            layers = tuple(pool.map(lambda i: ours(layer, i), numbers))
+        weights = Weights(embedding.result(), layers, take("norm.weight"), head.result())
     except KeyError as error:
         raise ConfigError(
             f"the native engine does not support {type(model).__name__}: it has no weight {error}; "
             "use a Llama-like model (Llama, Qwen2, Qwen3, SmolLM)"
         ) from error
-    head, bias = left.pop("lm_head.weight", embedding), left.pop("lm_head.bias", None)
-    head_bias = None if bias is None else bias.clone()
-    weights = Weights(embedding, layers, norm, Linear.pack(head, head_bias))
     if left:
         raise ConfigError(
             f"the native engine does not support {type(model).__name__}: it would leave out "
