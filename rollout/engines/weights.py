@@ -118,12 +118,14 @@ def _mapped(shard: Shard, version: Version) -> Tensor:
     assert told is not None
     with os.scandir(path.parent) as files:
         present = {file.inode() for file in files}
-    for gone in [key for key in _maps if key[0] == path.parent and key[1] not in present]:
-        del _maps[gone]
     key = path.parent, told.st_ino, told.st_size
-    if key not in _maps:
-        _maps[key] = torch.from_file(shard.path, shared=False, size=told.st_size, dtype=torch.uint8)
-    return _maps[key]
+    for other in list(_maps):  # another thread's engine maps, too
+        if other[0] == path.parent and other[1] not in present:
+            _maps.pop(other, None)
+    if (bytes_N := _maps.get(key)) is None:
+        bytes_N = torch.from_file(shard.path, shared=False, size=told.st_size, dtype=torch.uint8)
+        _maps[key] = bytes_N
+    return bytes_N
 
 
 def _check(shard: Shard, bytes_N: Tensor, version: Version) -> None:
