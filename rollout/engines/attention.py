@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from .kv_cache import PromptKeys, RaggedCache
 
-
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """What `scaled_dot_product_attention` calls; it also returns the log of the sum of exponentials."""
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from slipstream.buffer.errors import ConfigError, CorruptData
 from slipstream.buffer.records import Version, WeightsManifest
 from slipstream.kernels.models import policy_weights
+from slipstream.rollout.engines.linear import Linear
 from slipstream.rollout.engines.text import Detokeniser
 from slipstream.rollout.sampling import sample_key
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -400,20 +401,26 @@ async def test_a_request_id_in_flight_is_refused_and_one_that_was_left_can_be_us
     assert not engine._open
 
 
-async def test_the_thread_that_lays_weights_out_has_ended_when_they_are_served(tiny, monkeypatch):
-    folder = tiny.folder("llama")
-    engine, threads = tiny.engine(folder), []
-    prepare = engine._decoder.prepare
+async def test_none_but_the_decoding_thread_computes_on_several_cores(tiny, monkeypatch):
+    folder, threads = tiny.folder("llama"), {}
+    engine = tiny.engine(folder, threads=2)
 
-    def seen(tensors):
-        threads.append(threading.current_thread())
-        return prepare(tensors)
+    def counted(owner, name):
+        given = getattr(owner, name)
 
-    monkeypatch.setattr(engine._decoder, "prepare", seen)
+        def call(*arguments):
+            threads.setdefault(name, set()).add(torch.get_num_threads())
+            return given(*arguments)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(engine._decoder, "prepare")
+    counted(Linear, "pack")
+    counted(engine._decoder, "step")
     for step in range(2):
         await engine.load(tiny.publish(tiny.policy(folder, step, torch.float32), step))
-    assert len(threads) == 2
-    assert not any(thread.is_alive() for thread in threads)
+        await tiny.outputs(engine, [tiny.request([4, 5], max_new_tokens=5)])
+    assert threads == {"prepare": {1}, "pack": {1}, "step": {2}}
 
 
 async def test_tied_embeddings_stay_tied_after_a_load(tiny):
@@ -438,8 +445,12 @@ async def test_corrupt_weights_are_refused_and_the_engine_keeps_serving(tiny):
     before = (await tiny.outputs(engine, [tiny.request([3, 4])]))["0"]
     bad = tiny.publish(tiny.policy(folder, 2), 1)
     data = bytearray(Path(bad.shards[0].path).read_bytes())
+    head = bytearray(data)
+    for place in (0, 8, 30):  # its length, its beginning, a name
+        head[place] ^= 1
     data[-5] ^= 1
-    for contents, reason in ((data, "digest"), (data[:-1], "bytes"), (None, "does not exist")):
+    wrong = ((data, "digest"), (head, "digest"), (data[:-1], "bytes"), (None, "does not exist"))
+    for contents, reason in wrong:
         path = tiny.root / "weights-0.1.safetensors"
         path.write_bytes(contents) if contents is not None else path.unlink()
         with pytest.raises(CorruptData, match=reason):
