@@ -19,13 +19,12 @@ from transformers import PreTrainedModel
 
 from ..buffer import codec
 from ..buffer.errors import ConfigError, TrainingFailed
-from ..buffer.mailbox import file_digest
 from ..buffer.messages import Batch, Part
 from ..buffer.process import PARENT_VARIABLE
 from ..buffer.records import TrajectoryGroup, Version, WeightsManifest
 from ..buffer.staleness import LivePath
 from ..buffer.weight_fetch import use
-from ..buffer.weight_files import Outbox
+from ..buffer.weight_files import Outbox, Written, digest_file
 from ..buffer.weight_holder import Holder, own_endpoint
 from ..kernels import attention, streambp
 from ..kernels.models import (
@@ -35,7 +34,6 @@ from ..kernels.models import (
     load_policy,
     load_tokenizer,
     policy_weights,
-    read_weights,
 )
 from . import lora, shards
 from .certificate import BANDS, certify
@@ -91,7 +89,10 @@ class Trainer:
         self.journal_sequence = 0
         self._streamed: StreamedStep | None = None
         self._copies: dict[str, Tensor] = {}
-        self._copier = ThreadPoolExecutor(1, thread_name_prefix="copy")
+        # A second thread with a team for all cores would slow the training thread's products.
+        self._copier = ThreadPoolExecutor(
+            1, thread_name_prefix="copy", initializer=torch.set_num_threads, initargs=(1,)
+        )
         self._file = self.spec.weights_dir / "none"
         """The held version's weights: the one copy that is published, saved and evaluated."""
         self._file_digest = self._base_digest = ""
@@ -226,30 +227,28 @@ class Trainer:
         if self._adapters_alone:
             tensors = self._adapter()
             if self.ranks.first:
-                self._file_digest = self.outbox.write(self._file, pieces(tensors))
+                self._file_digest = self.outbox.write(self._file, pieces(tensors)).file
             return weights_digest(tensors)
-        weights = self.policy.weights()
         # What a checkpoint is still copied from must not be written over.
         fresh = self._copied_from is not None and not self._copied_from.closed
-        self._file_digest = self._write_whole(self._file, weights, fresh=fresh)
-        if self.ranks.size == 1:
-            return weights_digest(weights)
-        digest = weights_digest(read_weights([self._file])) if self.ranks.first else ""
-        return self.ranks.exchange(digest)[0]
+        written = self._write_whole(self._file, self.policy.weights(), fresh=fresh)
+        self._file_digest = written.file
+        return written.tensors
 
     def _adapter(self) -> dict[str, Tensor]:
         """What is published of a policy with adapters; before the first time, its base is."""
         if not self._base_digest:
             path = self.spec.weights_dir / f"weights-base{_HELD}"
-            digest = self._write_whole(path, lora.base_weights(self.policy.model))
+            self._base_digest = self._write_whole(path, lora.base_weights(self.policy.model)).file
             if self.ranks.first:
-                self.outbox.hold_base(path, digest)
-            self._base_digest = self.ranks.exchange(digest)[0]
+                self.outbox.hold_base(path, self._base_digest)
         adapter = lora.published_adapter(self.policy.model, self._base_digest)
         return {name: shards.whole(tensor) for name, tensor in adapter.items()}
 
-    def _write_whole(self, path: Path, weights: Mapping[str, Tensor], *, fresh: bool = True) -> str:
-        """Copy weights into a file, each rank its rows; its digest, on the first rank.
+    def _write_whole(
+        self, path: Path, weights: Mapping[str, Tensor], *, fresh: bool = True
+    ) -> Written:
+        """Copy weights into a file, each rank its rows; its digests.
 
         Raises:
             TrainingFailed: there is no room.
@@ -266,7 +265,7 @@ class Trainer:
         except OSError as error:
             raise TrainingFailed(f"weights {path} cannot be written: {error}") from error
         self.ranks.exchange(None)
-        return file_digest(path)[1] if self.ranks.first else ""
+        return Written(*self.ranks.exchange(digest_file(path) if self.ranks.first else None)[0])
 
     def _forget_file(self) -> None:
         """Remove weights that were not published."""

@@ -47,6 +47,7 @@ class PolicyForward:
         self._heads, self._head_dim = config.num_attention_heads, first.self_attn.head_dim
         self._key_heads = config.num_key_value_heads
         self._activation = first.mlp.act_fn
+        self._is_silu = config.hidden_act in ("silu", "swish")
         self._scale, self._epsilon = first.self_attn.scaling, config.rms_norm_eps
         self._cos_CD = self._sin_CD = torch.empty(0)
         self.weights: Weights | None = None
@@ -114,7 +115,9 @@ class PolicyForward:
         Returns:
             [M, E] hidden states after the final norm.
         """
-        attend = RowAttention(cache, rows, places - begins_N[rows], shared, self._scale)
+        attend = RowAttention(
+            cache, rows, places - begins_N[rows], shared, self._heads, self._scale
+        )
         ids_M, places_M = torch.from_numpy(token_ids), torch.from_numpy(places)
         hidden_ME = self._layers(ids_M, places_M, int(places.max()) + 1, attend)
         return self._norm(hidden_ME, self._served.norm_E)
@@ -145,10 +148,11 @@ class PolicyForward:
             if layer.rotates:
                 turned = _rotate(turned, cos_M1D, sin_M1D)
             query_MHD, key_MKD = turned.split(split[:2], dim=1)
-            hidden_ME = hidden_ME + layer.out(attend(index, query_MHD, key_MKD, value_MKD))
-            both = layer.gate_up(self._norm(hidden_ME, layer.mlp_norm_E))
-            gate, up = both.chunk(2, dim=1)
-            hidden_ME = hidden_ME + layer.down(self._activation(gate) * up)
+            mixed_MF = attend(index, query_MHD, key_MKD, value_MKD)
+            hidden_ME = layer.out.plus(mixed_MF, hidden_ME)
+            x_ME = self._norm(hidden_ME, layer.mlp_norm_E)
+            gate_MF = layer.gate.silu(x_ME) if self._is_silu else self._activation(layer.gate(x_ME))
+            hidden_ME = layer.down.plus(layer.up.times(x_ME, gate_MF), hidden_ME)
         return hidden_ME
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:

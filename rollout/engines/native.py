@@ -28,7 +28,7 @@ from ..speculation import make_speculation
 from .decoder import Decoder
 from .draft_model import DraftModel
 from .outputs import unstarted
-from .weights import Weights, read_verified
+from .weights import Weights, verified_beside
 
 _CLOSE_TIMEOUT_S = 60.0
 """Longer than any single step: the thread looks at its commands after each."""
@@ -98,6 +98,7 @@ class NativeEngine:
         self._open: set[_Stream] = set()
         self._calls: set[Future[None]] = set()
         self._load_lock = asyncio.Lock()
+        self._freeing: asyncio.Task[None] | None = None
         self._ended_lock = threading.Lock()
         self._loading = self._closing = self._ended = False
         self._failure: Exception | None = None
@@ -177,18 +178,32 @@ class NativeEngine:
                 return
             self._loading = True
             try:
+                await self._old_freed()  # there are never three
                 weights = await asyncio.to_thread(self._prepare, manifest)
                 old: list[Weights | None] = []
                 await self._call(lambda: old.append(self._swap(manifest.version, weights)))
-                await asyncio.to_thread(old.clear)
+                self._freeing = asyncio.create_task(asyncio.to_thread(old.clear))
             finally:
                 self._loading = False
 
+    async def _old_freed(self) -> None:
+        """Wait for the memory of the weights before: giving it back takes longer than a swap."""
+        if self._freeing is not None:
+            await asyncio.wait({self._freeing})
+
     def _prepare(self, manifest: WeightsManifest) -> Weights:
-        """Verify weights and lay them out, while tokens are made."""
+        """Verify weights and lay them out, while tokens are made.
+
+        On one core each thread: one that has computed on several keeps a team of threads for it,
+        and where teams have more threads than there are cores, every product of the decoding
+        thread waits for its own to be woken (a third of a step's time).
+        """
+        torch.set_num_threads(1)
         with torch.inference_mode():
             try:
-                weights = self._decoder.prepare(dict(merged(read_verified(manifest))))
+                weights = verified_beside(
+                    manifest, lambda tensors: self._decoder.prepare(dict(merged(tensors)))
+                )
             except ModelError as error:
                 raise CorruptData(f"weights of version {manifest.version}: {error}") from error
         confirm(manifest)
@@ -199,6 +214,7 @@ class NativeEngine:
         if not self._ended:
             self._post(self._stop)
         await asyncio.to_thread(self._thread.join, _CLOSE_TIMEOUT_S)
+        await self._old_freed()
 
     def _post(self, command: Callable[[], None]) -> None:
         """Give the thread a command; one that is taken is carried out or reported."""

@@ -258,6 +258,23 @@ def test_a_run_that_trains_parts_as_they_come_publishes_what_whole_batches_make(
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
+def test_who_sends_weights_is_looked_after_while_a_batch_is_waited_for(
+    make_spec, fake_buffer, run_loop, monkeypatch
+):
+    """Engines that have no weights write nothing, so no batch would come."""
+    looked_after, buffer = [], fake_buffer(1)
+    monkeypatch.setattr("slipstream.learner.loop.POLL_S", 0.05)
+
+    def keep_sender(self):
+        looked_after.append(self.held.step)
+        if len(looked_after) == 4:  # once when it published, thrice while it waited
+            buffer.silent_from = 10**9
+
+    monkeypatch.setattr(Trainer, "keep_sender", keep_sender)
+    run_loop(make_spec(steps=1), buffer)
+    assert looked_after == [0, 0, 0, 0, 1]
+
+
 def test_who_sends_weights_is_started_again_when_it_ended_and_outstays_the_last_version(make_spec):
     """Without vLLM it ends by itself, at once."""
     run_dir = make_spec().run_dir

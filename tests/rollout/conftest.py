@@ -133,7 +133,7 @@ class Tiny:
         if self.outbox is None:
             self.outbox = Outbox(self.root / "outbox")
             written = self.root / "outbox" / "base.held"
-            digest = self.outbox.write(written, pieces(lora.base_weights(model)))
+            digest = self.outbox.write(written, pieces(lora.base_weights(model))).file
             self.outbox.hold_base(written, digest)
         assert self.outbox.base is not None
         tensors = lora.published_adapter(model, self.outbox.base.digest)
