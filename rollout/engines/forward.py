@@ -157,9 +157,12 @@ class PolicyForward:
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm; as transformers computes it, in float32 even where the model is float64, so
-        that the engine's law is the learner's."""
+        that the engine's law is the learner's. By the norm of each row: torch takes nine passes for
+        `rms_norm`, a fortieth of a step of SmolLM2's 64 rows more."""
         if x.dtype == torch.float32:
-            return functional.rms_norm(x, weight.shape, weight, self._epsilon)
+            square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+            scale = square.div_(x.shape[-1]).add_(self._epsilon).rsqrt_()
+            return (x * scale).mul_(weight)
         precise = functional.rms_norm(x.float(), weight.shape, None, self._epsilon)
         return precise.to(x.dtype) * weight
 
@@ -222,6 +225,13 @@ def _check_architecture(model: PreTrainedModel) -> None:
             f"the native engine does not support {name}: it has no {', '.join(missing)}; use a "
             "Llama-like model (Llama, Qwen2, Qwen3, SmolLM)"
         )
+    layer = _first_layer(model)
+    for part, field in ((layer.self_attn, "head_dim"), (layer.mlp, "act_fn")):
+        if not hasattr(part, field):
+            raise ConfigError(
+                f"the native engine does not support {name}: {type(part).__name__} has no {field}; "
+                "use a Llama-like model (Llama, Qwen2, Qwen3, SmolLM)"
+            )
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise ConfigError(

@@ -29,7 +29,7 @@ class Limits(NamedTuple):
 
     def refusal(self, request: GenerationRequest) -> str:
         """Why a sample cannot be generated; empty when it can."""
-        prompt = request.prompt_token_ids
+        prompt, law = request.prompt_token_ids, request.sampling
         if not prompt:
             return "the prompt has no tokens"
         if len(prompt) >= self.context:
@@ -40,9 +40,13 @@ class Limits(NamedTuple):
         if min(prompt) < 0 or max(prompt) >= self.vocabulary:
             odd = next(i for i in prompt if not 0 <= i < self.vocabulary)
             return f"the prompt has token id {odd}, the model knows 0 to {self.vocabulary - 1}"
-        if request.sampling.max_new_tokens < 1:
-            return f"max_new_tokens is {request.sampling.max_new_tokens}, at least 1 is needed"
-        if any(not 0 <= token < self.vocabulary for token, _ in request.sampling.logit_bias):
+        if law.max_new_tokens < 1:
+            return f"max_new_tokens is {law.max_new_tokens}, at least 1 is needed"
+        if not law.temperature >= 0:
+            return f"temperature is {law.temperature}, at least 0 is needed"
+        if not all(law.stop):
+            return "a stop string is empty"
+        if any(not 0 <= token < self.vocabulary for token, _ in law.logit_bias):
             return f"logit_bias names a token id outside 0 to {self.vocabulary - 1}"
         parts = np.array([len(prompt), self.budget(request)])
         tokens = int(self.shape.in_pages(parts).sum())

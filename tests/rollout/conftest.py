@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -37,6 +38,7 @@ _CONFIGS = {
     "llama": (LlamaConfig, {"tie_word_embeddings": True}),
     "qwen2": (Qwen2Config, {"tie_word_embeddings": False}),
     "qwen3": (Qwen3Config, {"tie_word_embeddings": True}),
+    "moe": (Qwen3MoeConfig, {}),
     "smollm3": (SmolLM3Config, {"tie_word_embeddings": True}),
 }
 _SIZES = {

@@ -479,9 +479,12 @@ async def test_impossible_requests_are_answered_with_the_numbers_and_do_not_dist
             tiny.request([5] * 250, 7, max_new_tokens=100, temperature=2.0),
             tiny.request([3, 4], 8, logit_bias=((5, float("nan")),)),
             tiny.request([3, 4], 9, logit_bias=((-1, 1.0),)),
+            tiny.request([3, 4], 10, temperature=-0.5),
+            tiny.request([3, 4], 11, temperature=float("nan")),
+            tiny.request([3, 4], 12, stop=("ab", "")),
         ],
     )
-    reasons = [outputs[str(i)].error for i in range(10)]
+    reasons = [outputs[str(i)].error for i in range(13)]
     assert "no tokens" in reasons[0]
     assert "300 tokens" in reasons[1]
     assert "256" in reasons[2]
@@ -491,6 +494,9 @@ async def test_impossible_requests_are_answered_with_the_numbers_and_do_not_dist
     assert reasons[6:8] == ["", ""]
     assert "NaN" in reasons[8]
     assert "logit_bias names a token id outside 0 to 63" in reasons[9]
+    assert "temperature is -0.5" in reasons[10]
+    assert "temperature is nan" in reasons[11]
+    assert "stop string is empty" in reasons[12]
     alone = (await tiny.outputs(engine, [tiny.request([3, 4], 6)]))["6"]
     assert alone.token_ids.tolist() == outputs["6"].token_ids.tolist()
     assert 1 <= len(outputs["7"].token_ids) <= 6  # as many as the context of 256 leaves
@@ -638,6 +644,9 @@ async def test_an_architecture_the_forward_would_compute_wrongly_is_refused(tiny
         tiny.engine(folder)
     folder = tiny.folder("qwen3", use_sliding_window=True, sliding_window=8, max_window_layers=0)
     with pytest.raises(ConfigError, match="sliding"):
+        tiny.engine(folder)
+    folder = tiny.folder("moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    with pytest.raises(ConfigError, match="SparseMoeBlock has no act_fn"):
         tiny.engine(folder)
     with pytest.raises(ConfigError, match=r"config\.json"):
         tiny.engine(tiny.root / "nowhere")
