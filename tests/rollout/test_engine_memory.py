@@ -96,10 +96,9 @@ def test_a_row_takes_the_pages_of_its_own_tokens_and_gives_them_back_at_its_end(
 
 async def test_rows_take_memory_by_their_own_lengths_and_return_it_while_the_longest_goes_on(tiny):
     folder = tiny.folder("llama", max_position_embeddings=2048)
-    engine = tiny.engine(folder, dtype="float64")
-    await engine.load(tiny.publish(tiny.policy(folder, 3, torch.float64), 0))
+    batch = tiny.batch(folder, tiny.policy(folder, 3, torch.float64))
     lengths = {"0": 300, **{str(i): 10 * i for i in range(1, 12)}}
-    batch, peak, last = engine._decoder, 0, 0
+    peak = last = 0
     batch.submit(
         [
             tiny.request([3, 4 + int(name)], int(name), max_new_tokens=n, logit_bias=NEVER_ENDS)
@@ -196,18 +195,17 @@ async def test_decoding_goes_on_while_a_long_prompt_is_computed_in_pieces(tiny, 
 async def test_memory_is_never_passed_and_every_sample_comes_out_as_without_a_bound(tiny):
     folder = tiny.folder("llama", num_hidden_layers=2, max_position_embeddings=4096)
     model = tiny.policy(folder, 3, torch.float64)
-    engine = tiny.engine(folder, dtype="float64", max_concurrent=64, kv_memory_mb=1)
-    free = tiny.engine(folder, dtype="float64", max_concurrent=64)
-    for of in (engine, free):
-        await of.load(tiny.publish(model, 0))
+    batch = tiny.batch(folder, model, max_concurrent=64, kv_memory_mb=1)
+    free = tiny.batch(folder, model, max_concurrent=64)
     random = np.random.default_rng(0)
     few = prompts(10, longest=20, seed=5)
     requests = [
         tiny.request(few[i % 10], i, max_new_tokens=int(n), logit_bias=NEVER_ENDS)
         for i, n in enumerate(random.lognormal(5.0, 1.0, size=60).clip(1, 700))
     ]
-    expected = await tiny.outputs(free, requests)
-    batch, peak = engine._decoder, 0
+    free.submit(requests)
+    expected = {output.request_id: output for outputs in played(free) for output in outputs}
+    peak = 0
     for _ in range(50):
         batch._memory.lengths.saw(3)  # so far samples were short: too many will begin
 
@@ -238,16 +236,14 @@ async def test_memory_is_never_passed_and_every_sample_comes_out_as_without_a_bo
 
 async def test_the_share_in_use_is_what_samples_in_flight_take_and_falls_as_they_end(tiny):
     folder = tiny.folder("llama", max_position_embeddings=4096)
-    engine = tiny.engine(folder, dtype="float64", max_concurrent=64, kv_memory_mb=1)
-    free = tiny.engine(folder, dtype="float64", max_concurrent=64)
-    for of in (engine, free):
-        await of.load(tiny.publish(tiny.policy(folder, 3, torch.float64), 0))
+    model, shares = tiny.policy(folder, 3, torch.float64), []
+    batch = tiny.batch(folder, model, max_concurrent=64, kv_memory_mb=1)
+    free = tiny.batch(folder, model, max_concurrent=64)
     requests = [
         tiny.request([3, 4], i, talk=f"c{i}", max_new_tokens=300 if i < 2 else 40,
                      logit_bias=NEVER_ENDS)
         for i in range(20)
     ]  # fmt: skip
-    batch, shares = engine._decoder, []
     batch.submit(requests)
     for _ in played(batch):
         shares.append((batch.running, batch.kv_share))
@@ -255,9 +251,11 @@ async def test_the_share_in_use_is_what_samples_in_flight_take_and_falls_as_they
     for step, (running, share) in enumerate(shares[:-1]):
         assert share * MIB == pytest.approx(running * (step + 3) * TOKEN_BYTES, rel=1e-9)
     assert min(share for running, share in shares if running) < max(shares)[1] / 4
-    assert engine.stats().kv_share == 0.0
-    await tiny.outputs(free, requests)
-    assert free.stats().kv_share == 0.0  # not what limits
+    assert batch.kv_share == 0.0
+    free.submit(requests)
+    with torch.inference_mode():
+        free.step()
+    assert (free.running, free.kv_share) == (20, 0.0)  # not what limits
 
 
 async def test_a_sample_that_could_not_end_alone_is_refused_with_the_numbers(tiny):
@@ -298,9 +296,8 @@ async def test_as_many_begin_as_fit_by_the_lengths_of_earlier_samples(tiny, seen
     """2048 tokens; each sample's prompt of 4, once as it is computed and once in a row that grows:
     30 x (4 + 64) = 2040, 6 x (4 + 320) = 1944, by its budget of 700 alone 2 x (4 + 704) = 1416."""
     folder = tiny.folder("llama", max_position_embeddings=2048)
-    engine = tiny.engine(folder, dtype="float64", max_concurrent=64, kv_memory_mb=1)
-    await engine.load(tiny.publish(tiny.policy(folder, 3, torch.float64), 0))
-    batch = engine._decoder
+    model = tiny.policy(folder, 3, torch.float64)
+    batch = tiny.batch(folder, model, max_concurrent=64, kv_memory_mb=1)
     for _ in range(50 if seen else 0):
         batch._memory.lengths.saw(seen)
     batch.submit(
@@ -316,9 +313,8 @@ async def test_as_many_begin_as_fit_by_the_lengths_of_earlier_samples(tiny, seen
 
 async def test_samples_of_a_prompt_begin_together_whoever_came_between_them(tiny):
     folder = tiny.folder("llama")
-    engine = tiny.engine(folder, dtype="float64", max_concurrent=2)
-    await engine.load(tiny.publish(tiny.policy(folder, 3, torch.float64), 0))
-    batch, begun = engine._decoder, {}
+    batch = tiny.batch(folder, tiny.policy(folder, 3, torch.float64), max_concurrent=2)
+    begun = {}
     batch.submit(
         [
             tiny.request([5, 6 + prompt], i, f"{prompt}/{i}", max_new_tokens=3 + i,
@@ -338,10 +334,9 @@ async def test_a_row_that_ends_is_taken_by_the_next_sample_in_the_next_step(tiny
     """As many steps as a scheduler without gaps takes: a sample of n tokens, its first from the
     prompt and its second in the same step, has a row for n - 1 steps."""
     folder = tiny.folder("llama")
-    engine = tiny.engine(folder, dtype="float64", max_concurrent=4)
-    await engine.load(tiny.publish(tiny.policy(folder, 3, torch.float64), 0))
+    batch = tiny.batch(folder, tiny.policy(folder, 3, torch.float64), max_concurrent=4)
     lengths = np.random.default_rng(1).integers(2, 40, size=30).tolist()
-    batch, free = engine._decoder, [0] * 4
+    free = [0] * 4
     for length in lengths:
         heapq.heappush(free, heapq.heappop(free) + length - 1)
     batch.submit(

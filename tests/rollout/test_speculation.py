@@ -66,8 +66,9 @@ class Oracle:
 
 
 def speculate(engine, drafter, depth=8):
-    """Have an engine draft in every step."""
-    speculation = engine._decoder.speculation = Speculation(drafter, depth)
+    """Have an engine, or its batch, draft in every step."""
+    batch = getattr(engine, "_decoder", engine)
+    speculation = batch.speculation = Speculation(drafter, depth)
     speculation._controller = Always()
     return speculation
 
@@ -217,16 +218,14 @@ def test_history_keeps_to_its_bound_and_forgets_the_oldest_prompt():
 @pytest.mark.parametrize("drafter", ["siblings", "lookup", "model"])
 async def test_nothing_is_kept_of_samples_that_were_dropped_in_flight_or_paused(tiny, drafter):
     folder = tiny.folder("llama")
-    engine = tiny.engine(folder, dtype="float64")
-    await engine.load(tiny.publish(tiny.policy(folder, 2, torch.float64), 0))
+    batch = tiny.batch(folder, tiny.policy(folder, 2, torch.float64))
     if drafter == "model":
         made = DraftModel(tiny.saved(tiny.policy(folder, 2)), 64, "coupled")
         kept = made._samples
     else:
         made = SiblingsDrafter(1000) if drafter == "siblings" else LookupDrafter()
         kept = made._readers
-    speculate(engine, made)
-    batch = engine._decoder
+    speculate(batch, made)
     batch.submit([tiny.request([5, 6], i, max_new_tokens=99) for i in range(3)])
     with torch.inference_mode():
         for _ in range(2):
@@ -313,9 +312,9 @@ def laws_of_texts(tiny, model, law, length):
     return texts, following
 
 
-async def counted(tiny, engine, law, length, samples=40_000):
+def counted(tiny, batch, law, length, samples=40_000):
     """How often each text of so many tokens came."""
-    batch, counts = engine._decoder, Counter()
+    counts = Counter()
     for start in range(0, samples, 1000):
         batch.submit(
             [tiny.request([5, 6], start + i, max_new_tokens=length, **law) for i in range(1000)]
@@ -345,12 +344,11 @@ async def test_the_law_of_texts_is_the_targets_and_a_wrong_acceptance_rule_is_se
             law = following[tuple(written.tolist())]
             return Draft([int(law.argmax())][:limit], [0][:limit])
 
-    engine = tiny.engine(folder, dtype="float64", max_concurrent=64)
-    await engine.load(tiny.publish(model, 0))
-    speculation = speculate(engine, Likeliest(), depth=1)
+    batch = tiny.batch(folder, model, max_concurrent=64)
+    speculation = speculate(batch, Likeliest(), depth=1)
     if wrong:
         plant_wrong_rule(monkeypatch)
-    counts = await counted(tiny, engine, LAW, 3)
+    counts = counted(tiny, batch, LAW, 3)
     assert speculation.accepted > 5000
     assert set(counts) <= set(texts)
     z = chi_square_z(counts, texts)
@@ -385,10 +383,9 @@ async def test_drafts_drawn_from_another_law_leave_the_targets_and_a_wrong_rule_
     folder = tiny.folder("llama")
     model = tiny.policy(folder, 2, torch.float64)
     texts, _ = laws_of_texts(tiny, model, LAW, 4)
-    engine = tiny.engine(folder, dtype="float64", max_concurrent=64)
-    await engine.load(tiny.publish(model, 0))
+    batch = tiny.batch(folder, model, max_concurrent=64)
     small = tiny.saved(tiny.policy(folder, 2, noise=0.1))
-    speculation = speculate(engine, DraftModel(small, 64, "rejection"), depth=3)
+    speculation = speculate(batch, DraftModel(small, 64, "rejection"), depth=3)
     if wrong:
 
         def coin(logits, laws, uniforms, drafts, draft_laws, accept, ratio_law):
@@ -396,7 +393,7 @@ async def test_drafts_drawn_from_another_law_leave_the_targets_and_a_wrong_rule_
             return verify(logits, laws, uniforms, drafts, draft_laws, half, ratio_law)
 
         monkeypatch.setattr(decoder, "verify", coin)
-    counts = await counted(tiny, engine, LAW, 4)
+    counts = counted(tiny, batch, LAW, 4)
     assert 0.3 < speculation.accepted / speculation.drafted < 0.95
     assert set(counts) <= set(texts)
     z = chi_square_z(counts, texts)
