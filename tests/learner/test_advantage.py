@@ -36,8 +36,9 @@ def test_rewards_are_whitened_over_the_tokens_they_are_of():
     # 8 tokens of scored samples: 1, 0, 0, 0, 2, 2, 2, 4; mean 11 / 8, squares 13.875, over 7
     rewards, tokens = [[1.0, 0.0, 0.0], [2.0, None, 4.0]], [[1, 2, 1], [3, 9, 1]]
     first, second = token_whitened(rewards, tokens)
-    np.testing.assert_allclose(first, [-0.266357, -0.976643, -0.976643], atol=1e-6)
-    np.testing.assert_allclose(second, [0.443929, 0.0, 1.864500], atol=1e-6)
+    std = (13.875 / 7) ** 0.5  # 1.408
+    np.testing.assert_allclose(first, np.array([-3, -11, -11]) / 8 / std, rtol=1e-8)
+    np.testing.assert_allclose(second, np.array([5, 0, 21]) / 8 / std, rtol=1e-8)
     # The same as PPO's advantages of a critic that expects nothing.
     scored = [(1.0, 1), (0.0, 2), (0.0, 1), (2.0, 3), (4.0, 1)]
     raw = [generalised_advantages(r, np.zeros(n), discount=1, decay=1) for r, n in scored]

@@ -258,8 +258,8 @@ PAPERS = {
 def test_a_preset_is_what_its_paper_says(name):
     config = ObjectiveConfig(preset=name)
     assert {key: getattr(config, key) for key in PAPERS[name]} == PAPERS[name]
-    if "advantage" in PAPERS[name] and name != "raft":  # none of them decouples its two ratios
-        assert config.anchor(updates_per_step=1) == "behaviour"
+    decoupled = config.anchor(updates_per_step=1) != "behaviour"
+    assert decoupled == (name == "raft")  # which takes no ratio
 
 
 def halved(current_T, proximal_T, advantages_T, *, clip_low, clip_high):
