@@ -34,6 +34,9 @@ class Child:
     is killed while the dead leader is not yet reaped, and so still holds the group's number.
     """
 
+    place = ""
+    """The node that a process was lost with; empty when it ended by itself."""
+
     def __init__(
         self,
         name: str,
@@ -72,6 +75,11 @@ class Child:
         self._exit_code: int | None = None
         # A message of an earlier branch must not be taken for the reason of this one's end.
         self._error_path.unlink(missing_ok=True)
+
+    @property
+    def waits_for(self) -> str:
+        """What a process cannot start without, in words; nothing on this machine."""
+        return ""
 
     @property
     def _error_path(self) -> Path:

@@ -247,6 +247,17 @@ def _devices() -> Iterator[tuple[bool, str]]:
     yield found, f"NCCL {'comes with torch' if found else 'is missing: a CPU build of torch?'}"
 
 
+RAYS = (
+    "raylet",
+    "gcs_server",
+    "/ray/dashboard/",
+    "/ray/_private/",
+    "ray.util.client.server",
+    "ray::",
+)
+"""What the command lines of Ray's own processes hold: its servers, dashboard, agents, workers."""
+
+
 def _ray_ports() -> Iterator[tuple[bool, str]]:
     """The ports of Ray's own processes on this machine, which Ray does not protect."""
     ports = set()
@@ -255,7 +266,7 @@ def _ray_ports() -> Iterator[tuple[bool, str]]:
 
         for process in psutil.process_iter(["name", "cmdline"]):
             words = " ".join(process.info["cmdline"] or ())
-            if "raylet" in words or "gcs_server" in words:
+            if any(mark in words for mark in RAYS):
                 with suppress(psutil.Error):
                     found = process.net_connections(kind="tcp")
                     ports |= {c.laddr[:2] for c in found if c.status == psutil.CONN_LISTEN}

@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 from .child import Child
 
 WINDOW_S = 600.0
+SAME_NODE_S = 30.0
+"""The processes of a lost node are found dead within so long of one another, and count once."""
 
 Kind = Literal["learner", "buffer", "feeder", "worker"]
 Failure = Literal["died", "lost a peer", "raised", "stalled", "starved", "refused", "left"]
@@ -85,15 +87,25 @@ class Budget:
     def __init__(self, allowed: int) -> None:
         self.allowed = allowed
         self._times: dict[str, deque[float]] = {}
+        self._nodes: dict[tuple[str, str], float] = {}
+        """(what, node) -> when its loss was counted."""
 
-    def spend(self, what: str) -> bool:
-        """Note one action now; False when there were too many within the window."""
+    def spend(self, what: str, node: str = "") -> bool:
+        """Note one action now; False when there were too many within the window.
+
+        Args:
+            what: the kind of process.
+            node: with which it was lost; all that is lost with it is one failure.
+        """
         now, times = time.monotonic(), self._times.setdefault(what, deque())
+        if node and now - self._nodes.get((what, node), -SAME_NODE_S) < SAME_NODE_S:
+            return True
         while times and now - times[0] > WINDOW_S:
             times.popleft()
         if len(times) >= self.allowed:
             return False
         times.append(now)
+        self._nodes[what, node] = now
         return True
 
     def used(self, what: str) -> int:

@@ -22,6 +22,7 @@ from ..rollout.config import (
 )
 from ..rollout.engines.vllm_law import law_proved
 from .cluster import ClusterConfig
+from .secrecy import check_secrets
 
 MAX_KEPT_IDS = 512
 """Ids recorded per token under `ratio_law = "kept_set"`; more would cost more than the text."""
@@ -392,6 +393,16 @@ def check_launch(experiment: Experiment) -> Iterator[str]:
     low, high = experiment.learner.optimizer.betas
     if not (0 <= low < 1 and 0 <= high < 1):
         yield f"learner.optimizer.betas = [{low:g}, {high:g}] must both lie in [0, 1)"
+    ranks, given = experiment.rollout.vllm.tensor_parallel, experiment.cluster.worker_gpus
+    if (
+        experiment.launcher == "ray"
+        and experiment.rollout.engine == "vllm"
+        and 0 < given != ranks > 1
+    ):
+        yield (
+            f"rollout.vllm.tensor_parallel = {ranks} needs as many devices, and Ray gives each "
+            f"worker cluster.worker_gpus = {given:g}; set cluster.worker_gpus = {ranks}"
+        )
 
 
 def check_objective(experiment: Experiment) -> Iterator[str]:
@@ -442,7 +453,7 @@ def check_checkpoints(experiment: Experiment) -> Iterator[str]:
 
 CHECKS = (
     check_batch, check_ranks, check_sizing, check_sampling, check_engine, check_staleness,
-    check_prompts, check_launch, check_objective, check_checkpoints,
+    check_prompts, check_launch, check_objective, check_checkpoints, check_secrets,
 )  # fmt: skip
 
 

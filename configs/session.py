@@ -84,9 +84,11 @@ def _session(
         # so, where it can be written.
         with suppress(OSError):
             end_branch(launch.run_dir, "failed", f"{type(error).__name__}: {error}", None)
-        if isinstance(error, OSError):
+        # A cluster that a branch fitted on may have lost a node that nobody replaced.
+        refused = went_back > 0 and isinstance(error, ConfigError)
+        if isinstance(error, OSError) or refused:
             line = f"{error}; once that is mended, continue with: {resume_line(launch.run_dir)}"
-            raise SlipstreamError(line) from error
+            raise (ConfigError if refused else SlipstreamError)(line) from error
         raise
     done = RunResult(
         run_dir=launch.run_dir,
@@ -195,7 +197,8 @@ class _Around:
         self._scaling = Scaling(launch.run_dir, launch.experiment.cluster)
         self.workers = launch.experiment.rollout.workers
         self.observer = reporter.observer = Observer(places.endpoint, launch.run.run_id)
-        self.close_run, self.tick = self.observer.close_run, reporter.tick
+        self.close_run, self.lost = self.observer.close_run, self.observer.lost
+        self.tick = reporter.tick
         self.chain = self._doctor.chain
 
     def start(self, name: str) -> Child:

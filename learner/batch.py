@@ -278,6 +278,8 @@ def own_share(plan: list[list[list[Sample]]], rank: int, size: int) -> list[list
 
 def _share_prefixes(samples: Sequence[Sample], max_inputs: int) -> list[list[Sample]]:
     """Put neighbours of one prompt in one row while it stays within `max_inputs`."""
+    if not max_inputs:
+        return [[sample] for sample in samples]
     rows: list[list[Sample]] = []
     for sample in samples:
         if rows and _same_prefix(rows[-1][0], sample):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,24 @@ def test_a_machine_is_looked_at_in_all_that_a_run_needs(tmp_path: Path) -> None:
                  "loopback", "GPU"):  # fmt: skip
         assert word in told
     assert ok == ("BAD" not in told)
+
+
+@pytest.mark.parametrize(
+    "what", ["gcs/gcs_server", "/site-packages/ray/dashboard/dashboard.py", "ray::IDLE"]
+)
+def test_the_ports_of_ray_are_listed_with_the_warning(tmp_path: Path, what: str) -> None:
+    script = (
+        "import socket, time; s = socket.create_server(('127.0.0.1', 0)); "
+        "print(s.getsockname()[1], flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, what]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        port = process.stdout.readline().strip()
+        told = "\n".join(machine_report(tmp_path)[1])
+        process.kill()
+    (line,) = [line for line in told.splitlines() if f"127.0.0.1:{port}" in line]
+    assert "whoever reaches these can run code; Ray trusts its network" in line
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,11 @@ class Around:
         self.closed: list[str] = []
         self.said: list[str] = []
         self.started: list[str] = []
+        self.gone: list[str] = []
         self.workers: int | None = None
         self.doctor = Doctor(run_dir, stall_s=2.0)
         self.close_run, self.say = self.closed.append, self.said.append
+        self.lost = self.gone.append
         self.stalled, self.chain = self.doctor.look, self.doctor.chain
 
     def start(self, name: str) -> Child:
@@ -174,6 +176,44 @@ def test_who_says_why_it_cannot_go_on_is_not_restarted(
     around = Around(run_dir, lambda phase: None, {})
     outcome = supervise(start(worker_0=script), around=around, restarts=3)
     assert (outcome.status, outcome.exit_code, around.started) == ("failed", 2, [])
+
+
+def test_all_that_went_with_one_node_is_one_failure_and_the_buffer_is_told(
+    start: Start, run_dir: Path
+) -> None:
+    class Elsewhere(Child):
+        """On a node that is gone, or waiting for one."""
+
+        place = "node-1"
+
+        def why(self) -> str:
+            return "node node-1 was lost"
+
+    class Waiting(Child):
+        waits_for = "room on the cluster"
+
+    around = Around(run_dir, lambda phase: None, {})
+    around.start = lambda name: (  # type: ignore[method-assign]
+        around.started.append(name)
+        or Waiting(name, [sys.executable, "-c", FOREVER], run_dir=run_dir)
+    )
+    names, stop, children = [f"worker-{n}" for n in range(4)], StopRequests(), start()
+    for name in names:
+        children[name].kill() if name in children else None
+        children[name] = Elsewhere(name, [sys.executable, "-c", DONE], run_dir=run_dir)
+
+    def tick(phase: str) -> None:
+        if len(around.started) == 4 and len(around.said) >= 8:
+            stop.add()
+
+    around.tick = tick
+    outcome = supervise(children, around=around, stop=stop, restarts=1)
+    assert outcome.status == "interrupted", outcome
+    assert sorted(around.started) == sorted(around.gone) == names
+    assert all("worker restart 1 of 1" in line for line in around.said if "restart" in line)
+    assert sorted(line for line in around.said if "waits" in line) == [
+        f"{name} waits for room on the cluster" for name in names
+    ]
 
 
 def test_rollout_workers_join_and_leave_as_wanted(start: Start, run_dir: Path) -> None:
