@@ -1,5 +1,6 @@
 """Where the processes of a run go on a Ray cluster, and in words what it lacks for them."""
 
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from .schema import Experiment
 from .specs import learner_names
 
 PLACE_DEADLINE_S = 60.0
+GIVEN_BACK_S = 60.0
+"""A run that goes on waits so long for what its last branch had (Ray gives a killed driver's room
+back when it notices), or for a node in place of a lost one."""
 
 Bundle = dict[str, float]
 
@@ -80,16 +84,22 @@ class Placement:
     The learner's group comes first: it takes whole nodes, and engines fill what is left.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, patience_s: float = 0.0) -> None:
         """Reserve.
 
+        Args:
+            experiment: says what.
+            patience_s: how long room is waited for.
         Raises:
             ConfigError: what is asked is not there, in words.
         """
         self._experiment, self._config = experiment, experiment.cluster
         self._groups: list[PlacementGroup] = []
-        if problem := shortage(experiment, free_resources()):
-            raise ConfigError(problem)
+        end = time.monotonic() + patience_s
+        while problem := shortage(experiment, free_resources()):
+            if time.monotonic() >= end:
+                raise ConfigError(problem)
+            time.sleep(0.2)
         learner, workers = bundles(experiment)
         self._learner = self._reserve(learner, "PACK", "the learner's ranks")
         spread = "SPREAD" if self._config.spread else "PACK"

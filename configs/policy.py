@@ -6,6 +6,8 @@ Each action may be taken `cluster.restarts` times within `WINDOW_S`; then the ru
 words of the last failure and the command that resumes it.
 """
 
+import errno
+import os
 import time
 from collections import deque
 from typing import Literal, NamedTuple
@@ -48,7 +50,9 @@ POLICY: dict[tuple[Kind, Failure], Rule] = {
 }  # fmt: skip
 """Every other pair is given up: see `rule_for`."""
 
-FINAL_ERRORS = ("ConfigError", "TrainingFailed", "CorruptData")
+FINAL_ERRORS = ("ConfigError", "TrainingFailed", "CorruptData", "DiskFull")
+NO_SPACE = os.strerror(errno.ENOSPC)
+"""In the message of any error of a full disk, whoever wrote."""
 STARVED = "got no batch within"
 """What the learner says of a batch that did not come (`learner/loop.py`)."""
 
@@ -71,7 +75,7 @@ def failure_of(child: Child, stalled: bool = False) -> Failure:
         return "starved"
     if error.type in ("PeerLost", "Refused", "WireError"):
         return "lost a peer"
-    return "refused" if error.type in FINAL_ERRORS else "raised"
+    return "refused" if error.type in FINAL_ERRORS or NO_SPACE in error.message else "raised"
 
 
 def rule_for(name: str, failure: Failure) -> Rule:
@@ -99,3 +103,9 @@ class Budget:
     def used(self, what: str) -> int:
         """How many are in the window."""
         return len(self._times.get(what, ()))
+
+    def exhausted(self, what: str) -> str:
+        """Why nothing more is done, to go before what happened last."""
+        if not self.allowed:
+            return ""
+        return f"{self.allowed} {what} restarts in {WINDOW_S:.0f} s (cluster.restarts), then: "

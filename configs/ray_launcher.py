@@ -26,7 +26,7 @@ from ray.util import get_node_ip_address
 from ..buffer.curve import SECRET, new_keys
 from ..buffer.errors import ConfigError
 from .child import Child
-from .placement import Placement
+from .placement import GIVEN_BACK_S, Placement
 from .ray_child import RayChild
 from .scratch import Scratch, host_dir, scratch
 from .specs import Launch, ProcessPlan, user_module_path
@@ -47,7 +47,7 @@ def ray_launcher(
     """
     connect(launch.experiment.cluster.address, launch.run_dir)
     try:
-        placement = Placement(launch.experiment)
+        placement = Placement(launch.experiment, GIVEN_BACK_S if launch.branch else 0.0)
         try:
             facts = placement.check_nodes(launch.run_dir)
             here = get_node_ip_address()

@@ -245,8 +245,10 @@ class Supervisor:
         kind, first = kind_of(child.name), (why or child.why()).splitlines()[0].rstrip(":;")
         if rule.action == "go back" and self._budget.allowed:
             raise _Ended(outcome_of(child, why, go_back=True))
-        if rule.action != "restart" or not self._budget.spend(kind):
+        if rule.action != "restart":
             raise _Ended(outcome_of(child, why))
+        if not self._budget.spend(kind):
+            raise _Ended(outcome_of(child, self._budget.exhausted(kind) + (why or child.why())))
         count = f"{self._budget.used(kind)} of {self._budget.allowed}"
         self._around.say(f"{child.name}: {first}; {rule.words} ({kind} restart {count})")
         self._children[child.name] = self._around.start(child.name)
