@@ -44,10 +44,11 @@ def leftovers(run_dir: Path) -> dict[str, int]:
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # it has ended
-            spec = Path(os.fsdecode(path.read_bytes().rstrip(b"\0").rpartition(b"\0")[2]))
-            ours = spec.suffix == ".json" and spec.parent.name == "processes"
-            if ours and spec.parent.samefile(run_dir / "processes"):
-                found[spec.stem] = int(path.parent.name)
+            *_, module, spec = ["", "", *os.fsdecode(path.read_bytes()).rstrip("\0").split("\0")]
+            folder = Path(spec).parent
+            ours = module.startswith("slipstream.") and folder.name == "processes"
+            if ours and folder.samefile(run_dir / "processes"):
+                found[Path(spec).stem] = int(path.parent.name)
     return found
 
 

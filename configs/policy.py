@@ -8,6 +8,7 @@ words of the last failure and the command that resumes it.
 
 import errno
 import os
+import shutil
 import time
 from collections import deque
 from typing import Literal, NamedTuple
@@ -17,11 +18,13 @@ from .child import Child
 WINDOW_S = 600.0
 
 Kind = Literal["learner", "buffer", "feeder", "worker"]
-Failure = Literal["died", "lost a peer", "raised", "stalled", "starved", "refused", "left"]
+Failure = Literal[
+    "died", "lost a peer", "raised", "stalled", "starved", "refused", "left", "no space"
+]  # fmt: skip
 """`died`: killed, or gone without a word. `lost a peer`: another process did not answer. `raised`:
 an error nobody foresaw. `stalled`: found hung and killed by us. `starved`: the learner got no batch
 in time. `refused`: said why it cannot go on, which a restart does not change. `left`: ended by
-itself, too early."""
+itself, too early. `no space`: the disk of the run is full, which a restart does not change."""
 
 Action = Literal["restart", "go back", "give up"]
 """`restart`: this process alone; the ledger gives its work to it again. `go back`: all processes,
@@ -50,9 +53,11 @@ POLICY: dict[tuple[Kind, Failure], Rule] = {
 }  # fmt: skip
 """Every other pair is given up: see `rule_for`."""
 
-FINAL_ERRORS = ("ConfigError", "TrainingFailed", "CorruptData", "DiskFull")
+FINAL_ERRORS = ("ConfigError", "TrainingFailed", "CorruptData")
 NO_SPACE = os.strerror(errno.ENOSPC)
 """In the message of any error of a full disk, whoever wrote."""
+FULL_BYTES = 2**20
+"""A disk with less free: who died on it may not have been able to say why."""
 STARVED = "got no batch within"
 """What the learner says of a batch that did not come (`learner/loop.py`)."""
 
@@ -69,13 +74,17 @@ def failure_of(child: Child, stalled: bool = False) -> Failure:
     if stalled:
         return "stalled"
     error = child.error()
+    if error is None and shutil.disk_usage(child.run_dir).free < FULL_BYTES:
+        return "no space"
     if error is None:
         return "left" if child.poll() == 0 else "died"
+    if error.type == "DiskFull" or NO_SPACE in error.message:
+        return "no space"
     if STARVED in error.message:
         return "starved"
     if error.type in ("PeerLost", "Refused", "WireError"):
         return "lost a peer"
-    return "refused" if error.type in FINAL_ERRORS or NO_SPACE in error.message else "raised"
+    return "refused" if error.type in FINAL_ERRORS else "raised"
 
 
 def rule_for(name: str, failure: Failure) -> Rule:
