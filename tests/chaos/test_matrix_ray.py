@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -48,43 +49,81 @@ QUICK_TO_NOTICE = {
 SHORT_S, LONG_S = (2.0, 5.0), (25.0, 35.0)
 
 
+class Fleet:
+    """Room for two learner ranks on a head, and for a worker on each of two nodes."""
+
+    def __init__(self) -> None:
+        with socket.create_server(("", 0)) as server:
+            self._port = server.getsockname()[1]
+        self.start()
+
+    def start(self) -> None:
+        """All nodes, the head at the same port as ever."""
+        head = {"num_cpus": 2, "gcs_server_port": self._port}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(2):
+            self.add()
+
+    def add(self) -> None:
+        """A node for a worker."""
+        self.cluster.add_node(num_cpus=1)
+
+    def kill(self, pid: int) -> None:
+        """The node that a process is on, all at once."""
+        above = {process.pid for process in psutil.Process(pid).parents()}
+        nodes = self.cluster.worker_nodes
+        self._kill(next(n for n in nodes if n.all_processes["raylet"][0].process.pid in above))
+
+    def kill_all(self) -> None:
+        """Every node, the head, too."""
+        for node in reversed(self.cluster.list_all_nodes()):
+            self._kill(node)
+        self.cluster.shutdown()
+
+    def _kill(self, node: Any) -> None:
+        self.cluster.remove_node(node, allow_graceful=False)
+
+
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """Room for two learner ranks on the head, and for a worker on each of two nodes."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    for _ in range(2):
-        made.add_node(num_cpus=1)
+def fleet() -> Iterator[Fleet]:
+    made = Fleet()
     yield made
-    made.shutdown()
+    made.cluster.shutdown()
 
 
 def test_a_run_under_ray_survives_every_fault_at_seeded_moments(
-    run: Run, cluster: Cluster, disk: Disk | None
+    run: Run, fleet: Fleet, disk: Disk | None
 ) -> None:
+    """In the end the head is lost with everything on it; another takes its address."""
     run.deadline_s = DEADLINE_S
     run.find_quickly()
-    run.begin(*ON_RAY, f'cluster.address="{cluster.address}"')
+    run.begin(*ON_RAY, f'cluster.address="{fleet.cluster.address}"')
 
     def lose_node(_: str) -> Replaced:
-        """One with a worker, which waits for another to come."""
         old, told = run.pid("worker-1"), run.output.read_text().count(LOST)
-        above = {process.pid for process in psutil.Process(old).parents()}
-        node = next(n for n in cluster.worker_nodes if raylet(n) in above)
-        cluster.remove_node(node, allow_graceful=False)
+        fleet.kill(old)
         wait_until(lambda: run.output.read_text().count(LOST) > told, run.deadline_s)
-        cluster.add_node(num_cpus=1)
+        fleet.add()
         return lambda: run.pid("worker-1") != old
+
+    def lose_head(_: str) -> Replaced:
+        old = run.pid("learner")
+        assert run.supervisor is not None
+        run.supervisor.kill()
+        run.supervisor.wait()
+        fleet.kill_all()
+        fleet.start()
+        run.start("resume", str(run.run_dir), "--no-export")
+        return lambda: run.pid("learner") != old
 
     kinds = FAULTS + ([Fault("slow disk", "")] if disk else [])
     with Matrix(run, 0, launcher="ray", disk=disk) as matrix:
         matrix.add("kill -9 of the raylet", lose_node)
+        matrix.add("kill -9 of everything", lose_head)
         for number in range(ROUNDS):
             for fault in random.Random(number).sample(kinds, len(kinds)):
                 matrix.harm(fault)
-
-
-def raylet(node: object) -> int:
-    return node.all_processes["raylet"][0].process.pid  # pyright: ignore
+        matrix.harm(Fault("kill -9 of everything", "on the head and all nodes"))
 
 
 class Nodes:
