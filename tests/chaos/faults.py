@@ -196,7 +196,7 @@ class Matrix:
     def _full_disk(self, victim: str) -> Replaced:
         """The run ends and says why; the time to recover is counted from when there is room."""
         assert self.disk is not None
-        run, before = self.run, self.run.output.stat().st_size
+        run, before = self.run, len(self.run.output.read_text())
         self.disk.fill()
         code = run.wait(run.deadline_s)
         told = run.output.read_text()[before:]

@@ -139,6 +139,9 @@ def test_without_a_record_the_reason_is_the_end_of_the_log(start: Start, run_dir
     assert "exited with code 1" in outcome.reason
     assert "ValueError: no such tensor" in outcome.reason
     assert str(run_dir / "logs" / "worker-0.log") in outcome.reason
+    again = start(worker_0="raise SystemExit(3)")["worker-0"]
+    again.wait(deadline_s=10.0)
+    assert again.why() == "exited with code 3", "the log of an earlier one is not its own"
 
 
 @pytest.mark.parametrize("name", ["buffer", "feeder", "worker-0"])
