@@ -424,6 +424,10 @@ class BufferClient:
         """Counts, ages, lags and waits."""
         return _expect(await self.call(GetStats()), Stats)
 
+    async def lost(self, name: str) -> None:
+        """Say that a process was lost with its node: what it held is issued again at once."""
+        _expect(await self.call(Hello(run_id=self.run_id, name=name, pid=0)), Welcome)
+
     async def close_run(self, reason: str) -> Done:
         """No more claims; every waiting request returns `closing`."""
         return _expect(await self.call(CloseRun(reason=reason)), Done)

@@ -32,6 +32,8 @@ MAX_HEADER_BYTES = 1 << 28
 MAX_TOTAL_BYTES = 1 << 32
 MAX_DIMENSIONS = 4
 OWN_FRAME_BYTES = 1 << 16
+COPIED_BYTES = 1 << 12
+"""Below this a copy costs less than a view; the frame that small arrays share copies both."""
 
 DTYPES = {
     name: np.dtype(name)
@@ -67,10 +69,12 @@ def encode(body: Any, number: int = 0) -> list[Frame]:
         if not (small and shared):
             frames.append([])
         shared = small
-        if small:
+        if value.nbytes < COPIED_BYTES:
             frames[-1] += value.tobytes(), bytes(-value.nbytes % 8)
         else:
             frames[-1].append(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            if small:
+                frames[-1].append(bytes(-value.nbytes % 8))
         return len(frames), value.dtype.str, value.shape
 
     try:

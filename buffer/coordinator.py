@@ -15,18 +15,41 @@ from . import messages
 from .config import ServiceSpec
 from .errors import CorruptData, Refused
 from .evaluations import Evaluations
-from .events import BranchOpened, Compacted, Decision, Dropped
+from .events import (
+    BranchOpened,
+    Compacted,
+    Decision,
+    Dropped,
+    Extended,
+    Published,
+    Put,
+    Reopened,
+    Returned,
+    Voided,
+)
 from .journal import Journal
 from .mailbox import Mailbox, check_present
 from .messages import Claim, Done, NotYet, ProofLine, RefusedReply, Reply, Request
 from .records import Ticket, TrainingSample, Trajectory, TrajectoryGroup, WeightsManifest
 from .replay import MAX_DEATHS, Replay
-from .staleness import capacity, proof_line, token_bound
+from .staleness import capacity, joined, proof_line, token_bound
 from .state import Group, Lengths
 from .waits import Wait
 
+FOR_CLAIMS = (Put, Extended, Returned, Voided, Dropped, Reopened, BranchOpened)
+"""What may give a waiting claim something: a prompt, a sample issued again, or room under the law.
+A version does not: a claim names the one it is for, and to that the law is as before."""
+TAKE_POLL_S = 0.1
+"""The learner's wait depends on time, too, and says how long others have been busy."""
 PUBLISHED_LEASES = 4
 """The oldest ones: what holds a batch up is among them."""
+ALL_THAT_WAIT: tuple[type, ...] = (
+    messages.PutPrompts,
+    messages.ClaimSamples,
+    messages.TakeGroups,
+    messages.AwaitVersion,
+    messages.AwaitEvaluation,
+)
 REPORTED_ATTEMPTS = 3
 """A prompt on its fourth attempt is named in the stats: it may never fit the bound."""
 
@@ -58,8 +81,13 @@ class Coordinator:
         self._stats: dict[str, dict[str, float]] = {}
         self._tickets: dict[int, Ticket] = {}
         self._proofs: list[ProofLine] = []
+        self._parts: tuple[int, int, list[ProofLine]] = (0, 0, [])
+        """(step, groups, a line for each part) of what was handed out of the step begun."""
         self._step_wait: Wait | None = None
         """The learner's, over all requests of a step."""
+        self._asked_take: tuple[int, float] = (-1, 0.0)
+        """(READY groups, when) of the last time that a waiting take was to be asked."""
+        self._told_closing = False
         self._check_same_run()
         self._open_branch(now)
         self.commit()
@@ -146,6 +174,45 @@ class Coordinator:
             if now - seen > self.spec.config.lease_s:
                 self.evaluations.expire_worker(worker)
 
+    @property
+    def claims_alike(self) -> bool:
+        """Whether waiting claims under one version all get work or none: no prompt is suspected,
+        so that it would go to certain workers alone, or has a bound of its own."""
+        return not (
+            self.replay.deaths
+            or self.spec.config.task_max_staleness_steps
+            or self.evaluations.waiting
+        )
+
+    def woken(self, now: float, seen: int) -> tuple[type, ...] | None:
+        """The kinds of waiting requests that may be answered now, by what was decided since the
+        last commit or by time; the others need not be asked before their patience ends.
+
+        Args:
+            now: monotonic seconds.
+            seen: events since the last commit that were asked about before, -1 at first; None is
+                returned when there are no others.
+        """
+        outbox = self.replay.outbox
+        if len(outbox) == seen:
+            return None
+        if self.closing and not self._told_closing:
+            self._told_closing = True
+            return ALL_THAT_WAIT
+        kinds = {type(event) for event in outbox[max(seen, 0) :]}
+        woken: list[type] = [messages.AwaitEvaluation]
+        if kinds:
+            woken.append(messages.PutPrompts)
+        if Published in kinds:
+            woken.append(messages.AwaitVersion)
+        if self.evaluations.waiting or self.replay.deaths or not kinds.isdisjoint(FOR_CLAIMS):
+            woken.append(messages.ClaimSamples)
+        ready = self.replay.state.counts["READY"]
+        if ready != self._asked_take[0] or now - self._asked_take[1] >= TAKE_POLL_S:
+            self._asked_take = (ready, now)
+            woken.append(messages.TakeGroups)
+        return tuple(woken)
+
     def answer(self, request: Request, now: float, *, final: bool) -> Reply | None:
         """Carry a request out.
 
@@ -223,12 +290,19 @@ class Coordinator:
                 raise Refused(f"{type(request).__name__} is not served")
 
     def _hello(self, request: messages.Hello) -> Reply:
-        """Welcome a process; a new one under an old name inherits no leases."""
+        """Welcome a process; a new one under an old name inherits no leases.
+
+        A node that is lost takes its workers along, and no prompt is suspected of it.
+        """
         if request.run_id != self.spec.run_id:
             raise Refused(f"this is run {self.spec.run_id}, {request.name} is of {request.run_id}")
         if self._pids.get(request.name) != request.pid:
             self._pids[request.name] = request.pid
-            self.poisoned += self.replay.worker_died(request.name)
+            if request.pid:
+                self.poisoned += self.replay.worker_died(request.name)
+            else:
+                self.replay.expire_worker(request.name)
+                self._stats.pop(request.name, None)
             self.evaluations.expire_worker(request.name)
         return messages.Welcome(
             run_id=self.spec.run_id, branch=self.spec.branch, next_uid=self.replay.state.next_uid
@@ -352,10 +426,13 @@ class Coordinator:
             if len(groups) < len(plan.groups):
                 continue
             if not plan.completes:
+                self._note_part(step, len(handed_out), groups)
                 self.replay.commit_part(plan, name)
                 return self._part(step, groups)
-            before = self._load_all(step, handed_out)
-            proof = self._prove(step, before, groups)
+            noted = self._parts[0] == step and self._parts[1] == len(handed_out)
+            before = [] if noted and part else self._load_all(step, handed_out)
+            proofs = self._parts[2] if noted else [self._count(step, before)]
+            proof = self._prove(step, proofs, groups)
             self.replay.demonstrate(step, self.journal.intact)
             self.replay.commit_take(plan, name, proof)
             self._proofs.append(proof)
@@ -448,15 +525,30 @@ class Coordinator:
             samples=tuple(samples),
         )
 
+    def _note_part(self, step: int, before: int, groups: list[TrajectoryGroup]) -> None:
+        """Count a part of a step, so that its end need not read again what was handed out."""
+        follows = self._parts[:2] == (step, before)
+        if before and not follows:  # others were handed out by a process that ended
+            return
+        proofs = self._parts[2] if before else []
+        self._parts = (step, before + len(groups), [*proofs, self._count(step, groups)])
+
+    def _count(self, step: int, groups: Sequence[TrajectoryGroup]) -> ProofLine:
+        """What the samples of some groups are to a step's proof."""
+        samples = [sample for group in groups for sample in group.samples]
+        bound = self.spec.config.max_staleness_steps
+        path = self.replay.state.path
+        return proof_line(samples, step=step, max_staleness_steps=bound, path=path)
+
     def _prove(
-        self, step: int, before: list[TrajectoryGroup], last: list[TrajectoryGroup]
+        self, step: int, before: Sequence[ProofLine], last: list[TrajectoryGroup]
     ) -> ProofLine:
         """The proof line, from the samples themselves and not from the decisions on their facts.
 
         Args:
             step: k.
-            before: groups handed out in parts: what they drop and train is counted already.
-            last: the others.
+            before: of the parts handed out: what they drop and train is counted already.
+            last: the other groups.
         """
         state = self.replay.state
         samples = [sample for group in last for sample in group.samples]
@@ -467,8 +559,8 @@ class Coordinator:
             if sample.trained:
                 trained.add(sample.trajectory.num_policy_tokens)
         issued_mean = state.finished.mean
-        return proof_line(
-            [*(sample for group in before for sample in group.samples), *samples],
+        end = proof_line(
+            samples,
             step=step,
             max_staleness_steps=self.spec.config.max_staleness_steps,
             path=state.path,
@@ -476,6 +568,7 @@ class Coordinator:
             length_bias=trained.mean / issued_mean if issued_mean else 1.0,
             rewards=list(state.rewards_since.values()),
         )
+        return joined(before, end)
 
     def _get_stats(self, now: float) -> Reply:
         """What displays show; the service adds the waits it has parked."""
@@ -494,7 +587,11 @@ class Coordinator:
             lags=dict(sorted(lags.items())),
             oldest_inflight_s=max(ages, default=0.0),
             capacity_groups=capacity(state.newest.step, *law) if state.newest else 0,
-            workers=self._stats,
+            workers={
+                name: told
+                for name, told in self._stats.items()
+                if now - replay.last_seen.get(name, now) < replay.config.lease_s
+            },
             waits=[
                 *waiting,
                 *self._often_issued(),

@@ -137,6 +137,11 @@ class Evaluations:
                 del job.leased[place]
                 job.waiting[place] = None
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there are samples that nobody has."""
+        return any(job.waiting for job in self._jobs.values())
+
     def workers(self) -> set[str]:
         """Who holds samples."""
         return {worker for job in self._jobs.values() for worker in job.holders()}

@@ -32,6 +32,7 @@ class Hello(Record, tag=True):
     name: str
     """`worker-0`, `feeder`, `learner`, `supervisor`."""
     pid: int
+    """0: said by the supervisor of a process that was lost with its node."""
 
 
 class PutPrompts(Record, tag=True):

@@ -227,7 +227,7 @@ class Replay:
         # An opened group counts already; under an older version its place must be admitted again.
         # Never under the newest: then a resume that kept more groups than it admits would hang.
         if not behind or state.num_admitted <= capacity(*law):
-            for uid in state.uids("INFLIGHT"):
+            for uid in sorted(state.unclaimed):
                 group = state.groups[uid]
                 if behind and self.bound_of(group) == 0:
                     continue
@@ -280,6 +280,8 @@ class Replay:
         self._emit(
             events.Finished(uid=group.uid, index=trajectory.index, payload=payload(), facts=facts)
         )
+        if lease_id not in self.state.leases:
+            self.claimed_at.pop(lease_id, None)
         self._settle(group)
 
     def release(

@@ -115,8 +115,8 @@ class Segments:
                 os.close(fd)
             self._path(old).unlink(missing_ok=True)
 
-    def read(self, ref: Ref) -> bytes:
-        """Return a payload.
+    def read(self, ref: Ref) -> memoryview:
+        """Return a payload, as a view of what was read.
 
         Raises:
             CorruptData: the file is missing or short, or the bytes are not those written.
@@ -135,7 +135,7 @@ class Segments:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise  # says nothing of the payload
             raise CorruptData(f"{self._where(ref)} cannot be read: {error}") from error
-        payload = record[_HEADER.size :]
+        payload = memoryview(record)[_HEADER.size :]
         if record[: _HEADER.size] != _HEADER.pack(_MAGIC, ref.length, ref.digest):
             raise CorruptData(
                 f"{self._where(ref)}: the record's header is not the one that was written"

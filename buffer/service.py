@@ -11,11 +11,11 @@ import asyncio
 import contextlib
 import gc
 import os
+import resource
 import sqlite3
 import sys
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
@@ -28,8 +28,10 @@ from .coordinator import Coordinator
 from .copies import copy_run
 from .curve import protect_server
 from .errors import ConfigError, WireError
-from .messages import RefusedReply, Reply, Request, Stats, TakeGroups
+from .messages import ClaimSamples, RefusedReply, Reply, Request, Stats, TakeGroups
+from .parking import Address, Parked, Parking
 from .process import run_process
+from .records import Version
 from .waits import Wait
 
 TURN_MESSAGES = 256
@@ -53,17 +55,6 @@ HANDSHAKE_FAILED = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 )
 
-Address = tuple[bytes, int]
-"""(client identity, request number)."""
-
-
-@dataclass(slots=True)
-class Parked:
-    """A request that waits."""
-
-    request: Request
-    wait: Wait
-
 
 class BufferService:
     """Serves one run until it is closed and everybody has left, or until cancelled."""
@@ -79,7 +70,8 @@ class BufferService:
         self.spec = spec
         self.coordinator = Coordinator(spec, time.monotonic())
         self.malformed = 0
-        self._parked: dict[Address, Parked] = {}
+        self._parked = Parking()
+        self._ticked_s = 0.0
         self._replies: OrderedDict[Address, list[codec.Frame]] = OrderedDict()
         self._names: dict[bytes, str] = {}
         self._connections = 0
@@ -167,7 +159,9 @@ class BufferService:
                     break
                 replies += self._receive([frame.buffer for frame in message])
         now = time.monotonic()
-        self.coordinator.tick(now)
+        if now - self._ticked_s >= TICK_MS / 1000:
+            self._ticked_s = now
+            self.coordinator.tick(now)
         if now - self._told_s >= waits.PUBLISH_S:
             self._told_s = now
             waits.put("buffer", *self.coordinator.waits(now))
@@ -228,17 +222,37 @@ class BufferService:
     def _park(self, address: Address, request: Request, wait_s: float, now: float) -> None:
         owner = self._names.get(address[0], "a client")
         wait = Wait(owner=owner, what=type(request).__name__, since_s=now, deadline_s=wait_s)
-        self._parked[address] = Parked(request=request, wait=wait)
+        self._parked.put(address, Parked(request=request, wait=wait))
 
     def _ask_parked(self, now: float) -> list[tuple[Address, list[codec.Frame]]]:
-        """Ask every parked request again, first come first served."""
+        """Ask again what is over, and what the turn may have answered, first come first served;
+        until nothing follows from the answers."""
+        replies = self._ask(self._parked.due(now), now)
+        coordinator, seen = self.coordinator, -1
+        while (kinds := coordinator.woken(now, seen)) is not None:
+            seen = len(coordinator.replay.outbox)
+            replies += self._ask(self._parked.of(kinds), now)
+        return replies
+
+    def _ask(
+        self, parked: list[tuple[Address, Parked]], now: float
+    ) -> list[tuple[Address, list[codec.Frame]]]:
+        """Ask parked requests again; of claims that are alike only until one gets nothing."""
         replies: list[tuple[Address, list[codec.Frame]]] = []
-        for address, parked in list(self._parked.items()):
-            final = now - parked.wait.since_s >= parked.wait.deadline_s
-            reply = self.coordinator.answer(parked.request, now, final=final)
+        in_vain: set[tuple[Version, bool]] = set()
+        for address, each in parked:
+            request, final = each.request, now >= each.ends_s
+            alike = None
+            if isinstance(request, ClaimSamples) and not final and self.coordinator.claims_alike:
+                alike = (request.serving, request.max_samples > 0)
+                if alike in in_vain:
+                    continue
+            reply = self.coordinator.answer(request, now, final=final)
             if reply is not None:
-                del self._parked[address]
+                self._parked.remove(address)
                 replies.append(self._reply(address, reply))
+            elif alike is not None:
+                in_vain.add(alike)
         return replies
 
     def _reply(self, address: Address, reply: Reply) -> tuple[Address, list[codec.Frame]]:
@@ -258,8 +272,17 @@ class BufferService:
         return address, frames
 
 
+def allow_many_connections() -> None:
+    """As many open files as the system lets us have: each process of a run is a connection, and
+    the usual 1,024 are soon used up by a fleet."""
+    with contextlib.suppress(ValueError, OSError):
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def main() -> None:
     """Serve the run that a spec file describes."""
+    allow_many_connections()
     spec = ServiceSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
 
     async def serve() -> None:

@@ -29,6 +29,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 
+import msgspec
+
 from .messages import ProofLine
 from .records import Record, TrainingSample, Version, VersionSpan
 
@@ -257,6 +259,27 @@ def proof_line(
         finished_samples=len(rewards),
         finished_reward_mean=math.fsum(rewards) / len(rewards) if rewards else None,
     )
+
+
+def joined(parts: Sequence[ProofLine], end: ProofLine) -> ProofLine:
+    """The proof line of a step that was handed out in parts.
+
+    Args:
+        parts: of each part, from its samples alone.
+        end: of the last one, with what the buffer alone knows.
+    """
+    lags: Counter[int] = Counter()
+    for each in (*parts, end):
+        lags.update(each.lag_counts)
+    sums = {
+        name: sum(getattr(each, name) for each in (*parts, end))
+        for name in (
+            "violations", "orphaned_tokens", "trained_tokens", "trimmed_tokens",
+            "mixed_trajectories", "trained_trajectories",
+        )
+    }  # fmt: skip
+    lag_counts = dict(sorted(lags.items()))
+    return msgspec.structs.replace(end, max_lag=max(lags, default=0), lag_counts=lag_counts, **sums)
 
 
 def weighted_spans(sample: TrainingSample) -> Iterable[tuple[Version, int]]:

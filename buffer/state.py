@@ -148,6 +148,8 @@ class State:
     """Groups by state; their sum is the prompts put."""
     open_uids: dict[GroupWord, set[int]] = field(default_factory=dict)
     """INFLIGHT and READY groups."""
+    unclaimed: set[int] = field(default_factory=set)
+    """The INFLIGHT groups that have samples WAITING: what a claim looks at first."""
     waiting: list[int] = field(default_factory=list)
     """Heap of uids; entries of groups that have left WAITING are skipped."""
     leases: dict[str, Lease] = field(default_factory=dict)
@@ -328,6 +330,8 @@ class State:
             self.open_uids.setdefault(state, set()).add(group.uid)
         elif state == "WAITING":
             heapq.heappush(self.waiting, group.uid)
+        if state != "INFLIGHT":
+            self.unclaimed.discard(group.uid)
 
     def _settle(self, group: Group) -> None:
         """Derive what follows from the samples of a group that is not final."""
@@ -345,6 +349,10 @@ class State:
             self.staged[group.uid] = None
         if state != group.state:
             self._move(group, state)
+        if state == "INFLIGHT" and "WAITING" in words:
+            self.unclaimed.add(group.uid)
+        else:
+            self.unclaimed.discard(group.uid)
 
     def _close_lease(self, sample: Sample, index: int) -> None:
         """Take a sample out of its lease."""

@@ -5,6 +5,7 @@ dropped; and the step waits, up to a deadline, for samples in flight that it wou
 `max_uses` above 1, groups that were trained before fill what is missing.
 """
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -20,6 +21,11 @@ from .state import Group
 
 if TYPE_CHECKING:
     from .replay import Replay
+
+
+PART_SAMPLES = 64
+"""At most so many samples (or one group) are handed out at once in parts: reading a large batch
+would hold up everybody's claims, and its trainer starts with the first ones meanwhile."""
 
 
 class TakePlan(Record, frozen=True):
@@ -96,7 +102,16 @@ def plan_take(replay: "Replay", step: int, now: float, *, part: bool = False) ->
             f"{_inflight(replay, late, now)} that step {step} would push over the bound; it goes "
             f"on after {patience_s:g} s"
         )
+    few = _few(chosen)
+    if part and few < len(chosen) and (plan := _part(replay, step, chosen[: min(few, num_new)])):
+        return plan
     return TakePlan(step=step, groups=tuple(sorted(chosen)))
+
+
+def _few(chosen: list[tuple[int, tuple[Decision, ...]]]) -> int:
+    """How many groups, of the first, are handed out at once."""
+    totals = itertools.accumulate(len(decisions) for _, decisions in chosen)
+    return max(1, sum(total <= PART_SAMPLES for total in totals))
 
 
 def _begun(replay: "Replay", step: int) -> Collection[int]:
@@ -115,6 +130,7 @@ def _part(
     place that an older one may need is gone.
     """
     places = replay.prompts_per_step - len(_begun(replay, step))
+    chosen = chosen[: _few(chosen)]
     while chosen:
         uids = {uid for uid, _ in chosen}
         if not _made_late(replay, uids, step, open_places=places - len(chosen)):

@@ -34,6 +34,9 @@ class Child:
     is killed while the dead leader is not yet reaped, and so still holds the group's number.
     """
 
+    place = ""
+    """The node that a process was lost with; empty when it ended by itself."""
+
     def __init__(
         self,
         name: str,
@@ -69,9 +72,16 @@ class Child:
         """Set what every child knows of itself."""
         self.name, self.run_dir, self.pid = name, run_dir, 0
         self.log_path = run_dir / "logs" / f"{name}.log"
+        # What an earlier process of this name said is not the reason of this one's end.
+        self._log_from = self.log_path.stat().st_size if self.log_path.exists() else 0
         self._exit_code: int | None = None
         # A message of an earlier branch must not be taken for the reason of this one's end.
         self._error_path.unlink(missing_ok=True)
+
+    @property
+    def waits_for(self) -> str:
+        """What a process cannot start without, in words; nothing on this machine."""
+        return ""
 
     @property
     def _error_path(self) -> Path:
@@ -136,7 +146,7 @@ class Child:
         """The last lines of its log, indented."""
         try:
             with self.log_path.open("rb") as log:
-                log.seek(max(0, self.log_path.stat().st_size - LOG_TAIL_BYTES))
+                log.seek(max(self._log_from, self.log_path.stat().st_size - LOG_TAIL_BYTES))
                 text = log.read().decode(errors="replace")
         except OSError:
             return ""

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 from ..buffer.client import BufferClient
 from ..buffer.errors import SlipstreamError
@@ -9,6 +10,8 @@ from ..buffer.messages import Stats
 
 PATIENCE_S = 3.0
 """For the service to hear that the run closes, and for the thread to end."""
+NEWS_S = 5.0
+"""For how long it is of use to say that a process was lost: its successor says it, too."""
 
 
 class Observer:
@@ -34,6 +37,8 @@ class Observer:
         self._client = BufferClient(endpoint, run_id, "supervisor", timeout_s=5)
         self._every_s = every_s
         self._closing_reason = ""
+        self._lost: dict[str, float] = {}
+        """name -> when it was lost, until the service knows."""
         self._wake, self._told, self._stopped = (threading.Event() for _ in range(3))
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._ask()), name="observer", daemon=True
@@ -50,6 +55,11 @@ class Observer:
         self._wake.set()
         if self.latest is not None and self._thread.is_alive():
             self._told.wait(PATIENCE_S)
+
+    def lost(self, name: str) -> None:
+        """Have the service issue again at once what a process held that went with its node."""
+        self._lost[name] = time.monotonic()
+        self._wake.set()
 
     def stop(self) -> None:
         """End the thread."""
@@ -78,4 +88,8 @@ class Observer:
         if self._closing_reason and not self._told.is_set():
             await self._client.close_run(self._closing_reason)
             self._told.set()
+        for name, since_s in list(self._lost.items()):
+            if time.monotonic() - since_s < NEWS_S:
+                await self._client.lost(name)
+            del self._lost[name]
         self.latest = await self._client.stats()

@@ -1,5 +1,6 @@
 """Where the processes of a run go on a Ray cluster, and in words what it lacks for them."""
 
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..buffer.errors import ConfigError
 from .cluster import ClusterConfig
-from .ray_child import ProcessActor, answer, versions
+from .ray_child import ProcessActor, answer, unfit, versions
 from .schema import Experiment
 from .specs import learner_names
 
 PLACE_DEADLINE_S = 60.0
+LOOK_S = 0.5
 
 Bundle = dict[str, float]
 
@@ -77,24 +79,33 @@ def _ask(config: ClusterConfig, key: str, experiment: Experiment) -> str:
 class Placement:
     """The reserved bundles of a run: the learner's packed, the workers' spread.
 
-    The learner's group comes first: it takes whole nodes, and engines fill what is left.
+    The learner's group comes first: it takes whole nodes, and engines fill what is left. A worker
+    that joins later has a bundle of its own, which waits for room, and is given back with it.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, patience_s: float = 0.0) -> None:
         """Reserve.
 
+        Args:
+            experiment: says how much.
+            patience_s: for what a process that has just ended holds, or a node that is replaced.
         Raises:
             ConfigError: what is asked is not there, in words.
         """
         self._experiment, self._config = experiment, experiment.cluster
         self._groups: list[PlacementGroup] = []
-        if problem := shortage(experiment, free_resources()):
-            raise ConfigError(problem)
+        end = time.monotonic() + patience_s
+        while problem := shortage(experiment, free_resources()):
+            if time.monotonic() >= end:
+                raise ConfigError(problem)
+            time.sleep(LOOK_S)
         learner, workers = bundles(experiment)
         self._learner = self._reserve(learner, "PACK", "the learner's ranks")
         spread = "SPREAD" if self._config.spread else "PACK"
         self._workers = self._reserve(workers, spread, "rollout workers") if workers else None
         self._later: dict[str, PlacementGroup] = {}
+        self.only_at = ""
+        """The address that all must be at, because the run's sockets reach no further."""
 
     def _reserve(self, bundles: list[Bundle], strategy: str, what: str) -> PlacementGroup:
         empty_allowed = [bundle or {"CPU": 0.001} for bundle in bundles]  # Ray refuses empty ones
@@ -120,9 +131,22 @@ class Placement:
             return self._learner, number, ask
         if self._workers is not None and number - sharing < self._workers.bundle_count:
             return self._workers, number - sharing, ask
-        if name not in self._later:  # a worker that joined later has a group of its own
-            self._later[name] = self._reserve([ask], "PACK", name)
+        if name not in self._later:
+            place = {f"node:{self.only_at}": 0.001} if self.only_at else {}
+            self._later[name] = placement_group([(ask or {"CPU": 0.001}) | place], strategy="PACK")
         return self._later[name], 0, ask
+
+    def free(self, name: str) -> None:
+        """Give back what a worker that joined later had."""
+        if name in self._later:
+            with suppress(RayError):
+                remove_placement_group(self._later.pop(name))
+
+    def words(self, name: str) -> str:
+        """What a process asks for."""
+        ask = self.bundle(name)[2]
+        told = ", ".join(f"{amount:g} {key}" for key, amount in ask.items()) or "nothing"
+        return f"{told} at {self.only_at}" if self.only_at else told
 
     def actor(self, name: str) -> Any:
         """A new actor in its bundle."""
@@ -154,25 +178,18 @@ class Placement:
         finally:
             for actor in actors:
                 ray.kill(actor)
-        ours = versions()
         for each in facts:
-            other = {k: v for k, v in each["versions"].items() if v != ours[k]}
-            if other:
-                wanted = {key: ours[key] for key in other}
-                raise ConfigError(f"node {each['host']} has {other}, this one {wanted}")
-            if not each["sees"]:
-                raise ConfigError(
-                    f"node {each['host']} does not see {run_dir}: put runs_dir (and the model) on "
-                    "a file system that all nodes share"
-                )
+            if problem := unfit(each, versions(), str(run_dir)):
+                raise ConfigError(problem)
         return facts
 
     def remove(self) -> None:
         """Give everything back."""
-        for group in self._groups:
+        for group in (*self._groups, *self._later.values()):
             with suppress(RayError):
                 remove_placement_group(group)
         self._groups.clear()
+        self._later.clear()
 
 
 def free_resources() -> list[Bundle]:

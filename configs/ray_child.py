@@ -8,22 +8,26 @@ signalled, its stacks dumped and itself restarted, and only specs of ours travel
 import os
 import platform
 import signal
+import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util import get_node_ip_address
 
-from ..buffer.errors import SlipstreamError
+from ..buffer.errors import ConfigError, SlipstreamError
 from .child import Child
 from .scratch import host_dir, sweep
 
 ANSWER_S = 30.0
 """An actor that does not answer for so long is lost with its node."""
+PLACE_PATIENCE_S = 5.0
+"""A process that has no place for so long says so; an actor takes a second or two to start."""
 ALIKE = ("slipstream", "torch", "transformers", "ray")
 """Packages whose versions must be equal on all nodes."""
 
@@ -31,6 +35,27 @@ ALIKE = ("slipstream", "torch", "transformers", "ray")
 def versions() -> dict[str, str]:
     """Of Python and of what must be alike."""
     return {"python": platform.python_version(), **{n: metadata.version(n) for n in ALIKE}}
+
+
+def unfit(facts: dict[str, Any], wanted: dict[str, str], run_dir: str) -> str:
+    """Why a node cannot take part in a run, in words; empty when it can.
+
+    Args:
+        facts: of `ProcessActor.facts`.
+        wanted: the head's `versions`.
+        run_dir: the run folder.
+    """
+    differ = {key: found for key, found in facts["versions"].items() if found != wanted[key]}
+    if differ:
+        return (
+            f"node {facts['host']} has {differ}, this one { {key: wanted[key] for key in differ} }"
+        )
+    if not facts["sees"]:
+        return (
+            f"node {facts['host']} does not see {run_dir}: put runs_dir (and the model) on a file "
+            "system that all nodes share"
+        )
+    return ""
 
 
 class ProcessActor:
@@ -47,12 +72,35 @@ class ProcessActor:
             "sees": (Path(run_dir) / "run.json").is_file(),
         }
 
-    def start(self, name: str, argv: list[str], run_dir: str, threads: int, extra: Any) -> int:
-        """Start the process; its pid."""
+    def start(
+        self,
+        name: str,
+        argv: list[str],
+        run_dir: str,
+        threads: int,
+        extra: Any,
+        wanted: dict[str, str],
+    ) -> tuple[int, str]:
+        """Start the process; its pid, and the node it is on.
+
+        Raises:
+            ConfigError: the node, which may have joined later, cannot take part.
+        """
+        facts = self.facts(run_dir)
+        if problem := unfit(facts, wanted, run_dir):
+            raise ConfigError(problem)
+        environment = dict(extra)
+        if "PYTHONPATH" in environment:  # what Ray brought to this node is found there, too
+            paths = [environment["PYTHONPATH"], os.environ.get("PYTHONPATH", "")]
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self._child = Child(
-            name, argv, run_dir=Path(run_dir), threads=threads, environment=dict(extra)
+            name,
+            [sys.executable, *argv[1:]],  # the head's may lie elsewhere
+            run_dir=Path(run_dir),
+            threads=threads,
+            environment=environment,
         )
-        return self._child.pid
+        return self._child.pid, facts["node"]
 
     def ended(self) -> int:
         """Wait for the process's end; its exit code."""
@@ -77,38 +125,76 @@ class RayChild(Child):
     poll()          None while it waits for its place, and while it runs
     """
 
-    def __init__(self, name: str, run_dir: Path, actor: Any, start: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        name: str,
+        run_dir: Path,
+        actor: Any,
+        start: tuple[Any, ...],
+        *,
+        asks: str = "",
+        gone: Callable[[], None] = lambda: None,
+    ) -> None:
         """Have an actor, placed or not, start the process.
 
         Args:
             name: see `Child`.
             run_dir: see `Child`.
             actor: a `ProcessActor`.
-            start: the arguments of its `start`.
+            start: the arguments of its `start` but for the name and the versions.
+            asks: what its place must have, in words.
+            gone: called once when the process has ended.
         """
         self._describe(name, run_dir)
-        self._actor = actor
-        self._started = actor.start.remote(name, *start)
+        self._actor, self._asks, self._gone = actor, asks, gone
+        self._started = actor.start.remote(name, *start, versions())
+        self._asked_s = time.monotonic()
         self._end: Any = None
+        self._node, self._refusal = "", ""
 
     def placed(self) -> bool:
         """Whether its actor has started the process; raises `RayError` when it cannot."""
         if self._end is None and ray.wait([self._started], timeout=0)[0]:
-            self.pid = int(ray.get(self._started))
+            self.pid, self._node = ray.get(self._started)
             self._end = self._actor.ended.remote()
         return self._end is not None
+
+    @property
+    def waits_for(self) -> str:
+        """A place, once Ray has had time to find one; `poll` tells when it cannot."""
+        if self._exit_code is not None or time.monotonic() - self._asked_s < PLACE_PATIENCE_S:
+            return ""
+        with suppress(RayError):
+            if not self.placed():
+                return f"room on the Ray cluster ({self._asks}): add a node"
+        return ""
 
     def poll(self) -> int | None:
         """As `Child.poll`; a lost node is a killed process."""
         if self._exit_code is None:
+            code = None
             try:
                 if self.placed() and ray.wait([self._end], timeout=0)[0]:
-                    self._exit_code = int(ray.get(self._end))
+                    code = int(ray.get(self._end))
+            except RayTaskError as error:
+                code, self._refusal = 1, str(error.cause or error)
             except RayError:
-                self._exit_code = -signal.SIGKILL
-            if self._exit_code is not None:
-                ray.kill(self._actor)
+                code, self.place = -signal.SIGKILL, self._node
+            if code is not None:
+                self._over(code)
         return self._exit_code
+
+    def why(self) -> str:
+        """As `Child.why`; what its log ends with says nothing of a lost node."""
+        if self._refusal or (self.place and self.error() is None):
+            return self._refusal or f"node {self.place[:8]}, or its Ray actor there, was lost"
+        return super().why()
+
+    def _over(self, code: int) -> None:
+        self._exit_code = code
+        with suppress(RayError):
+            ray.kill(self._actor)
+        self._gone()
 
     def send(self, number: signal.Signals) -> bool:
         """As `Child.send`; what has no place yet has nothing to end."""
@@ -129,8 +215,7 @@ class RayChild(Child):
 
     def _give_up(self) -> None:
         if self._exit_code is None:
-            self._exit_code = -signal.SIGKILL
-            ray.kill(self._actor)
+            self._over(-signal.SIGKILL)
 
 
 def answer(reference: Any, deadline_s: float = ANSWER_S) -> Any:

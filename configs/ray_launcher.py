@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,10 +29,15 @@ from ..buffer.errors import ConfigError
 from .child import Child
 from .placement import Placement
 from .ray_child import RayChild
+from .ray_code import runtime_environment
 from .scratch import Scratch, host_dir, scratch
+from .secrecy import named_variables
 from .specs import Launch, ProcessPlan, user_module_path
 
 CONNECT_S = 5.0
+RELEASE_S, REPLACE_S = 10.0, 60.0
+"""What a start waits for room: until Ray has noticed that the run before ended; until a node that
+was lost with the branch before is replaced."""
 
 Start = Callable[[ProcessPlan], Child]
 
@@ -45,13 +51,15 @@ def ray_launcher(
     Raises:
         ConfigError: the cluster cannot be reached, lacks something, or its nodes differ.
     """
-    connect(launch.experiment.cluster.address, launch.run_dir)
+    connect(launch.experiment.cluster.address, launch.run_dir, with_code=True)
     try:
-        placement = Placement(launch.experiment)
+        placement = Placement(launch.experiment, REPLACE_S if launch.branch else RELEASE_S)
         try:
             facts = placement.check_nodes(launch.run_dir)
             here = get_node_ip_address()
-            far = launch.experiment.cluster.tcp or any(each["address"] != here for each in facts)
+            nodes = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+            far = launch.experiment.cluster.tcp or nodes != {here}
+            placement.only_at = "" if far else here
             fetch = launch.experiment.buffer.weights == "zmq"
             run_id = launch.run.run_id
             with scratch(launch.run_dir, run_id, bytes_per_version, fetch=fetch) as places:
@@ -115,17 +123,22 @@ def find_cluster(address: str) -> str:
     return found
 
 
-def connect(address: str, folder: Path) -> None:
+def connect(address: str, folder: Path, *, with_code: bool = False) -> None:
     """Join a cluster, from the run folder: Ray puts the driver's directory on its workers' path.
 
+    Args:
+        address: `auto`, or HOST:PORT of its head.
+        folder: the run folder.
+        with_code: bring the code that is installed here to the nodes.
     Raises:
         ConfigError: there is none, or it refuses.
     """
     found, ours = find_cluster(address), signal.getsignal(signal.SIGTERM)
     try:
-        with contextlib.chdir(folder):
+        with contextlib.chdir(folder), tempfile.TemporaryDirectory() as code:
+            brought = runtime_environment(Path(code)) if with_code else None
             ray.init(address=found, namespace="slipstream", log_to_driver=False,
-                     logging_level=logging.ERROR)  # fmt: skip
+                     logging_level=logging.ERROR, runtime_env=brought)  # fmt: skip
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ours)  # Ray's would exit instead of saving first
     except (OSError, RayError, ValueError, RuntimeError) as error:
@@ -140,8 +153,17 @@ def start_on_ray(
     if plan.name in ("buffer", "feeder"):
         return plan.start(launch.run_dir, working_dir)
     argv = plan.write(launch.run_dir)
-    extra = user_module_path(plan.spec, working_dir) | keys
+    experiment = launch.experiment
+    given = [
+        section.arguments for section in (experiment.reward, experiment.environment) if section
+    ]
+    extra = user_module_path(plan.spec, working_dir) | named_variables(*given) | keys
     actor = placement.actor(plan.name)
     return RayChild(
-        plan.name, launch.run_dir, actor, (argv, str(launch.run_dir), plan.threads, extra)
+        plan.name,
+        launch.run_dir,
+        actor,
+        (argv, str(launch.run_dir), plan.threads, extra),
+        asks=placement.words(plan.name),
+        gone=lambda: placement.free(plan.name),
     )

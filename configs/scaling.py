@@ -60,10 +60,11 @@ def balance(rows: list[Row], stats: Stats | None, workers: int) -> Balance | Non
         return None
     learner = min(1.0, sum(float(row.get("wait_seconds", 0.0)) for row in recent) / seconds)
     rollout, advised = sum(idle) / len(idle), workers
+    working = min(workers, len(idle))  # others may still wait for a node to be on
     if learner > WAITS and rollout < BUSY:
-        advised = math.ceil(workers / max(0.1, 1 - learner))
+        advised = math.ceil(working / max(0.1, 1 - learner))
     elif rollout > WAITS and learner < BUSY:
-        advised = max(1, math.ceil(workers * (1 - rollout)))
+        advised = max(1, math.ceil(working * (1 - rollout)))
     return Balance(learner, rollout, advised)
 
 

@@ -71,8 +71,9 @@ def _session(
                 with Reporter(launch, console) as reporter:
                     outcome = work(launch, reporter, stop)
                     went_back = went_back if _saved(launch) == saved else 0
-                    allowed = went_back < launch.experiment.cluster.restarts
-                    if not (outcome.go_back and allowed) or stop.count:
+                    if went_back == launch.experiment.cluster.restarts:
+                        outcome = _given_up(outcome, went_back)
+                    if not outcome.go_back or stop.count:
                         result = _conclude(launch, outcome, reporter, stop, export=export)
                         break
                 went_back, saved = went_back + 1, _saved(launch)
@@ -84,9 +85,11 @@ def _session(
         # so, where it can be written.
         with suppress(OSError):
             end_branch(launch.run_dir, "failed", f"{type(error).__name__}: {error}", None)
-        if isinstance(error, OSError):
+        # A cluster that a branch fitted on may have lost a node that nobody replaced.
+        refused = went_back > 0 and isinstance(error, ConfigError)
+        if isinstance(error, OSError) or refused:
             line = f"{error}; once that is mended, continue with: {resume_line(launch.run_dir)}"
-            raise SlipstreamError(line) from error
+            raise (ConfigError if refused else SlipstreamError)(line) from error
         raise
     done = RunResult(
         run_dir=launch.run_dir,
@@ -97,6 +100,14 @@ def _session(
     )
     print_closing(done, console, tensorboard=launch.experiment.track.tensorboard)
     return done
+
+
+def _given_up(outcome: Outcome, went_back: int) -> Outcome:
+    """The same end, after which the run does not go back once more."""
+    if not outcome.go_back:
+        return outcome
+    why = f"went back {went_back} times to one checkpoint (cluster.restarts), then: "
+    return dataclasses.replace(outcome, reason=why + outcome.reason, go_back=False)
 
 
 def _saved(launch: Launch) -> list[str]:
@@ -195,7 +206,8 @@ class _Around:
         self._scaling = Scaling(launch.run_dir, launch.experiment.cluster)
         self.workers = launch.experiment.rollout.workers
         self.observer = reporter.observer = Observer(places.endpoint, launch.run.run_id)
-        self.close_run, self.tick = self.observer.close_run, reporter.tick
+        self.close_run, self.lost = self.observer.close_run, self.observer.lost
+        self.tick = reporter.tick
         self.chain = self._doctor.chain
 
     def start(self, name: str) -> Child:
@@ -205,6 +217,8 @@ class _Around:
         _say(self._reporter.console, self._launch, line)
 
     def stalled(self, children: Mapping[str, Child]) -> list[Stall]:
+        for line in self._doctor.unplaced(children):
+            self.say(line)
         return self._doctor.look(children)
 
     def measure(self) -> Balance | None:

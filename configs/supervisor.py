@@ -20,7 +20,7 @@ from typing import Literal, Protocol
 
 from .child import Child
 from .doctor import Stall, dump_stacks
-from .policy import Budget, failure_of, kind_of, rule_for
+from .policy import NO_SPACE, Budget, failure_of, kind_of, rule_for
 
 POLL_S = 0.05
 
@@ -129,6 +129,9 @@ class Surroundings(Protocol):
         """How many rollout workers there should be."""
         ...
 
+    def lost(self, name: str, /) -> None:
+        """Tell the buffer that a process went with its node; returns at once."""
+
 
 class Supervisor:
     """Owns the children of one run, named `buffer`, `feeder`, `worker-0` ... and `learner`.
@@ -165,6 +168,8 @@ class Supervisor:
         self._closing = False
         self._leaving: set[str] = set()
         self._stalled: dict[str, str] = {}
+        self._unplaced: set[str] = set()
+        """Of whom it was said that they wait for a place."""
 
     def run(self) -> Outcome:
         """Follow the run to its end; afterwards no child is left."""
@@ -219,6 +224,7 @@ class Supervisor:
         if ended:
             self._recover(min(ended, key=_blame))
         self._scale()
+        self._tell_unplaced()
 
     def _ended_badly(self, child: Child) -> bool:
         # The learner and the feeder end by themselves when done; the others only when told.
@@ -241,12 +247,19 @@ class Supervisor:
             _Ended: the run ends, or goes back to its checkpoint.
         """
         why = self._stalled.pop(child.name, "")
-        rule = rule_for(child.name, failure_of(child, stalled=bool(why)))
+        failure = failure_of(child, stalled=bool(why))
+        rule = rule_for(child.name, failure)
+        if failure == "no space" and child.error() is None:
+            why = f"{NO_SPACE}: {child.run_dir}; {child.why()}"
         kind, first = kind_of(child.name), (why or child.why()).splitlines()[0].rstrip(":;")
         if rule.action == "go back" and self._budget.allowed:
             raise _Ended(outcome_of(child, why, go_back=True))
-        if rule.action != "restart" or not self._budget.spend(kind):
+        if rule.action != "restart":
             raise _Ended(outcome_of(child, why))
+        if not self._budget.spend(kind, child.place):
+            raise _Ended(outcome_of(child, self._budget.exhausted(kind) + (why or child.why())))
+        if child.place:
+            self._around.lost(child.name)
         count = f"{self._budget.used(kind)} of {self._budget.allowed}"
         self._around.say(f"{child.name}: {first}; {rule.words} ({kind} restart {count})")
         self._children[child.name] = self._around.start(child.name)
@@ -269,6 +282,13 @@ class Supervisor:
         for number in free[: max(0, wanted - len(staying))]:
             self._children[f"worker-{number}"] = self._around.start(f"worker-{number}")
         self._around.say(f"rollout workers: {len(staying)} -> {wanted}")
+
+    def _tell_unplaced(self) -> None:
+        """Say once of each process that it waits for a place."""
+        waiting = {name: what for name, c in self._children.items() if (what := c.waits_for)}
+        for name in waiting.keys() - self._unplaced:
+            self._around.say(f"{name} waits for {waiting[name]}")
+        self._unplaced = set(waiting)
 
     def _end_gracefully(self, outcome: Outcome) -> None:
         """Learner first, buffer last; a second request to stop ends all waiting."""

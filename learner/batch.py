@@ -28,6 +28,7 @@ from .advantage import (
     gigpo_advantages,
     spare_advantages,
     staged_advantages,
+    token_whitened,
 )
 from .config import ObjectiveConfig
 from .rows import MAX_SHARED_INPUTS, Layout, Piece, lay_out, pack, row_width
@@ -162,6 +163,11 @@ def _advantages(
     rewards_PG = [[t.score.value for t in trajectories] for trajectories in trajectories_PG]
     if objective.advantage == "gae":
         return [[reward or 0.0 for reward in rewards_G] for rewards_G in rewards_PG]
+    if objective.advantage == "batch_std":
+        tokens_PG = [
+            [t.num_policy_tokens for t in trajectories] for trajectories in trajectories_PG
+        ]
+        return [a.tolist() for a in token_whitened(rewards_PG, tokens_PG)]
     return [a.tolist() for a in batch_advantages(rewards_PG, objective.advantage)]
 
 
@@ -272,6 +278,8 @@ def own_share(plan: list[list[list[Sample]]], rank: int, size: int) -> list[list
 
 def _share_prefixes(samples: Sequence[Sample], max_inputs: int) -> list[list[Sample]]:
     """Put neighbours of one prompt in one row while it stays within `max_inputs`."""
+    if not max_inputs:
+        return [[sample] for sample in samples]
     rows: list[list[Sample]] = []
     for sample in samples:
         if rows and _same_prefix(rows[-1][0], sample):

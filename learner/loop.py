@@ -205,18 +205,18 @@ class LearnerLoop:
         """
         deadline = time.monotonic() + self.spec.take_deadline_s
         waiting_on, received = "the buffer service", 0
+        reply: Part | Batch | NotYet | None = None
         while (left_s := deadline - time.monotonic()) > 0:
             wait_s = min(POLL_S, left_s)
-            if self.spec.config.stream:
+            if isinstance(reply, Part):
+                received += len(reply.groups)
+                reply = await self._train_part(reply, received)
+                deadline = time.monotonic() + self.spec.take_deadline_s
+            elif self.spec.config.stream:
                 reply = await self.client.take_part(step, received, wait_s=wait_s)
             else:
                 reply = await self.client.take(step, wait_s=wait_s)
             if isinstance(reply, Part):
-                received += len(groups := reply.groups)
-                began_s = time.monotonic()
-                await self._in_thread(lambda groups=groups: self.trainer.add(step, groups))
-                self._part_s += time.monotonic() - began_s
-                deadline = time.monotonic() + self.spec.take_deadline_s
                 continue
             if isinstance(reply, Batch):
                 return reply
@@ -228,6 +228,17 @@ class LearnerLoop:
             f"step {step} got no batch within buffer.take_deadline_s = "
             f"{self.spec.take_deadline_s:g} s; waiting on {waiting_on}"
         )
+
+    async def _train_part(self, part: Part, received: int) -> Part | Batch | NotYet:
+        """Train some groups of a step; meanwhile the next ones come, and are returned."""
+        step, began_s = part.step, time.monotonic()
+        after = asyncio.create_task(self.client.take_part(step, received, wait_s=POLL_S))
+        try:
+            await self._in_thread(lambda: self.trainer.add(step, part.groups))
+            self._part_s += time.monotonic() - began_s
+            return await after
+        finally:
+            after.cancel()
 
     async def _step(self, batch: Batch, wait_s: float) -> None:
         """Train one batch and make it known."""

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -40,6 +41,7 @@ from .certificate import BANDS, certify
 from .checkpoint import (
     ADAPTER,
     Checkpoint,
+    branch_and_step,
     complete_folders,
     crash_point,
     find_checkpoint,
@@ -225,7 +227,7 @@ class Trainer:
         self._forget_file()
         self._file = self.spec.weights_dir / f"weights-{self.spec.branch}.{step}{_HELD}"
         if self._adapters_alone:
-            tensors = self._adapter()
+            tensors = _on_host(self._adapter())
             if self.ranks.first:
                 self._file_digest = self.outbox.write(self._file, pieces(tensors)).file
             return weights_digest(tensors)
@@ -488,12 +490,25 @@ class Trainer:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._sender.wait(SENDER_END_S)
 
-    def _is_kept(self, step: int) -> bool:
+    def _is_kept(self, branch: int, step: int) -> bool:
         """Whether a checkpoint is kept beyond `keep_last`."""
-        every = self.spec.config.checkpoint.keep_every_steps
-        if every and step % every == 0:
+        config = self.spec.config.checkpoint
+        if config.keep_every_steps and step % config.keep_every_steps == 0:
             return True
-        return self.spec.config.checkpoint.keep_best and step == best_step(self.spec.run_dir)
+        if not config.keep_best:
+            return False
+        rewards = held_out_rewards(self.spec.run_dir)
+        saved = {branch_and_step(folder) for folder in complete_folders(self.root)}
+        best = max(rewards.keys() & saved, key=lambda place: (rewards[place], place), default=None)
+        scored = max((s for b, s in rewards if b == self.spec.branch), default=-1)
+        due = self.spec.eval_every_steps and step % self.spec.eval_every_steps == 0
+        to_come = bool(due) and branch == self.spec.branch and step > scored
+        return to_come or (branch, step) == best
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory; of what is there already, itself."""
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def _copy_of(source: BinaryIO) -> Callable[[Path], None]:
@@ -506,15 +521,18 @@ def _copy_of(source: BinaryIO) -> Callable[[Path], None]:
     return write
 
 
-def best_step(run_dir: Path) -> int | None:
-    """The step with the highest held-out reward so far, the later of two equal ones."""
-    rewards: dict[int, float] = {}
+def held_out_rewards(run_dir: Path) -> dict[tuple[int, int], float]:
+    """(branch, step) of each version that was evaluated so far -> its held-out reward; -inf where
+    no sample could be scored."""
+    rewards: dict[tuple[int, int], float] = {}
     path = run_dir / "eval.jsonl"
     for line in path.read_text().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut by a crash
             row = json.loads(line)
-            rewards[int(row["step"])] = float(row["reward_mean"])
-    return max(rewards, key=lambda step: (rewards[step], step)) if rewards else None
+            mean = row["reward_mean"]
+            place = int(row["branch"]), int(row["step"])
+            rewards[place] = -math.inf if mean is None else float(mean)
+    return rewards
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:

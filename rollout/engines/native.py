@@ -249,7 +249,8 @@ class NativeEngine:
     # Below: what runs in the engine's thread.
 
     def _run(self) -> None:
-        torch.set_num_threads(self._threads)  # per thread: others keep their own number
+        torch.set_num_threads(self._threads)  # per thread: others keep their own number,
+        torch.get_num_threads()  # but a thread that has not asked yet follows who sets one next
         try:
             with torch.inference_mode():
                 while not self._closing:

@@ -272,6 +272,36 @@ async def test_a_new_process_under_an_old_name_inherits_no_leases(make_spec: Spe
     coordinator.close()
 
 
+async def test_what_a_worker_held_that_went_with_its_node_is_issued_again_and_not_suspected(
+    make_spec: SpecMaker,
+) -> None:
+    spec = make_spec()
+    async with running(spec, "supervisor") as supervisor:
+        await supervisor.put_prompts([ticket(uid) for uid in range(2)])
+        await supervisor.publish(manifest(0))
+        async with BufferClient(spec.endpoint, "run", "worker-0") as gone:
+            await gone.claim(version(0), 4)
+            await gone.heartbeat(version(0), {"idle": 0.0})
+            assert "worker-0" in (await supervisor.stats()).workers
+            await supervisor.lost("worker-0")
+            assert "worker-0" not in (await supervisor.stats()).workers
+        async with BufferClient(spec.endpoint, "run", "worker-1") as other:
+            claims = (await other.claim(version(0), 4)).claims
+            assert [(c.ticket.prompt.uid, c.attempt) for c in claims] == [(0, 1), (1, 1)]
+
+
+async def test_stats_leave_out_workers_that_were_not_heard_of_for_a_lease(
+    make_spec: SpecMaker,
+) -> None:
+    spec = make_spec({"lease_s": 0.3})
+    async with running(spec, "supervisor") as client:
+        async with BufferClient(spec.endpoint, "run", "worker-0") as worker:
+            await worker.heartbeat(None, {"idle": 1.0})
+            assert list((await client.stats()).workers) == ["worker-0"]
+        await asyncio.sleep(0.4)
+        assert (await client.stats()).workers == {}
+
+
 async def test_work_granted_to_a_cancelled_claim_goes_back(make_spec: SpecMaker) -> None:
     async with running(make_spec()) as client:
         await client.publish(manifest(0))

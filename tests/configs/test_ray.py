@@ -2,9 +2,11 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 from slipstream.buffer.errors import ConfigError
+from slipstream.configs import ray_child
 from slipstream.configs.load import load_table
 from slipstream.configs.placement import Placement, bundles, shortage
-from slipstream.configs.ray_child import RayChild
+from slipstream.configs.ray_child import RayChild, unfit
+from slipstream.configs.ray_code import runtime_environment
 from slipstream.configs.ray_launcher import _reachable, connect
 from slipstream.configs.run_dir import create_run_dir, read_run
 from slipstream.configs.schema import Experiment
@@ -170,6 +174,98 @@ def test_sixteen_ranks_and_four_engines_of_four_share_no_device_and_survive_a_lo
     again = Placement(fleet).check_nodes(tmp_path)
     held = [(each["node"], device) for each in again for device in each["devices"]]
     assert len(held) == len(set(held)) == 32
+
+
+@pytest.mark.slow
+def test_a_worker_for_which_there_is_no_room_starts_when_a_node_joins_and_gives_its_place_back(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_child, "PLACE_PATIENCE_S", 0.5)
+    connect(cluster.address or "", tmp_path)
+    placement = Placement(experiment(1))  # the two processors of the head
+    argv = [sys.executable, "-c", "print('up', flush=True); import time; time.sleep(600)"]
+
+    def start(name: str) -> RayChild:
+        return RayChild(
+            name, tmp_path, placement.actor(name), (argv, str(tmp_path), 1, {}),
+            asks=placement.words(name), gone=lambda: placement.free(name),
+        )  # fmt: skip
+
+    late, later = start("worker-1"), start("worker-2")
+    wait_for(lambda: bool(late.waits_for), 5)
+    assert late.waits_for == "room on the Ray cluster (1 CPU): add a node"
+    assert late.poll() is None
+    later.terminate()  # one that has no place yet leaves at once
+    assert later.poll() == -signal.SIGKILL
+    node = cluster.add_node(num_cpus=1)
+    wait_for(lambda: late.placed() and "up" in late.log_tail(), 30)
+    assert late.waits_for == ""
+    cluster.remove_node(node, allow_graceful=False)
+    wait_for(lambda: late.poll() is not None, 30)
+    assert late.place
+    assert late.why() == f"node {late.place[:8]}, or its Ray actor there, was lost"
+    wait_for(lambda: len(live_groups()) == 2, 10)
+    placement.remove()
+    wait_for(lambda: not live_groups(), 10)
+
+
+def live_groups() -> list[str]:
+    """Ids of the placement groups that hold or want resources."""
+    table = ray.util.placement_group_table()
+    return [key for key, group in table.items() if group["state"] != "REMOVED"]
+
+
+@pytest.mark.slow
+def test_a_node_runs_the_code_that_the_head_has(cluster: Cluster, tmp_path: Path) -> None:
+    connect(cluster.address or "", tmp_path, with_code=True)
+    placement = Placement(experiment(1, worker_cpus=0.5, learner_cpus=0.5))
+    script = (
+        "import slipstream.buffer as b, importlib.metadata as m; "
+        "print(b.__file__, m.version('slipstream'))"
+    )
+    argv = [sys.executable, "-P", "-c", script]
+    start = (argv, str(tmp_path), 1, {"PYTHONPATH": "/the/user's"})
+    child = RayChild("worker-0", tmp_path, placement.actor("worker-0"), start)
+    assert child.wait(60) == 0, child.log_tail()
+    assert "py_modules_files" in child.log_tail(), "brought by Ray, before what is installed"
+    placement.remove()
+
+
+def test_what_is_brought_to_nodes_is_the_installed_package_with_its_plug_ins(
+    tmp_path: Path,
+) -> None:
+    modules = runtime_environment(tmp_path)["py_modules"]
+    assert all(Path(module).parent == tmp_path for module in modules)
+    script = (
+        "import slipstream.buffer.errors as e, slipstream.configs as c, importlib.metadata as m; "
+        "print(e.__file__, c.__file__, m.version('slipstream'), "
+        "len(m.entry_points(group='slipstream.rewards')))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    ).stdout.split()  # fmt: skip
+    assert all(path.startswith(str(tmp_path)) for path in said[:2])
+    assert said[2] == metadata.version("slipstream")
+    assert int(said[3]) >= len(metadata.entry_points(group="slipstream.rewards"))
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({}, ""),
+        ({"sees": False}, "node n does not see /runs/r: put runs_dir"),
+        (
+            {"versions": {"ray": "1", "torch": "2"}},
+            "node n has {'ray': '1'}, this one {'ray': '2'}",
+        ),
+    ],
+)
+def test_a_node_that_joins_must_have_what_the_head_has(other: dict[str, Any], words: str) -> None:
+    facts = {"host": "n", "sees": True, "versions": {"ray": "2", "torch": "2"}} | other
+    told = unfit(facts, {"ray": "2", "torch": "2"}, "/runs/r")
+    assert words in told
+    assert bool(told) == bool(words)
 
 
 def wait_for_gpus(number: int) -> None:

@@ -9,14 +9,25 @@ from pathlib import Path
 import psutil
 import pytest
 from slipstream.buffer.errors import ConfigError
-from slipstream.configs import ray_cluster
+from slipstream.configs import ray_cluster, ray_node
 
 SSH = """#!/bin/sh
-# A stand-in for ssh, which needs a server: the host's command is noted, and answered from a file.
+# A stand-in for ssh, which needs a server: the command is noted, and answered as a host would.
 while [ "$1" = -o ]; do shift 2; done
 echo "$1 $2" >> {log}
-case "$2" in *"cat >"*) cat > {answers}/../token-"$1";; esac
-cat {answers}/"$1" 2>/dev/null || exit 255
+test -f {answers}/"$1" || exit 255
+case "$2" in
+*importlib*) cat {answers}/"$1" ;;
+*" start "*) cat > {log}-token-"$1"
+    test -f {answers}/fails-"$1" && {{ echo "a Ray node did not start" >&2; exit 1; }}
+    echo '{{"pid": 7, "started": "1", "folder": "/there"}}' ;;
+*" end "*) echo ended ;;
+esac
+"""
+REAL_SSH = """#!/bin/sh
+# A stand-in for ssh that does what a server does with a command: it gives it to a shell.
+while [ "$1" = -o ]; do shift 2; done
+exec env -i HOME="$HOME" PATH="$PATH" XDG_STATE_HOME="$XDG_STATE_HOME/$1" sh -c "$2"
 """
 
 
@@ -54,7 +65,7 @@ def fresh_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def commands(ssh: Path) -> list[str]:
     lines = (ssh / "log").read_text().splitlines()
-    return [line for line in lines if "importlib" not in line and "cat >" not in line]
+    return [line for line in lines if "importlib" not in line]
 
 
 def test_hosts_are_started_head_first_and_ended_head_last(ssh: Path) -> None:
@@ -65,15 +76,24 @@ def test_hosts_are_started_head_first_and_ended_head_last(ssh: Path) -> None:
         ray_cluster.up_hosts(ssh / "hosts.toml")
     assert ray_cluster.down() == ["b: ended", "a: ended"]
     assert [line.split()[0] for line in commands(ssh)] == ["a", "b", "b", "a"]
-    assert "--head" in commands(ssh)[0]
-    assert "--address=a:6379" in commands(ssh)[1]
-    assert all("RAY_AUTH_MODE=token" in line for line in commands(ssh)[:2])
-    assert all(f"rm -f {ray_cluster.HOST_TOKEN}" in line for line in commands(ssh)[2:])
-    assert (ssh / "token-a").read_text() == (ssh / "token-b").read_text()
-    assert len((ssh / "token-a").read_text()) == 64
-    assert (ssh / "token-a").read_text() not in (ssh / "log").read_text()
+    assert "start --head --port=6379" in commands(ssh)[0]
+    assert "start --address=a:6379" in commands(ssh)[1]
+    assert all('"pid":7' in line for line in commands(ssh)[2:])
+    token = (ssh / "log-token-a").read_text()
+    assert token == (ssh / "log-token-b").read_text()
+    assert len(token) == 64
+    assert token not in (ssh / "log").read_text()
     with pytest.raises(ConfigError, match="no cluster of ours is up"):
         ray_cluster.down()
+
+
+def test_when_one_host_fails_to_start_those_that_did_are_ended(ssh: Path) -> None:
+    (ssh / "answers" / "fails-b").touch()
+    with pytest.raises(ConfigError, match=r"^b: a Ray node did not start"):
+        ray_cluster.up_hosts(ssh / "hosts.toml")
+    assert [line.split()[0] for line in commands(ssh)] == ["a", "b", "a"]
+    assert " end " in commands(ssh)[-1]
+    assert ray_cluster.read() is None
 
 
 def test_versions_are_compared_before_anything_starts(ssh: Path) -> None:
@@ -111,6 +131,34 @@ def test_local_nodes_are_started_seen_and_all_ended(fresh_home: Path) -> None:
     assert set(rays()) <= before, "nothing is left behind"
     assert ray_cluster.read() is None
     assert not token.exists()
+    assert list((fresh_home / "slipstream").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_hosts_of_a_file_are_a_cluster_until_they_are_ended_and_no_other_ray_is(
+    fresh_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hosts of one machine; each is reached by a shell, as ssh would reach it."""
+    (fresh_home / "ssh").write_text(REAL_SSH)
+    (fresh_home / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fresh_home}{os.pathsep}{os.environ['PATH']}")
+    port = ray_node.free_port()
+    (fresh_home / "hosts.toml").write_text(
+        f'head = "127.0.0.1"\nworkers = ["localhost"]\nport = {port}\n'
+    )
+    other = ray_node.start(["--head", f"--port={ray_node.free_port()}", "--num-cpus=1"], "0" * 64)
+    before = set(rays())
+    try:
+        ray_cluster.up_hosts(fresh_home / "hosts.toml")
+        lines = ray_cluster.status()
+        assert len([line for line in lines if "CPU" in line]) == 2, lines
+        assert ray_cluster.down() == ["localhost: ended", "127.0.0.1: ended"]
+        assert set(rays()) == before, "no more and no less than before"
+    finally:
+        assert ray_node.end(other) == "ended"
+    left = [p for p in fresh_home.rglob("*") if p.is_file() and p.name not in ("ssh", "hosts.toml")]
+    assert [p for p in left if "slipstream" in p.parts] == []
 
 
 @pytest.mark.slow

@@ -18,9 +18,12 @@ STATS = Stats(counts={}, dropped={}, newest=None, lags={}, oldest_inflight_s=0, 
               workers={}, waits=[])  # fmt: skip
 
 
-def measured(wait_s: float, idle: float, workers: int = 4) -> Balance | None:
+def measured(
+    wait_s: float, idle: float, workers: int = 4, serving: int | None = None
+) -> Balance | None:
     rows = [{"seconds": 10.0, "wait_seconds": wait_s}] * 5
-    stats = msgspec.structs.replace(STATS, workers={"worker-0": {"idle": idle}})
+    told = {f"worker-{n}": {"idle": idle} for n in range(serving or workers)}
+    stats = msgspec.structs.replace(STATS, workers=told)
     return balance(rows, stats, workers)
 
 
@@ -35,6 +38,12 @@ def test_the_side_that_waits_decides_what_is_advised(
     assert found is not None
     assert found.advised == advised
     assert f"{advised} rollout workers" in found.line(4) or advised == 4
+
+
+def test_workers_that_wait_for_a_node_are_not_taken_for_workers_that_are_too_few() -> None:
+    found = measured(5.0, 0.0, workers=8, serving=4)
+    assert found is not None
+    assert found.advised == 8
 
 
 def test_nothing_is_advised_before_there_is_something_to_measure() -> None:

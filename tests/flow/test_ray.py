@@ -52,6 +52,32 @@ def test_at_no_staleness_a_run_under_ray_equals_the_local_one_to_the_bit(
     assert not any("SLIPSTREAM_CURVE" in spec for spec in specs)
 
 
+def test_the_quickstart_on_three_nodes_and_two_ranks_reaches_the_reward_of_a_local_run(
+    system: Any, cluster: Cluster, record_property: Callable[[str, object], None]
+) -> None:
+    address = ("--launcher", "ray", "--address", cluster.address, "cluster.learner_ranks=2")
+    system.start("run", "quickstart", "--output", "local").ended(timeout_s=900)
+    run, folder = (
+        system.start("run", "quickstart", *address, "--output", "ray"),
+        system.folder / "ray",
+    )
+    wait_for(run, lambda: (folder / "metrics.jsonl").exists())
+    nodes = {node_of(cluster, folder, name) for name in ("learner", "worker-0", "worker-1")}
+    assert len(nodes) >= 2, "workers are spread"
+    assert "audit: ok" in run.ended(timeout_s=1500)
+    local, placed = (run_file(system.folder / name)["result"] for name in ("local", "ray"))
+    for name, result in (("local", local), ("ray", placed)):
+        record_property(
+            f"{name}, held-out reward", [result["reward_first"], result["reward_final"]]
+        )
+        record_property(f"{name}, seconds", result["seconds"])
+        assert result["reward_final"]["ci95_low"] > result["reward_first"]["ci95_high"]
+        assert (result["staleness_violations"], result["orphaned_tokens"]) == (0, 0)
+        assert result["export"]["ok"]
+    finals = [local["reward_final"], placed["reward_final"]]
+    assert max(r["ci95_low"] for r in finals) <= min(r["ci95_high"] for r in finals)
+
+
 def test_sizes_that_adapt_and_spare_samples_keep_the_books_under_ray(
     system: Any, cluster: Cluster
 ) -> None:
@@ -102,9 +128,7 @@ def test_a_run_goes_on_when_a_worker_its_node_and_the_learner_are_lost(
     os.kill(pid(folder, "learner"), signal.SIGKILL)
     lost = len((folder / "metrics.jsonl").read_text().splitlines())
     wait_for(run, lambda: len((folder / "metrics.jsonl").read_text().splitlines()) >= lost + 4)
-    worker = psutil.Process(pid(folder, "worker-1"))
-    node = next(n for n in cluster.worker_nodes if _raylet(n) in [p.pid for p in worker.parents()])
-    cluster.remove_node(node, allow_graceful=False)
+    cluster.remove_node(node_of(cluster, folder, "worker-1"), allow_graceful=False)
     step_reached(max(losses(folder)) + 5)  # with one worker
     cluster.add_node(num_cpus=2)
     assert "audit: ok" in run.ended()
@@ -114,6 +138,12 @@ def test_a_run_goes_on_when_a_worker_its_node_and_the_learner_are_lost(
 
 def pid(folder: Path, name: str) -> int:
     return int((folder / "processes" / f"{name}.pid").read_text())
+
+
+def node_of(cluster: Cluster, folder: Path, name: str) -> Any:
+    """The node that started a process."""
+    above = {parent.pid for parent in psutil.Process(pid(folder, name)).parents()}
+    return next(n for n in cluster.list_all_nodes() if _raylet(n) in above)
 
 
 def _raylet(node: Any) -> int:

@@ -16,8 +16,8 @@ from slipstream.kernels import streambp
 from slipstream.kernels.models import read_weights
 from slipstream.learner import loop as loop_module
 from slipstream.learner.checkpoint import find_checkpoint
-from slipstream.learner.config import SenderSpec, SftConfig
-from slipstream.learner.policy import weights_digest
+from slipstream.learner.config import LoraConfig, SenderSpec, SftConfig
+from slipstream.learner.policy import Policy, weights_digest
 from slipstream.learner.trainer import Trainer
 from transformers import GPT2Config
 
@@ -34,6 +34,35 @@ def test_every_step_publishes_one_version_whose_digest_is_its_tensors(
         tensors = read_weights([shard.path for shard in manifest.shards])
         assert weights_digest(tensors) == manifest.version.digest
     assert not list(spec.weights_dir.glob("*.partial"))
+
+
+@pytest.mark.parametrize("adapters", [LoraConfig(), LoraConfig(rank=2, publish="merged")])
+def test_each_version_leaves_the_device_once_for_all_who_need_it(
+    make_spec, run_loop, fake_buffer, monkeypatch, adapters
+):
+    """What is published is what is digested, saved and evaluated. The policy's own memory stands in
+    for the device's: `cpu` of what lies there is a copy."""
+    spec, plain = make_spec(steps=4), Policy.weights
+    spec = spec.model_copy(update={"config": spec.config.model_copy(update={"lora": adapters})})
+    made: list[dict[str, torch.Tensor]] = []
+    copied: list[int] = []
+
+    def weights(policy):
+        made.append(plain(policy))
+        return made[-1]
+
+    def cpu(tensor):
+        if tensor.data_ptr() not in {w.data_ptr() for own in made[-1:] for w in own.values()}:
+            return tensor
+        copied.append(tensor.data_ptr())
+        return tensor.clone()
+
+    monkeypatch.setattr(Policy, "weights", weights)
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    run_loop(spec, buffer := fake_buffer())
+    assert [version.step for version in buffer.saved] == [0, 2, 4]
+    assert len(made) == len(buffer.published) == 5
+    assert len(copied) == sum(map(len, made))
 
 
 def test_metrics_have_one_line_a_step_with_the_proof(make_spec, fake_buffer, run_loop, rows_of):
