@@ -249,8 +249,8 @@ class NativeEngine:
     # Below: what runs in the engine's thread.
 
     def _run(self) -> None:
-        torch.set_num_threads(self._threads)  # per thread: others keep their own number,
-        torch.get_num_threads()  # but a thread that has not asked yet follows who sets one next
+        torch.get_num_threads()  # a thread that asks for the first time takes what was set last,
+        torch.set_num_threads(self._threads)  # and from then on has a number of its own
         try:
             with torch.inference_mode():
                 while not self._closing:
