@@ -219,8 +219,9 @@ class LearnerConfig(Settings):
     """Train a step's groups as they become READY, before its batch is full: the same update to
     rounding. Needs one update per step, and an objective that looks at one group at a time."""
     compile: bool = False
-    """Compile each decoder layer (torch.compile, without graph breaks, one graph for all shapes):
-    minutes at the start. Needs a C++ compiler; not together with `activations = "stream"`."""
+    """Compile each decoder layer (torch.compile, without graph breaks, a few graphs for all layers
+    and shapes): minutes at the start. Needs a C++ compiler; not together with `packed` or
+    `activations = "stream"`."""
     device: Literal["cpu", "cuda"] = "cpu"
     """`cuda`: one device per learner rank, NCCL between them; not run so far."""
     threads: Annotated[int, Field(ge=1)] = 1

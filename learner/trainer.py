@@ -424,8 +424,11 @@ class Trainer:
             small = {"probe.safetensors": probe(self.policy.model)}
             if self.spec.config.lora.rank:
                 small[ADAPTER] = lora.adapter_state(self.policy.model)
+            merged: Mapping[str, Tensor] | None = None
             whole = self._file
-            if self._adapters_alone:
+            if self._adapters_alone and self.ranks.size == 1:  # changes no more: base and new sums
+                merged = _on_host(self.policy.weights())
+            elif self._adapters_alone:
                 whole = self.spec.weights_dir / f"weights-checkpoint{_HELD}"
                 self._write_whole(whole, self.policy.weights())
             small = {
@@ -436,11 +439,14 @@ class Trainer:
         writers: dict[str, Callable[[Path], object]] = {
             f"optimizer{of}.safetensors": lambda path: shards.write_parts(path, copied.result())
         }
-        if self.ranks.first:
+        if merged is not None:
+            writers["weights.safetensors"] = functools.partial(_write_file_of, merged)
+        elif self.ranks.first:
             self._copied_from = whole.open("rb")
             if self._adapters_alone:
                 whole.unlink()
-            writers = {"weights.safetensors": _copy_of(self._copied_from), **writers}
+            writers["weights.safetensors"] = _copy_of(self._copied_from)
+        if self.ranks.first:
             for file, tensors in small.items():
                 parts = shards.parts_of(tensors)
                 writers[file] = functools.partial(shards.write_parts, parts=parts)
@@ -509,6 +515,13 @@ class Trainer:
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies in host memory; of what is there already, itself."""
     return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def _write_file_of(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write whole tensors."""
+    parts = shards.parts_of(tensors)
+    shards.make_file(path, parts)
+    shards.fill_file(path, parts)
 
 
 def _copy_of(source: BinaryIO) -> Callable[[Path], None]:

@@ -313,7 +313,7 @@ LOOP_POINTS = [
     "publish.file_written:4",
     "publish.announced:2",
     "metrics.written:3",
-    "checkpoint.file_made:2",
+    "checkpoint.file_made:3",
     "checkpoint.file_synced.optimizer.safetensors:2",
     "checkpoint.manifest_renamed:2",
     "checkpoint.acknowledged:1",
