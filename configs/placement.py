@@ -146,7 +146,7 @@ class Placement:
         """What a process asks for."""
         ask = self.bundle(name)[2]
         told = ", ".join(f"{amount:g} {key}" for key, amount in ask.items()) or "nothing"
-        return f"{told} at {self.only_at}" if self.only_at else told
+        return f"{told} at {self.only_at}" if self.only_at and name in self._later else told
 
     def actor(self, name: str) -> Any:
         """A new actor in its bundle."""

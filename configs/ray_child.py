@@ -26,8 +26,8 @@ from .scratch import host_dir, sweep
 
 ANSWER_S = 30.0
 """An actor that does not answer for so long is lost with its node."""
-PLACE_PATIENCE_S = 5.0
-"""A process that has no place for so long says so; an actor takes a second or two to start."""
+PLACE_PATIENCE_S = 15.0
+"""A process that has no place for so long says so; on a busy machine an actor takes a while."""
 ALIKE = ("slipstream", "torch", "transformers", "ray")
 """Packages whose versions must be equal on all nodes."""
 

@@ -11,10 +11,8 @@ import json
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import zmq
 from slipstream.buffer import codec, messages
@@ -237,11 +235,12 @@ def trajectory(
 
 
 def main() -> None:
-    """ENDPOINT ENGINES FROM TO RESULT: run the fleet, and leave what it measured in a file."""
-    endpoint, engines, measure_from_s, measure_to_s, result = sys.argv[1:]
+    """ENDPOINT ENGINES: say "ready", be told from when to when to measure, run, print what was."""
+    endpoint, engines = sys.argv[1:]
     fleet = Fleet(endpoint, int(engines), seed=0)
-    found = fleet.run(float(measure_from_s), float(measure_to_s))
-    Path(result).write_text(json.dumps(msgspec.to_builtins(found)))
+    print("ready", flush=True)
+    from_s, until_s = map(float, sys.stdin.readline().split())
+    print(json.dumps(fleet.run(from_s, until_s)), flush=True)
 
 
 if __name__ == "__main__":
