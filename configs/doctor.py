@@ -170,7 +170,7 @@ def report(run: Path | None, address: str, folder: Path) -> tuple[bool, list[str
         return run_report(run)
     if not address:
         return machine_report(folder)
-    use_our_token()
+    use_our_token(address)
     try:
         from .cluster_doctor import cluster_report
     except ImportError:

@@ -153,7 +153,7 @@ def check_launcher(experiment: Experiment) -> None:
     if experiment.launcher != "ray":
         check_engine(experiment.rollout)
         return
-    use_our_token()
+    use_our_token(experiment.cluster.address)
     try:
         from .ray_launcher import find_cluster
     except ImportError:

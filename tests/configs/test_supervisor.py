@@ -194,7 +194,9 @@ def test_all_that_went_with_one_node_is_one_failure_and_the_buffer_is_told(
             return "node node-1 was lost"
 
     class Waiting(Child):
-        waits_for = "room on the cluster"
+        @property
+        def waits_for(self) -> str:
+            return "room on the cluster"
 
     around = Around(run_dir, lambda phase: None, {})
     around.start = lambda name: (  # type: ignore[method-assign]

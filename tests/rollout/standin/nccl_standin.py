@@ -76,7 +76,7 @@ class DeviceMemory:
         with tempfile.NamedTemporaryFile(dir=folder, prefix="device-", delete=False) as file:
             file.truncate(size)
         made = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
-        made.shared_as = (file.name, size)
+        made.shared_as = (file.name, size)  # pyright: ignore[reportAttributeAccessIssue]
         return made
 
 
