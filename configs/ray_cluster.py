@@ -7,6 +7,7 @@ down()    -> every node that cluster.json names is ended (`ray_node`); no other 
 import os
 import secrets
 import shlex
+import socket
 import subprocess
 import sys
 import tomllib
