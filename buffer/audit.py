@@ -95,6 +95,7 @@ def audit(
     *,
     max_staleness_steps: float | None = None,
     max_uses: int = 1,
+    until: int | None = None,
 ) -> AuditReport:
     """Count a run's prompts from independent sources and compare.
 
@@ -104,13 +105,15 @@ def audit(
         max_staleness_steps: S, to hold the trained tokens against; None believes the bound in
             each step's proof line.
         max_uses: steps that may train a group.
+        until: the last row that is looked at, which is the last one that `issued_uids` knows of: a
+            run that is alive puts prompts meanwhile. None: all.
     Raises:
         CorruptData: there is no ledger to audit.
     """
     journal = Journal(run_dir, writable=False)
     report = AuditReport()
     try:
-        stored = journal.events()
+        stored = journal.events(until=until)
         _check_sequence(journal, report)
         lineage = _walk(stored)
         _check_prompts(lineage, set(issued_uids), _fold(stored, report), max_uses, report)

@@ -19,6 +19,9 @@ from .segments import Segments
 
 T = TypeVar("T")
 
+MAX_SEQUENCE = 2**63 - 1
+"""SQLite's largest integer."""
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS events (
@@ -121,15 +124,19 @@ class Journal:
                 raise
             self.sequence += len(new)
 
-    def events(self, after: int = 0) -> list[AnyEvent]:
+    def events(self, after: int = 0, until: int | None = None) -> list[AnyEvent]:
         """The events behind a sequence number, oldest first.
 
+        Args:
+            after: the last one that is not wanted.
+            until: the last one that is; None: the newest.
         Raises:
             CorruptData: a row is not an event.
         """
         try:
-            query = "SELECT body FROM events WHERE sequence > ? ORDER BY sequence"
-            return [decode_event(body) for (body,) in self._database.execute(query, (after,))]
+            query = "SELECT body FROM events WHERE sequence > ? AND sequence <= ? ORDER BY sequence"
+            span = (after, MAX_SEQUENCE if until is None else until)
+            return [decode_event(body) for (body,) in self._database.execute(query, span)]
         except (sqlite3.DatabaseError, msgspec.MsgspecError) as error:
             raise CorruptData(f"the ledger holds a row that is not an event: {error}") from error
 

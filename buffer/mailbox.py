@@ -18,6 +18,8 @@ from .weight_files import retire
 KEPT_VERSIONS = 2
 """The newest, and the one before: an engine may be loading it right now."""
 _CHUNK_BYTES = 1 << 22
+_SLOWEST_BYTES_PER_S = 1 << 28
+"""Of reading or sending weights where nothing is wrong: a disk, not a device."""
 
 
 def file_digest(path: Path) -> tuple[int, str]:
@@ -90,6 +92,11 @@ def confirm(manifest: WeightsManifest) -> None:
     for shard in manifest.shards:
         if not Path(shard.path).exists():
             raise CorruptData(f"weights {manifest.version}: {shard.path} was retired while read")
+
+
+def moving_s(manifest: WeightsManifest) -> float:
+    """What deadlines of a version allow for its bytes, besides what they allow for the rest."""
+    return sum(shard.num_bytes for shard in manifest.files) / _SLOWEST_BYTES_PER_S
 
 
 class Mailbox:

@@ -5,6 +5,7 @@ an error escapes, which is written to `processes/NAME.error.json` for the superv
 """
 
 import asyncio
+import contextlib
 import faulthandler
 import json
 import os
@@ -81,10 +82,11 @@ def _record(error: Exception, error_file: Path) -> int:
         "exit_code": exit_code,
         "traceback": text,
     }
-    print(text, file=sys.stderr, flush=True)
-    temporary = error_file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    temporary.replace(error_file)
+    with contextlib.suppress(OSError):  # a full disk: then the exit code is all that is left
+        print(text, file=sys.stderr, flush=True)
+        temporary = error_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+        temporary.replace(error_file)
     return exit_code
 
 

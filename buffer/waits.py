@@ -13,6 +13,7 @@ of a wait are those of clients' errors and of `Stats.waits`, too, for example
 import asyncio
 import itertools
 import os
+import platform
 import threading
 import time
 from collections.abc import Hashable, Iterable, Iterator
@@ -67,6 +68,8 @@ class Published(Record, frozen=True):
     loop_silent_s: float
     """Since the event loop last turned."""
     waits: list[PublishedWait]
+    host: str = ""
+    """Where the pid is."""
 
 
 _waits: dict[Hashable, tuple[Wait, ...]] = {}
@@ -112,7 +115,13 @@ def published(beat: int, now: float) -> Published:
         for wait in each
     ]
     silent_s = now - (_pulse_s[0] or now)
-    return Published(pid=os.getpid(), beat=beat, loop_silent_s=round(silent_s, 1), waits=waits)
+    return Published(
+        pid=os.getpid(),
+        beat=beat,
+        loop_silent_s=round(silent_s, 1),
+        waits=waits,
+        host=platform.node(),
+    )
 
 
 def publish_for_ever(path: Path) -> None:

@@ -27,7 +27,7 @@ from .filesystem import naming_a_full_disk
 from .records import Shard, Version, WeightsManifest
 from .weight_holder import Holder, Offer
 
-PIECE_BYTES = 1 << 19
+PIECE_BYTES = 1 << 18
 """Copied, then digested while it is still in the processor's cache."""
 ALIGNMENT = 8
 """Of the first tensor's bytes, as safetensors wants it."""
@@ -41,6 +41,15 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
     bytes_N: np.ndarray
     """[N] uint8."""
+
+
+class Written(NamedTuple):
+    """The digests of a file, xxh3-128 hex."""
+
+    file: str
+    """Of its bytes: a shard's."""
+    tensors: str
+    """Of what it holds, in whatever order and by whatever header: a version's."""
 
 
 def retire(path: Path) -> None:
@@ -95,10 +104,10 @@ class Outbox:
             DiskFull: it does not fit.
         """
         temporary = self._directory / f"{self._name}.partial"
-        return self.announce(version, temporary, self.write(temporary, pieces))
+        return self.announce(version, temporary, self.write(temporary, pieces).file)
 
-    def write(self, path: Path, pieces: Mapping[str, Piece], *, fresh: bool = False) -> str:
-        """Write a shard that is not published yet; its digest.
+    def write(self, path: Path, pieces: Mapping[str, Piece], *, fresh: bool = False) -> Written:
+        """Write a shard that is not published yet.
 
         Args:
             path: in the folder.
@@ -110,11 +119,14 @@ class Outbox:
         head = _header(pieces)
         num_bytes = len(head) + sum(piece.bytes_N.nbytes for piece in pieces.values())
         target_N = self._take_spare(path, num_bytes, fresh=fresh)
-        hasher, start = xxhash.xxh3_128(), 0
-        for source in (np.frombuffer(head, np.uint8), *(p.bytes_N for p in pieces.values())):
-            copy_digested(target_N[start : start + source.nbytes], source, hasher)
-            start += source.nbytes
-        return hasher.hexdigest()
+        target_N[: len(head)] = np.frombuffer(head, np.uint8)
+        hasher, start, digests = xxhash.xxh3_128(head), len(head), {}
+        for name, piece in pieces.items():
+            target = target_N[start : start + piece.bytes_N.nbytes]
+            copy_digested(target, piece.bytes_N, hasher, own := xxhash.xxh3_128())
+            digests[name] = own.hexdigest()
+            start += piece.bytes_N.nbytes
+        return Written(hasher.hexdigest(), tensors_digest(pieces, digests))
 
     def announce(self, version: Version, written: Path, digest: str) -> WeightsManifest:
         """Rename a written shard to where a version is looked for.
@@ -215,12 +227,45 @@ class Mappings:
         return kept_N
 
 
-def copy_digested(target_N: np.ndarray, source_N: np.ndarray, hasher: xxhash.xxh3_128) -> None:
+def copy_digested(target_N: np.ndarray, source_N: np.ndarray, *hashers: xxhash.xxh3_128) -> None:
     """Copy bytes, and digest what was written while it is in the processor's cache."""
     for begin in range(0, source_N.nbytes, PIECE_BYTES):
         piece_N = target_N[begin : begin + PIECE_BYTES]
         piece_N[:] = source_N[begin : begin + PIECE_BYTES]
-        hasher.update(piece_N.data)
+        for hasher in hashers:
+            hasher.update(piece_N.data)
+
+
+def tensors_digest(pieces: Mapping[str, Piece], digests: Mapping[str, str] | None = None) -> str:
+    """xxh3-128 hex of names, dtypes, shapes and the digests of the bytes, in name order.
+
+    Args:
+        pieces: by name.
+        digests: xxh3-128 hex of the bytes of each, when they are known.
+    """
+    hasher = xxhash.xxh3_128()
+    for name, piece in sorted(pieces.items()):
+        own = digests[name] if digests else xxhash.xxh3_128_hexdigest(piece.bytes_N.data)
+        hasher.update(f"{name} {piece.dtype} {tuple(piece.shape)} {own}\n".encode())
+    return hasher.hexdigest()
+
+
+def digest_file(path: Path) -> Written:
+    """Of a safetensors file that others wrote, read once."""
+    bytes_N = np.memmap(path, np.uint8, "r")
+    start = 8 + int.from_bytes(bytes_N[:8].tobytes(), "little")
+    header = json.loads(bytes_N[8:start].tobytes())
+    header.pop("__metadata__", None)
+    hasher, pieces, digests = xxhash.xxh3_128(bytes_N[:start].data), {}, {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, end = entry["data_offsets"]
+        piece_N, own = bytes_N[start + first : start + end], xxhash.xxh3_128()
+        for begin in range(0, piece_N.nbytes, PIECE_BYTES):
+            for each in (hasher, own):
+                each.update(piece_N[begin : begin + PIECE_BYTES].data)
+        pieces[name] = Piece(entry["dtype"], tuple(entry["shape"]), piece_N)
+        digests[name] = own.hexdigest()
+    return Written(hasher.hexdigest(), tensors_digest(pieces, digests))
 
 
 def map_file(path: Path, num_bytes: int) -> np.ndarray:

@@ -23,7 +23,8 @@ def audit_run(run_dir: Path) -> AuditReport:
     source = PromptSource(experiment.prompts, experiment.seed)
     journal = Journal(run_dir, writable=False)
     try:
-        issued = [event for event in journal.events() if isinstance(event, Put)]
+        until = journal.sequence  # a run that is alive goes on
+        issued = [event for event in journal.events(until=until) if isinstance(event, Put)]
         foreign = list(_foreign_prompts(journal, issued, source))
     finally:
         journal.close()
@@ -34,6 +35,7 @@ def audit_run(run_dir: Path) -> AuditReport:
         range(len(issued)),
         max_staleness_steps=law.max_staleness_steps,
         max_uses=law.max_uses,
+        until=until,
     )
     report.faults += [f"prompt {uid} is not the one the stream gives" for uid in foreign]
     return report

@@ -72,6 +72,8 @@ class Child:
         """Set what every child knows of itself."""
         self.name, self.run_dir, self.pid = name, run_dir, 0
         self.log_path = run_dir / "logs" / f"{name}.log"
+        # What an earlier process of this name said is not the reason of this one's end.
+        self._log_from = self.log_path.stat().st_size if self.log_path.exists() else 0
         self._exit_code: int | None = None
         # A message of an earlier branch must not be taken for the reason of this one's end.
         self._error_path.unlink(missing_ok=True)
@@ -144,7 +146,7 @@ class Child:
         """The last lines of its log, indented."""
         try:
             with self.log_path.open("rb") as log:
-                log.seek(max(0, self.log_path.stat().st_size - LOG_TAIL_BYTES))
+                log.seek(max(self._log_from, self.log_path.stat().st_size - LOG_TAIL_BYTES))
                 text = log.read().decode(errors="replace")
         except OSError:
             return ""

@@ -233,11 +233,14 @@ def buffer(run: RunArgument) -> None:
 @app.command()
 def doctor(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder.")] = None,
+    address: Annotated[
+        str, typer.Option(help="All nodes of this Ray cluster: auto, or its head.")
+    ] = "",
 ) -> None:
     """Say what a run waits for, alive or dead; without RUN, whether this machine can run one."""
-    from .doctor import machine_report, run_report
+    from .doctor import report
 
-    ok, lines = machine_report(Path.cwd()) if run is None else run_report(run)
+    ok, lines = report(run, address, Path.cwd())
     print("\n".join(lines))
     raise typer.Exit(0 if ok else 1)
 

@@ -2,7 +2,7 @@
 
 Doctor.look(children) -> [Stall(name, why)]     live, called by the supervisor, which acts
 run_report(run_dir)                             `slipstream doctor RUN`, of a live or dead run
-machine_report()                                `slipstream doctor`
+machine_report()                                `slipstream doctor`; of a cluster's: cluster_doctor
 """
 
 import importlib.util
@@ -19,11 +19,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from ..buffer.errors import ConfigError
 from ..buffer.waits import Published, chain, read_published
 from .child import Child
 from .claim import running_supervisor
 from .closing import resume_line
 from .engines import TRIPLE, engines, version
+from .ray_cluster import use_our_token
 from .run_dir import read_run
 
 SILENT_S = 20.0
@@ -35,6 +37,7 @@ START_S = 300.0
 SLACK_S = 10.0
 """Who has a deadline of its own acts on it first."""
 LOOK_S = 1.0
+UNPLACED_S = 30.0
 DUMP_S = 5.0
 
 
@@ -53,7 +56,8 @@ class Doctor:
         self._folder, self._stall_s = run_dir / "processes", stall_s
         self._beats: dict[str, tuple[int, int, float]] = {}
         """name -> (pid, beat, when it was first seen)."""
-        self._looked_s = 0.0
+        self._looked_s = self._told_s = 0.0
+        self._unplaced: dict[str, float] = {}
 
     def look(self, children: Mapping[str, Child]) -> list[Stall]:
         """The living children that hang; at most one look a second."""
@@ -77,8 +81,24 @@ class Doctor:
             self._beats[child.name] = known = (child.pid, beat, now)
         silent_s = now - known[2]
         if silent_s > (START_S if beat < 0 else SILENT_S):
-            return f"has been silent for {silent_s:.0f} s ({process_state(child.pid)})"
+            host = said.host if said is not None and beat >= 0 else ""
+            return f"has been silent for {silent_s:.0f} s ({process_state(child.pid, host)})"
         return _diagnosis(said, child.name, self._stall_s) if said is not None and beat >= 0 else ""
+
+    def unplaced(self, children: Mapping[str, Child]) -> list[str]:
+        """In lines, from time to time, who waits for a place on the cluster: its node was lost."""
+        now = time.monotonic()
+        if now - self._told_s < UNPLACED_S:
+            return []
+        self._told_s = now
+        without = (n for n, child in children.items() if not child.pid and child.poll() is None)
+        self._unplaced = {name: self._unplaced.get(name, now) for name in without}
+        return [
+            f"{name} has waited {now - since_s:.0f} s for a place on the cluster; it starts when a "
+            "node has room (`slipstream cluster status`)"
+            for name, since_s in self._unplaced.items()
+            if since_s < now
+        ]
 
     def chain(self) -> str:
         """Who waits on whom, from the learner on."""
@@ -97,8 +117,10 @@ def _diagnosis(said: Published, name: str, stall_s: float) -> str:
     return ""
 
 
-def process_state(pid: int) -> str:
-    """In a word what the kernel says of a process."""
+def process_state(pid: int, host: str = "") -> str:
+    """In a word what the kernel says of a process; of one on another machine, where it is."""
+    if host not in ("", platform.node()):
+        return f"on {host}"
     try:
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -119,7 +141,8 @@ def dump_stacks(child: Child) -> str:
     """Have a hung process's stacks written, and say where: py-spy's, or its own to its log."""
     path = child.log_path.with_suffix(".stacks.txt")
     spy = shutil.which("py-spy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
-    if spy is not None:
+    said = read_published(child.run_dir / "processes" / f"{child.name}.waits.json")
+    if spy is not None and (said is None or said.host in ("", platform.node())):
         command = [spy, "dump", "--nonblocking", "--pid", str(child.pid)]
         with suppress(OSError, subprocess.TimeoutExpired):
             done = subprocess.run(command, capture_output=True, timeout=DUMP_S, check=False)
@@ -135,6 +158,24 @@ def dump_stacks(child: Child) -> str:
     if child.log_path.stat().st_size == before:
         return "no stacks: it does not even handle signals (py-spy, when installed, needs none)"
     return f"stacks in {child.log_path}"
+
+
+def report(run: Path | None, address: str, folder: Path) -> tuple[bool, list[str]]:
+    """What `slipstream doctor` says: of a run, of a cluster's nodes, or of this machine.
+
+    Raises:
+        ConfigError: there is no such run or cluster, or Ray is not installed.
+    """
+    if run is not None:
+        return run_report(run)
+    if not address:
+        return machine_report(folder)
+    use_our_token(address)
+    try:
+        from .cluster_doctor import cluster_report
+    except ImportError:
+        raise ConfigError("--address needs Ray: pip install 'slipstream[ray]'") from None
+    return cluster_report(address, folder)
 
 
 def run_report(run_dir: Path) -> tuple[bool, list[str]]:
@@ -153,7 +194,7 @@ def run_report(run_dir: Path) -> tuple[bool, list[str]]:
     ok = alive or run.status == "finished"
     for name, each in said.items():
         silent_s = time.time() - (folder / f"{name}.waits.json").stat().st_mtime
-        state = process_state(each.pid) if alive else "ended"
+        state = process_state(each.pid, each.host) if alive else "ended"
         frozen = alive and state != "gone" and silent_s > SILENT_S
         why = "silent" if frozen else _diagnosis(each, name, 300.0) if alive else ""
         ok = ok and not why

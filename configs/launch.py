@@ -25,6 +25,7 @@ from ..buffer.journal import Journal
 from ..learner.checkpoint import complete_folders, find_checkpoint
 from .claim import running_supervisor, supervising
 from .closing import resume_line, seeds_table
+from .leftovers import end_leftovers
 from .load import Loaded, with_overrides
 from .models import check_folder, resolve_model
 from .result import RunResult
@@ -171,6 +172,7 @@ def resume(run_dir: Path, *, console: Console | None = None, export: bool = True
     for name in SUBFOLDERS:  # a copy of a run (`buffer.copy_to`) holds only what is needed
         (run_dir / name).mkdir(exist_ok=True)
     with supervising(run_dir):
+        end_leftovers(run_dir, lambda line: console.print(line, highlight=False))
         launch = _reopen(run_dir, console)
         return run_branches(launch, console, lambda: _reopen(run_dir, console), export=export)
 

@@ -82,11 +82,11 @@ def _about_learning(experiment: Experiment) -> Iterator[str]:
             'learner.objective.correction = "none" trains old samples as if they were fresh; '
             '"truncate" corrects for it'
         )
-    if learner.micro_batch_tokens < experiment.rollout.sampling.max_new_tokens:
+    if learner.micro_batch_tokens <= experiment.rollout.sampling.max_new_tokens:
         yield (
             f"learner.micro_batch_tokens = {learner.micro_batch_tokens} is less than one sample of "
-            f"{experiment.rollout.sampling.max_new_tokens} tokens; such a sample is a micro-batch "
-            "of its own and takes more memory than this says"
+            f"{experiment.rollout.sampling.max_new_tokens} tokens and its prompt; such a sample is "
+            "a micro-batch of its own and takes more memory than this says"
         )
 
 

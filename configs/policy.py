@@ -6,6 +6,9 @@ Each action may be taken `cluster.restarts` times within `WINDOW_S`; then the ru
 words of the last failure and the command that resumes it.
 """
 
+import errno
+import os
+import shutil
 import time
 from collections import deque
 from typing import Literal, NamedTuple
@@ -17,11 +20,13 @@ SAME_NODE_S = 30.0
 """The processes of a lost node are found dead within so long of one another, and count once."""
 
 Kind = Literal["learner", "buffer", "feeder", "worker"]
-Failure = Literal["died", "lost a peer", "raised", "stalled", "starved", "refused", "left"]
+Failure = Literal[
+    "died", "lost a peer", "raised", "stalled", "starved", "refused", "left", "no space"
+]  # fmt: skip
 """`died`: killed, or gone without a word. `lost a peer`: another process did not answer. `raised`:
 an error nobody foresaw. `stalled`: found hung and killed by us. `starved`: the learner got no batch
 in time. `refused`: said why it cannot go on, which a restart does not change. `left`: ended by
-itself, too early."""
+itself, too early. `no space`: the disk of the run is full, which a restart does not change."""
 
 Action = Literal["restart", "go back", "give up"]
 """`restart`: this process alone; the ledger gives its work to it again. `go back`: all processes,
@@ -51,6 +56,10 @@ POLICY: dict[tuple[Kind, Failure], Rule] = {
 """Every other pair is given up: see `rule_for`."""
 
 FINAL_ERRORS = ("ConfigError", "TrainingFailed", "CorruptData")
+NO_SPACE = os.strerror(errno.ENOSPC)
+"""In the message of any error of a full disk, whoever wrote."""
+FULL_BYTES = 2**20
+"""A disk with less free: who died on it may not have been able to say why."""
 STARVED = "got no batch within"
 """What the learner says of a batch that did not come (`learner/loop.py`)."""
 
@@ -67,8 +76,12 @@ def failure_of(child: Child, stalled: bool = False) -> Failure:
     if stalled:
         return "stalled"
     error = child.error()
+    if error is None and shutil.disk_usage(child.run_dir).free < FULL_BYTES:
+        return "no space"
     if error is None:
         return "left" if child.poll() == 0 else "died"
+    if error.type == "DiskFull" or NO_SPACE in error.message:
+        return "no space"
     if STARVED in error.message:
         return "starved"
     if error.type in ("PeerLost", "Refused", "WireError"):
@@ -111,3 +124,9 @@ class Budget:
     def used(self, what: str) -> int:
         """How many are in the window."""
         return len(self._times.get(what, ()))
+
+    def exhausted(self, what: str) -> str:
+        """Why nothing more is done, to go before what happened last."""
+        if not self.allowed:
+            return ""
+        return f"{self.allowed} {what} restarts in {WINDOW_S:.0f} s (cluster.restarts), then: "

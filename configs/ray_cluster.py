@@ -7,6 +7,7 @@ down()    -> every node that cluster.json names is ended (`ray_node`); no other 
 import os
 import secrets
 import shlex
+import socket
 import subprocess
 import sys
 import tomllib
@@ -190,11 +191,21 @@ def read() -> Started | None:
     return None
 
 
-def use_our_token() -> None:
-    """To be called before Ray is imported: a cluster of ours answers only to its own token."""
-    if read() is not None:
+def use_our_token(address: str = "auto") -> None:
+    """To be called before Ray is imported: a cluster of ours answers only to its own token, and
+    another cluster does not know it."""
+    started = read()
+    if started is not None and (address == "auto" or _alike(address, started.address)):
         for name, value in token_variables(state_folder()).items():
             os.environ.setdefault(name, value)
+
+
+def _alike(address: str, other: str) -> bool:
+    """Whether two HOST:PORT are one."""
+    with suppress(OSError):
+        found = (each.rpartition(":") for each in (address, other))
+        return len({(socket.gethostbyname(host), port) for host, _, port in found}) == 1
+    return False
 
 
 def _write(started: Started) -> Started:

@@ -415,6 +415,12 @@ def check_objective(experiment: Experiment) -> Iterator[str]:
             "itself: the ratio is 1 and clipping is off; set updates_per_step to 2 or more, or "
             f'{of}proximal = "ewma", "interpolated" or "behaviour"'
         )
+    if objective.proximal == "ewma" and objective.proximal_decay == 0:
+        yield (
+            f'{of}proximal = "ewma" with {of}proximal_decay = 0 averages nothing: it is the '
+            "current policy itself, the ratio is 1 and clipping is off; set proximal_decay to 0.9, "
+            f'or {of}proximal = "auto"'
+        )
     unbounded = objective.correction == "none" and objective.surrogate != "raft"  # without ratio
     if unbounded and objective.anchor(updates) == "first_pass" and stale:
         yield (
@@ -423,18 +429,31 @@ def check_objective(experiment: Experiment) -> Iterator[str]:
             'updates on old samples; set correction = "truncate", proximal = "behaviour", or '
             "buffer.max_staleness_steps = 0"
         )
-    if objective.needs_whole_samples and stale and experiment.buffer.stale == "trim":
+    rule = experiment.buffer.stale
+    if objective.needs_whole_samples and stale and rule in ("trim", "wait"):
         key = "ratio" if objective.ratio == "sequence" else "correction_level"
         yield (
-            f'{of}{key} = "sequence" needs whole samples, but buffer.stale = "trim" cuts stale '
-            'prefixes off; set buffer.stale = "requeue" or "drop"'
+            f'{of}{key} = "sequence" needs whole samples, but buffer.stale = "{rule}" cuts stale '
+            f"prefixes off{' when it has waited' if rule == 'wait' else ''}; set buffer.stale = "
+            '"requeue" or "drop" (buffer.straggler_wait_s is how long a step waits before)'
+        )
+
+
+def check_checkpoints(experiment: Experiment) -> Iterator[str]:
+    """Yield why there would be no best checkpoint to keep."""
+    checkpoint, evaluation = experiment.learner.checkpoint, experiment.eval
+    if checkpoint.keep_best and not (evaluation.enabled and evaluation.every_steps):
+        off = "eval.every_steps = 0" if evaluation.enabled else "eval.enabled = false"
+        yield (
+            "learner.checkpoint.keep_best = true keeps the best of the checkpoints that are "
+            f"evaluated, but {off}; set eval.every_steps to learner.checkpoint.every_steps = "
+            f"{checkpoint.every_steps} or a multiple of it, or keep_best = false"
         )
 
 
 CHECKS = (
     check_batch, check_ranks, check_sizing, check_sampling, check_engine, check_staleness,
-    check_prompts,
-    check_launch, check_objective, check_secrets,
+    check_prompts, check_launch, check_objective, check_checkpoints, check_secrets,
 )  # fmt: skip
 
 

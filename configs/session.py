@@ -71,8 +71,9 @@ def _session(
                 with Reporter(launch, console) as reporter:
                     outcome = work(launch, reporter, stop)
                     went_back = went_back if _saved(launch) == saved else 0
-                    allowed = went_back < launch.experiment.cluster.restarts
-                    if not (outcome.go_back and allowed) or stop.count:
+                    if went_back == launch.experiment.cluster.restarts:
+                        outcome = _given_up(outcome, went_back)
+                    if not outcome.go_back or stop.count:
                         result = _conclude(launch, outcome, reporter, stop, export=export)
                         break
                 went_back, saved = went_back + 1, _saved(launch)
@@ -99,6 +100,14 @@ def _session(
     )
     print_closing(done, console, tensorboard=launch.experiment.track.tensorboard)
     return done
+
+
+def _given_up(outcome: Outcome, went_back: int) -> Outcome:
+    """The same end, after which the run does not go back once more."""
+    if not outcome.go_back:
+        return outcome
+    why = f"went back {went_back} times to one checkpoint (cluster.restarts), then: "
+    return dataclasses.replace(outcome, reason=why + outcome.reason, go_back=False)
 
 
 def _saved(launch: Launch) -> list[str]:
@@ -144,7 +153,7 @@ def check_launcher(experiment: Experiment) -> None:
     if experiment.launcher != "ray":
         check_engine(experiment.rollout)
         return
-    use_our_token()
+    use_our_token(experiment.cluster.address)
     try:
         from .ray_launcher import find_cluster
     except ImportError:
@@ -208,6 +217,8 @@ class _Around:
         _say(self._reporter.console, self._launch, line)
 
     def stalled(self, children: Mapping[str, Child]) -> list[Stall]:
+        for line in self._doctor.unplaced(children):
+            self.say(line)
         return self._doctor.look(children)
 
     def measure(self) -> Balance | None:

@@ -208,6 +208,7 @@ def learner_spec(launch: Launch, places: Scratch, rank: int = 0) -> LearnerSpec:
         max_staleness_steps=experiment.buffer.max_staleness_steps,
         ratio_law=experiment.rollout.ratio_law,
         take_deadline_s=experiment.buffer.take_deadline_s,
+        eval_every_steps=experiment.eval.every_steps if experiment.eval.enabled else 0,
         rank=rank,
         ranks=experiment.cluster.learner_ranks,
         branch=launch.branch,

@@ -20,7 +20,7 @@ from typing import Literal, Protocol
 
 from .child import Child
 from .doctor import Stall, dump_stacks
-from .policy import Budget, failure_of, kind_of, rule_for
+from .policy import NO_SPACE, Budget, failure_of, kind_of, rule_for
 
 POLL_S = 0.05
 
@@ -247,12 +247,17 @@ class Supervisor:
             _Ended: the run ends, or goes back to its checkpoint.
         """
         why = self._stalled.pop(child.name, "")
-        rule = rule_for(child.name, failure_of(child, stalled=bool(why)))
+        failure = failure_of(child, stalled=bool(why))
+        rule = rule_for(child.name, failure)
+        if failure == "no space" and child.error() is None:
+            why = f"{NO_SPACE}: {child.run_dir}; {child.why()}"
         kind, first = kind_of(child.name), (why or child.why()).splitlines()[0].rstrip(":;")
         if rule.action == "go back" and self._budget.allowed:
             raise _Ended(outcome_of(child, why, go_back=True))
-        if rule.action != "restart" or not self._budget.spend(kind, child.place):
+        if rule.action != "restart":
             raise _Ended(outcome_of(child, why))
+        if not self._budget.spend(kind, child.place):
+            raise _Ended(outcome_of(child, self._budget.exhausted(kind) + (why or child.why())))
         if child.place:
             self._around.lost(child.name)
         count = f"{self._budget.used(kind)} of {self._budget.allowed}"

@@ -102,24 +102,45 @@ def batch_advantages(
     Args:
         rewards_PG: per group, as in `group_advantages`.
         kind: as there, or `group_mean_batch_std`: `group_mean` divided by its root mean square over
-            the batch (+ 1e-6); `batch_std`: (reward - mean) / (std + 1e-6), both of the batch.
+            the batch (+ 1e-6).
     Returns:
         Per group, [G] float64.
-    Source: REINFORCE++ (arXiv:2501.03262) is `batch_std`, its baseline variant and ScaleRL
-        (arXiv:2510.13786) are `group_mean_batch_std`; without their token-level KL in the reward.
+    Source: ScaleRL (arXiv:2510.13786) is `group_mean_batch_std`.
     """
-    if kind not in ("group_mean_batch_std", "batch_std"):
+    if kind != "group_mean_batch_std":
         return [group_advantages(rewards_G, kind) for rewards_G in rewards_PG]
-    scored = np.array([r for rewards_G in rewards_PG for r in rewards_G if r is not None])
-    if kind == "batch_std":
-        mean, std = (scored.mean(), scored.std()) if len(scored) else (0.0, 0.0)
-        return [
-            np.array([0.0 if r is None else (r - mean) / (std + EPS) for r in rewards_G])
-            for rewards_G in rewards_PG
-        ]
+    num_scored = sum(r is not None for rewards_G in rewards_PG for r in rewards_G)
     centred = [group_advantages(rewards_G, "group_mean") for rewards_G in rewards_PG]
-    rms = (sum(float((c**2).sum()) for c in centred) / max(1, len(scored))) ** 0.5
+    rms = (sum(float((c**2).sum()) for c in centred) / max(1, num_scored)) ** 0.5
     return [c / (rms + EPS) for c in centred]
+
+
+def token_whitened(
+    rewards_PG: Sequence[Sequence[float | None]], tokens_PG: Sequence[Sequence[int]]
+) -> list[np.ndarray]:
+    """`batch_std`: (reward - mean) / sqrt(variance + 1e-8), over all tokens of the batch that the
+    policy wrote, each with its sample's reward; the variance divides by their number - 1.
+
+    Args:
+        rewards_PG: per group, as in `group_advantages`.
+        tokens_PG: per group, how many tokens the policy wrote in each sample.
+    Returns:
+        Per group, [G] float64.
+    Source: REINFORCE++ (arXiv:2501.03262) as OpenRLHF and verl write it, without its token-level KL
+        in the reward: a token's return is then its sample's reward.
+    """
+    pairs = zip(rewards_PG, tokens_PG, strict=True)
+    scored = [(r, n) for both in pairs for r, n in zip(*both, strict=True) if r is not None]
+    rewards, tokens = np.array(scored, dtype=np.float64).reshape(-1, 2).T
+    if tokens.sum() < 2:
+        return [np.zeros(len(rewards_G)) for rewards_G in rewards_PG]
+    mean = (tokens * rewards).sum() / tokens.sum()
+    variance = (tokens * (rewards - mean) ** 2).sum() / (tokens.sum() - 1)
+    scale = np.sqrt(variance + WHITE_EPS)
+    return [
+        np.array([0.0 if r is None else (r - mean) / scale for r in rewards_G])
+        for rewards_G in rewards_PG
+    ]
 
 
 def generalised_advantages(

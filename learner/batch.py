@@ -28,6 +28,7 @@ from .advantage import (
     gigpo_advantages,
     spare_advantages,
     staged_advantages,
+    token_whitened,
 )
 from .config import ObjectiveConfig
 from .rows import MAX_SHARED_INPUTS, Layout, Piece, lay_out, pack, row_width
@@ -162,6 +163,11 @@ def _advantages(
     rewards_PG = [[t.score.value for t in trajectories] for trajectories in trajectories_PG]
     if objective.advantage == "gae":
         return [[reward or 0.0 for reward in rewards_G] for rewards_G in rewards_PG]
+    if objective.advantage == "batch_std":
+        tokens_PG = [
+            [t.num_policy_tokens for t in trajectories] for trajectories in trajectories_PG
+        ]
+        return [a.tolist() for a in token_whitened(rewards_PG, tokens_PG)]
     return [a.tolist() for a in batch_advantages(rewards_PG, objective.advantage)]
 
 

@@ -72,7 +72,7 @@ def save_checkpoint(
     journal_sequence: int,
     info: Mapping[str, Any],
     keep_last: int,
-    keep: Callable[[int], bool] = lambda step: False,
+    keep: Callable[[int, int], bool] = lambda branch, step: False,
     first: bool = True,
     exchange: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> Checkpoint:
@@ -89,7 +89,7 @@ def save_checkpoint(
         info: lineage, plain data; goes into the manifest.
         keep_last: complete checkpoints to keep; that of step 0, what the run started from and the
             reference of a KL term, stays besides.
-        keep: steps to keep besides.
+        keep: by branch and step, which to keep besides; asked when the new one is complete.
         first: whether this process commits; of several exactly one does.
         exchange: what it is given, of all processes; returns when all have called it.
     Raises:
@@ -194,11 +194,13 @@ def _write_manifest(checkpoint: Checkpoint, files: dict[str, dict[str, Any]]) ->
     body["manifest_digest"] = _json_digest(body)
     temporary = checkpoint.folder / f"{MANIFEST}.tmp"
     temporary.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
+    crash_point("checkpoint.manifest_drafted")
     _sync(temporary)
     crash_point("checkpoint.manifest_written")
     temporary.replace(checkpoint.folder / MANIFEST)
     crash_point("checkpoint.manifest_renamed")
     _sync(checkpoint.folder)
+    crash_point("checkpoint.folder_synced")
     _sync(checkpoint.folder.parent)
     crash_point("checkpoint.manifest_synced")
 
@@ -279,16 +281,23 @@ def complete_folders(root: Path) -> list[Path]:
 
 def resumable_step(root: Path, keep_last: int) -> int:
     """The oldest step from which a resume starts while one of the `keep_last` newest verifies."""
-    steps = [int(folder.name[5:].partition(".b")[0]) for folder in complete_folders(root)]
+    steps = [branch_and_step(folder)[1] for folder in complete_folders(root)]
     return min([step for step in steps if step][:keep_last], default=0)
 
 
-def _prune(root: Path, keep_last: int, keep: Callable[[int], bool]) -> None:
+def branch_and_step(folder: Path) -> tuple[int, int]:
+    """Of a checkpoint, by its folder's name."""
+    step, _, branch = folder.name.removeprefix("step-").partition(".b")
+    return int(branch), int(step)
+
+
+def _prune(root: Path, keep_last: int, keep: Callable[[int, int], bool]) -> None:
     """Remove what is not kept; the manifest goes first, so that no half of one counts."""
-    step = {folder: int(folder.name[5:].partition(".b")[0]) for folder in complete_folders(root)}
-    last = [folder for folder in step if step[folder]][:keep_last]
+    places = {folder: branch_and_step(folder) for folder in complete_folders(root)}
+    kept = [folder for folder, (_, step) in places.items() if step][:keep_last]
+    kept += [folder for folder, place in places.items() if place[1] == 0 or keep(*place)]
     for folder in root.glob("step-*.b*"):
-        if folder in last or (folder in step and (step[folder] == 0 or keep(step[folder]))):
+        if folder in kept:
             continue
         (folder / MANIFEST).unlink(missing_ok=True)
         crash_point("checkpoint.pruning")

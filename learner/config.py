@@ -30,10 +30,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What a preset sets; the rest is the default. DAPO also filters: `buffer.drop_no_signal`."""
 
-BatchAdvantage = Literal[
-    "group_std", "group_mean", "leave_one_out", "group_mean_batch_std", "batch_std", "best"
-]
-AdvantageKind = BatchAdvantage | Literal["gigpo", "gae"]
+BatchAdvantage = Literal["group_std", "group_mean", "leave_one_out", "group_mean_batch_std", "best"]
+AdvantageKind = BatchAdvantage | Literal["batch_std", "gigpo", "gae"]
 Proximal = Literal["auto", "recomputed", "first_pass", "behaviour", "interpolated", "ewma"]
 EXPORT_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -78,7 +76,7 @@ class ObjectiveConfig(Settings):
     advantage: AdvantageKind = "group_std"
     """`group_std`: (reward - mean) / (std + eps), GRPO; `group_mean`: reward - mean, Dr.GRPO;
     `leave_one_out`: reward - mean of the others, RLOO; `group_mean_batch_std`: `group_mean` over
-    its root mean square in the batch, ScaleRL; `batch_std`: normalised over the batch alone,
+    its root mean square in the batch, ScaleRL; `batch_std`: whitened over the batch's tokens,
     REINFORCE++; `best`: 1 for the highest reward, else 0, RAFT; `gigpo`: `group_mean` of episodes
     plus that of turns taken in the same state; `gae`: of each token by a critic, a value head on
     the policy trained beside it, whitened over the batch, one more forward (PPO)."""
@@ -187,7 +185,8 @@ class CheckpointConfig(Settings):
     keep_every_steps: Annotated[int, Field(ge=0)] = 0
     """Also keep those whose step is a multiple of this; 0: none."""
     keep_best: bool = False
-    """Also keep the one with the best held-out reward; needs `eval.every_steps` at saved steps."""
+    """Also keep the one with the best held-out reward, and those whose evaluation is still to come;
+    needs `eval.every_steps` at saved steps."""
 
 
 class LearnerConfig(Settings):
@@ -220,8 +219,9 @@ class LearnerConfig(Settings):
     """Train a step's groups as they become READY, before its batch is full: the same update to
     rounding. Needs one update per step, and an objective that looks at one group at a time."""
     compile: bool = False
-    """Compile each decoder layer (torch.compile, without graph breaks, one graph for all shapes):
-    minutes at the start. Needs a C++ compiler; not together with `activations = "stream"`."""
+    """Compile each decoder layer (torch.compile, without graph breaks, a few graphs for all layers
+    and shapes): minutes at the start. Needs a C++ compiler; not together with `packed` or
+    `activations = "stream"`."""
     device: Literal["cpu", "cuda"] = "cpu"
     """`cuda`: one device per learner rank, NCCL between them; not run so far."""
     threads: Annotated[int, Field(ge=1)] = 1
@@ -279,6 +279,12 @@ class LearnerConfig(Settings):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
+        if self.compile and self.packed:
+            raise ValueError(
+                "learner.compile makes one graph for all shapes, but under learner.packed the "
+                "number of samples in a row belongs to the graph: almost every micro-batch would "
+                "be compiled anew; set one of them to false"
+            )
         if self.lora.rank and self.activations == "stream":
             raise ValueError(
                 'learner.activations = "stream" knows the layers\' own weights alone, not the '
@@ -380,6 +386,8 @@ class LearnerSpec(Settings):
     max_staleness_steps: float
     ratio_law: Literal["temperature", "kept_set"]
     take_deadline_s: float
+    eval_every_steps: int = 0
+    """At which steps held-out rewards are to be expected; 0: at none."""
     rank: int = 0
     ranks: int = 1
     """How many processes like this share the learner's work."""

@@ -11,7 +11,9 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,15 @@ from ..kernels.models import (
     load_tokenizer,
     read_weights,
 )
-from .checkpoint import ADAPTER, Checkpoint, find_checkpoint, read_checkpoint
+from .card import model_card, read_json
+from .checkpoint import (
+    ADAPTER,
+    MANIFEST,
+    Checkpoint,
+    find_checkpoint,
+    folder_name,
+    read_checkpoint,
+)
 from .config import EXPORT_DTYPES, LoraConfig, check_export_dtype
 from .lora import adapter_config, linear_layers
 
@@ -42,6 +52,9 @@ ROUNDINGS = 4.0
 """Where the dtype does not hold them: how often what one more rounding of all weights does to the
 log-probs may be seen. Both are the largest of some thousand differences of one origin; measured
 on 24 small policies: 0.5 to 1.3 times."""
+
+ATTEMPTS = 4
+"""At opening a checkpoint that its run may remove."""
 
 VERIFY_TIMEOUT_S = 900.0
 
@@ -133,21 +146,77 @@ def export(
         check_export_dtype(dtype)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder; choose another")
-    if checkpoint_folder is None:
-        checkpoint, _ = find_checkpoint(run_dir / "checkpoints")
-    else:
-        checkpoint = read_checkpoint(checkpoint_folder)
-    dtype = dtype or str(checkpoint.info["dtype"])
     draft = out.with_name(f".{out.name}.unverified-{os.getpid()}")
+    with _held(run_dir / "checkpoints", checkpoint_folder) as checkpoint:
+        dtype = dtype or str(checkpoint.info["dtype"])
+        try:
+            _write(run_dir, checkpoint, draft, dtype)
+            found = verify(draft, checkpoint, dtype)
+            return _finish(run_dir, checkpoint, draft, out, dtype, found)
+        except (ModelError, OSError) as error:
+            raise CorruptData(
+                f"export of {folder_name(checkpoint.version)} failed: {error}"
+            ) from error
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def _held(root: Path, folder: Path | None) -> Iterator[Checkpoint]:
+    """A checkpoint, by default the newest, which a run that goes on cannot remove meanwhile.
+
+    Raises:
+        ConfigError, CorruptData: as `export`.
+    """
+    for _ in range(ATTEMPTS):
+        checkpoint = find_checkpoint(root)[0] if folder is None else read_checkpoint(folder)
+        try:
+            held = _linked(checkpoint)
+        except FileNotFoundError:  # it was removed: then there are newer ones
+            continue
+        try:
+            yield held
+        finally:
+            if held is not checkpoint:
+                shutil.rmtree(held.folder, ignore_errors=True)
+        return
+    raise CorruptData(f"the run of {root} removes checkpoints faster than they are opened")
+
+
+def _linked(checkpoint: Checkpoint) -> Checkpoint:
+    """The same in a folder of our own, of links to its files; itself where there can be none.
+
+    Raises:
+        FileNotFoundError: it is not there any more.
+    """
+    root = checkpoint.folder.parent
+    for left in root.glob(".step-*.export-*"):
+        if not _lives(left.name.rpartition("-")[2]):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = root / f".{checkpoint.folder.name}.export-{os.getpid()}"
     try:
-        _write(run_dir, checkpoint, draft, dtype)
-        found = verify(draft, checkpoint, dtype)
-        done = _finish(run_dir, checkpoint, draft, out, dtype, found)
-    except (ModelError, OSError) as error:
-        raise CorruptData(f"export of {checkpoint.folder} failed: {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return done
+        folder.mkdir(exist_ok=True)
+        for file in checkpoint.folder.iterdir():
+            if file.name != MANIFEST:  # with it this would be another checkpoint
+                os.link(file, folder / file.name)
+        (checkpoint.folder / MANIFEST).stat()  # what removes a checkpoint begins with it
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, FileNotFoundError):
+            raise
+        return checkpoint  # a folder that cannot be written to, or a disk without links
+    return replace(checkpoint, folder=folder)
+
+
+def _lives(pid: str) -> bool:
+    """Whether there is such a process here."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError):
+        pass
+    return True
 
 
 def _write(run_dir: Path, checkpoint: Checkpoint, draft: Path, dtype: str) -> None:
@@ -191,7 +260,7 @@ def _write_adapter(
     run_dir: Path, checkpoint: Checkpoint, model: PreTrainedModel, folder: Path
 ) -> None:
     """The adapters alone, as peft loads them beside the model that the run started from."""
-    settings = _read_json(run_dir / "resolved.json")
+    settings = read_json(run_dir / "resolved.json")
     lora = LoraConfig.model_validate(settings["learner"]["lora"])
     targets = list(lora.targets) or linear_layers(model)
     folder.mkdir()
@@ -268,73 +337,12 @@ def _finish(
         max_logprob_difference=found["logprobs"],
         check=found["check"],
     )
-    (draft / "README.md").write_text(model_card(run_dir, checkpoint, done))
+    (draft / "README.md").write_text(model_card(run_dir, checkpoint, dtype=dtype, check=done.check))
     (draft / "slipstream.json").write_text(json.dumps(asdict(done), indent=2) + "\n")
     if out.exists():
         out.rmdir()
     draft.replace(out)
     return done
-
-
-def model_card(run_dir: Path, checkpoint: Checkpoint, done: Export) -> str:
-    """README.md of the exported folder: where the weights come from and what they scored."""
-    run, settings = _read_json(run_dir / "run.json"), _read_json(run_dir / "resolved.json")
-    prompts, reward = settings.get("prompts", {}), settings.get("reward", {})
-    task = prompts.get("task") if prompts.get("source") == "reasoning_gym" else prompts.get("path")
-    facts = {
-        "Run": done.run_id,
-        "Branch and step": f"{done.branch}, {done.step}",
-        "Version digest (xxh3-128)": checkpoint.version.digest,
-        "Started from": settings.get("model") or Path(checkpoint.info.get("model_dir", "")).name,
-        "Task": task or "",
-        "Reward": reward.get("name", ""),
-        "Seed": run.get("seed", ""),
-        "Source commit": run.get("commit") or "",
-        "Versions": ", ".join(f"{k} {v}" for k, v in sorted(run.get("versions", {}).items())),
-        "Dtype": done.dtype,
-        "Reload check": done.check,
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value != "")
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-        "tags:\n- slipstream\n- reinforcement-learning\n---\n\n"
-        f"# {run.get('name') or done.run_id}\n\n"
-        "Post-trained by asynchronous reinforcement learning with slipstream.\n\n"
-        f"| | |\n|---|---|\n{table}\n{_evaluations(run_dir)}"
-    )
-
-
-def _evaluations(run_dir: Path) -> str:
-    """The held-out rewards of the run, as a table; empty when there are none."""
-    path = run_dir / "eval.jsonl"
-    if not path.is_file():
-        return ""
-    rows = {}
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-            rows[row["step"]] = (
-                f"| {row['step']} | {row['reward_mean']:.3f} | {row['ci95_low']:.3f} to "
-                f"{row['ci95_high']:.3f} | {row['prompts']} |"
-            )
-        except (ValueError, KeyError, TypeError):
-            continue  # a line cut by a crash
-    if not rows:
-        return ""
-    body = "\n".join(rows[step] for step in sorted(rows))
-    return (
-        "\n## Held-out reward\n\n| step | mean | 95% interval | prompts |\n|---|---|---|---|\n"
-        f"{body}\n"
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty when the file is missing or unreadable: a card can do without."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def main() -> int:

@@ -10,14 +10,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
 from ..buffer.errors import ConfigError, CorruptData
-from ..buffer.weight_files import Piece
+from ..buffer.weight_files import Piece, tensors_digest
 from ..kernels import attention, dispatch
 from ..kernels.definition import FullLoss, Head, TokenLoss
 from ..kernels.models import DTYPE_NAMES, assign_weights
@@ -432,12 +431,8 @@ def pieces(weights: Mapping[str, Tensor]) -> dict[str, Piece]:
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """xxh3-128 hex of names, dtypes, shapes and bytes in name order: the digest of a version."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(weights.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(as_bytes(tensor))
-    return digest.hexdigest()
+    """The digest of a version, as `Outbox.write` takes it while it copies."""
+    return tensors_digest(pieces(weights))
 
 
 @torch.no_grad()

@@ -41,6 +41,8 @@ MEET_S = 300.0
 """As long as the doctor gives a process to start: importing torch on a busy machine is slow."""
 NO_DEADLINE = timedelta(days=7)
 """Of collectives: a rank that dies closes its connections, one that hangs the doctor finds."""
+GRAPHS = 64
+"""Of a compiled layer, at most; a dozen are met."""
 TCPStore = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
 _SIOCGIFADDR = 0x8915
 _GONE = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL", "store")
@@ -205,8 +207,12 @@ def shard(model: PreTrainedModel, ranks: Ranks) -> None:
 def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     """Compile the forward pass of each layer, in place, before `shard`: its hooks stay outside.
 
-    A graph break is an error, so that a layer is one graph or is not compiled at all.
+    A graph break is an error, so that a layer is one graph or is not compiled at all. All layers
+    share their graphs, but with and without a gradient, of the input too, a mask, or several rows
+    they are others: more than torch allows by itself, which would end a run in the middle.
     """
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
     for layer in decoder_layers(model):
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=True, backend=backend)
 

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from .checkpoint import crash_point
+
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8",
@@ -113,6 +115,7 @@ def write_parts(path: Path, parts: Mapping[str, Part]) -> None:
     }
     alone = {n: p._replace(shape=tuple(p.rows.shape), first=0) for n, p in parts.items()}
     make_file(path, alone, {_DCP_KEY: json.dumps(offsets)})
+    crash_point("checkpoint.file_made")
     fill_file(path, alone, {_DCP_KEY: json.dumps(offsets)})
 
 

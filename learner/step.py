@@ -132,7 +132,7 @@ def train_step(
     dtype = policy.loss_dtype
     line_up = partial(collate, held=held, dtype=dtype, law=ratio_law, packed=config.packed)
     parts = [
-        _part(own, len(uids), config, line_up, ranks)
+        _part(own, part, config, line_up, ranks)
         for part in updates_of(groups, config.updates_per_step)
         if (uids := {group.prompt.uid for group in part})
         if (own := [s for s in samples if s.trajectory.uid in uids])
@@ -221,7 +221,7 @@ class StreamedStep:
                 packed=self._config.packed,
             )  # fmt: skip
             ranks = self._policy.ranks
-            part = _part(samples, len(groups), self._config, line_up, ranks)
+            part = _part(samples, groups, self._config, line_up, ranks)
             proof = _prove([part], self._step, self._bound, self._path, ranks)
             self._weighted += proof.trained_tokens
             anchor = self._config.objective.anchor(1)
@@ -247,8 +247,7 @@ class StreamedStep:
         proof = _prove([whole], self._step, self._bound, self._path, ranks, self._weighted)
         denominator = sum(self._denominators)
         if config.objective.aggregation == "prompt":  # num_prompts x the largest budget of all
-            most = max(sample.trajectory.sampling.max_new_tokens for sample in self._samples)
-            denominator = float(len(self.groups) * most)
+            denominator = float(len(self.groups) * _largest_budget(self.groups))
         for parameter in self._policy.parameters.values():
             if parameter.grad is not None:
                 parameter.grad /= denominator
@@ -267,17 +266,24 @@ class StreamedStep:
 
 def _part(
     samples: list[Sample],
-    num_prompts: int,
+    groups: Sequence[TrajectoryGroup],
     config: LearnerConfig,
     line_up: Callable[[Sequence[Sequence[Sample]]], MicroBatch],
     ranks: Ranks = ALONE,
 ) -> _Part:
-    """Weigh the samples of one update and cut them into micro-batches."""
-    aggregation = config.objective.aggregation
+    """Weigh the samples of one update and cut them into micro-batches.
+
+    Args:
+        samples: those of its groups that are trained.
+        groups: of the update, also those without a trained sample.
+        config: of the learner.
+        line_up: `collate`, for these settings.
+        ranks: among whom micro-batches are dealt.
+    """
+    aggregation, num_prompts = config.objective.aggregation, len(groups)
     lengths = [sample.num_trained for sample in samples]
     if aggregation == "prompt":
-        most = max(sample.trajectory.sampling.max_new_tokens for sample in samples)
-        shares = [sample.share for sample in samples]
+        shares, most = [sample.share for sample in samples], _largest_budget(groups)
         weights, denominator = objective.prompt_weights(shares, num_prompts, most)
     elif aggregation == "prompt_token":
         uids = [sample.trajectory.uid for sample in samples]
@@ -287,7 +293,7 @@ def _part(
     samples = [replace(s, weight=w) for s, w in zip(samples, weights, strict=True)]
     halves, half_prompts = [samples], 0
     if config.noise_scale and num_prompts > 1:
-        halves, half_prompts = _halves(samples, num_prompts)
+        halves, half_prompts = _halves(samples, groups)
     plans = [
         plan_micro_batches(
             each,
@@ -310,17 +316,23 @@ def _part(
     )
 
 
-def _halves(samples: list[Sample], num_prompts: int) -> tuple[list[list[Sample]], int]:
-    """The samples by halves of their prompts, and how many prompts the first half has. Prompts
-    come in the order of the stream, so either half is as good a draw as the other.
+def _largest_budget(groups: Sequence[TrajectoryGroup]) -> int:
+    """Of a sample, in tokens; of all of them, trained or not, so that chance has no part in it."""
+    return max(s.trajectory.sampling.max_new_tokens for group in groups for s in group.samples)
 
-    A prompt without a trained sample counts to the second half: its gradient is 0 in either.
+
+def _halves(
+    samples: list[Sample], groups: Sequence[TrajectoryGroup]
+) -> tuple[list[list[Sample]], int]:
+    """The samples by halves of their prompts, and how many prompts the first half has. Prompts
+    come in the order of the stream, so either half is as good a draw as the other: also as to how
+    many of them have nothing to train, and a gradient of 0. No halves when one has no gradient.
     """
-    uids = sorted({sample.trajectory.uid for sample in samples})
-    first = set(uids[: num_prompts // 2])
+    uids = sorted(group.prompt.uid for group in groups)
+    first = set(uids[: len(uids) // 2])
     inside = [s for s in samples if s.trajectory.uid in first]
     rest = [s for s in samples if s.trajectory.uid not in first]
-    return ([inside, rest], len(first)) if rest else ([samples], 0)
+    return ([inside, rest], len(first)) if inside and rest else ([samples], 0)
 
 
 def _prove(

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,13 +20,12 @@ from transformers import PreTrainedModel
 
 from ..buffer import codec
 from ..buffer.errors import ConfigError, TrainingFailed
-from ..buffer.mailbox import file_digest
 from ..buffer.messages import Batch, Part
 from ..buffer.process import PARENT_VARIABLE
 from ..buffer.records import TrajectoryGroup, Version, WeightsManifest
 from ..buffer.staleness import LivePath
 from ..buffer.weight_fetch import use
-from ..buffer.weight_files import Outbox
+from ..buffer.weight_files import Outbox, Written, digest_file
 from ..buffer.weight_holder import Holder, own_endpoint
 from ..kernels import attention, streambp
 from ..kernels.models import (
@@ -35,13 +35,13 @@ from ..kernels.models import (
     load_policy,
     load_tokenizer,
     policy_weights,
-    read_weights,
 )
 from . import lora, shards
 from .certificate import BANDS, certify
 from .checkpoint import (
     ADAPTER,
     Checkpoint,
+    branch_and_step,
     complete_folders,
     crash_point,
     find_checkpoint,
@@ -91,7 +91,10 @@ class Trainer:
         self.journal_sequence = 0
         self._streamed: StreamedStep | None = None
         self._copies: dict[str, Tensor] = {}
-        self._copier = ThreadPoolExecutor(1, thread_name_prefix="copy")
+        # A second thread with a team for all cores would slow the training thread's products.
+        self._copier = ThreadPoolExecutor(
+            1, thread_name_prefix="copy", initializer=torch.set_num_threads, initargs=(1,)
+        )
         self._file = self.spec.weights_dir / "none"
         """The held version's weights: the one copy that is published, saved and evaluated."""
         self._file_digest = self._base_digest = ""
@@ -224,32 +227,30 @@ class Trainer:
         self._forget_file()
         self._file = self.spec.weights_dir / f"weights-{self.spec.branch}.{step}{_HELD}"
         if self._adapters_alone:
-            tensors = self._adapter()
+            tensors = _on_host(self._adapter())
             if self.ranks.first:
-                self._file_digest = self.outbox.write(self._file, pieces(tensors))
+                self._file_digest = self.outbox.write(self._file, pieces(tensors)).file
             return weights_digest(tensors)
-        weights = self.policy.weights()
         # What a checkpoint is still copied from must not be written over.
         fresh = self._copied_from is not None and not self._copied_from.closed
-        self._file_digest = self._write_whole(self._file, weights, fresh=fresh)
-        if self.ranks.size == 1:
-            return weights_digest(weights)
-        digest = weights_digest(read_weights([self._file])) if self.ranks.first else ""
-        return self.ranks.exchange(digest)[0]
+        written = self._write_whole(self._file, self.policy.weights(), fresh=fresh)
+        self._file_digest = written.file
+        return written.tensors
 
     def _adapter(self) -> dict[str, Tensor]:
         """What is published of a policy with adapters; before the first time, its base is."""
         if not self._base_digest:
             path = self.spec.weights_dir / f"weights-base{_HELD}"
-            digest = self._write_whole(path, lora.base_weights(self.policy.model))
+            self._base_digest = self._write_whole(path, lora.base_weights(self.policy.model)).file
             if self.ranks.first:
-                self.outbox.hold_base(path, digest)
-            self._base_digest = self.ranks.exchange(digest)[0]
+                self.outbox.hold_base(path, self._base_digest)
         adapter = lora.published_adapter(self.policy.model, self._base_digest)
         return {name: shards.whole(tensor) for name, tensor in adapter.items()}
 
-    def _write_whole(self, path: Path, weights: Mapping[str, Tensor], *, fresh: bool = True) -> str:
-        """Copy weights into a file, each rank its rows; its digest, on the first rank.
+    def _write_whole(
+        self, path: Path, weights: Mapping[str, Tensor], *, fresh: bool = True
+    ) -> Written:
+        """Copy weights into a file, each rank its rows; its digests.
 
         Raises:
             TrainingFailed: there is no room.
@@ -266,7 +267,7 @@ class Trainer:
         except OSError as error:
             raise TrainingFailed(f"weights {path} cannot be written: {error}") from error
         self.ranks.exchange(None)
-        return file_digest(path)[1] if self.ranks.first else ""
+        return Written(*self.ranks.exchange(digest_file(path) if self.ranks.first else None)[0])
 
     def _forget_file(self) -> None:
         """Remove weights that were not published."""
@@ -423,8 +424,11 @@ class Trainer:
             small = {"probe.safetensors": probe(self.policy.model)}
             if self.spec.config.lora.rank:
                 small[ADAPTER] = lora.adapter_state(self.policy.model)
+            merged: Mapping[str, Tensor] | None = None
             whole = self._file
-            if self._adapters_alone:
+            if self._adapters_alone and self.ranks.size == 1:  # changes no more: base and new sums
+                merged = _on_host(self.policy.weights())
+            elif self._adapters_alone:
                 whole = self.spec.weights_dir / f"weights-checkpoint{_HELD}"
                 self._write_whole(whole, self.policy.weights())
             small = {
@@ -435,11 +439,14 @@ class Trainer:
         writers: dict[str, Callable[[Path], object]] = {
             f"optimizer{of}.safetensors": lambda path: shards.write_parts(path, copied.result())
         }
-        if self.ranks.first:
+        if merged is not None:
+            writers["weights.safetensors"] = functools.partial(_write_file_of, merged)
+        elif self.ranks.first:
             self._copied_from = whole.open("rb")
             if self._adapters_alone:
                 whole.unlink()
-            writers = {"weights.safetensors": _copy_of(self._copied_from), **writers}
+            writers["weights.safetensors"] = _copy_of(self._copied_from)
+        if self.ranks.first:
             for file, tensors in small.items():
                 parts = shards.parts_of(tensors)
                 writers[file] = functools.partial(shards.write_parts, parts=parts)
@@ -489,12 +496,32 @@ class Trainer:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._sender.wait(SENDER_END_S)
 
-    def _is_kept(self, step: int) -> bool:
+    def _is_kept(self, branch: int, step: int) -> bool:
         """Whether a checkpoint is kept beyond `keep_last`."""
-        every = self.spec.config.checkpoint.keep_every_steps
-        if every and step % every == 0:
+        config = self.spec.config.checkpoint
+        if config.keep_every_steps and step % config.keep_every_steps == 0:
             return True
-        return self.spec.config.checkpoint.keep_best and step == best_step(self.spec.run_dir)
+        if not config.keep_best:
+            return False
+        rewards = held_out_rewards(self.spec.run_dir)
+        saved = {branch_and_step(folder) for folder in complete_folders(self.root)}
+        best = max(rewards.keys() & saved, key=lambda place: (rewards[place], place), default=None)
+        scored = max((s for b, s in rewards if b == self.spec.branch), default=-1)
+        due = self.spec.eval_every_steps and step % self.spec.eval_every_steps == 0
+        to_come = bool(due) and branch == self.spec.branch and step > scored
+        return to_come or (branch, step) == best
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory; of what is there already, itself."""
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def _write_file_of(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write whole tensors."""
+    parts = shards.parts_of(tensors)
+    shards.make_file(path, parts)
+    shards.fill_file(path, parts)
 
 
 def _copy_of(source: BinaryIO) -> Callable[[Path], None]:
@@ -507,15 +534,18 @@ def _copy_of(source: BinaryIO) -> Callable[[Path], None]:
     return write
 
 
-def best_step(run_dir: Path) -> int | None:
-    """The step with the highest held-out reward so far, the later of two equal ones."""
-    rewards: dict[int, float] = {}
+def held_out_rewards(run_dir: Path) -> dict[tuple[int, int], float]:
+    """(branch, step) of each version that was evaluated so far -> its held-out reward; -inf where
+    no sample could be scored."""
+    rewards: dict[tuple[int, int], float] = {}
     path = run_dir / "eval.jsonl"
     for line in path.read_text().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut by a crash
             row = json.loads(line)
-            rewards[int(row["step"])] = float(row["reward_mean"])
-    return max(rewards, key=lambda step: (rewards[step], step)) if rewards else None
+            mean = row["reward_mean"]
+            place = int(row["branch"]), int(row["step"])
+            rewards[place] = -math.inf if mean is None else float(mean)
+    return rewards
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:

@@ -5,14 +5,15 @@ Beside learner rank 0, on its device, so that a peer that hangs holds no trainin
     worker                               sender
     connect, token                       one thread a connection, one connection a core
     verify v                     ->      the digests of its files
-    send v                       ->      vLLM's trainer engine, which calls the core through us:
+    send v                       ->      `waiting` every second, while others are sent to; then
+                                         vLLM's trainer engine, which calls the core through us:
     init, start, update, finish  <-        init once a core; the bytes go from device to device
     "" or what went wrong        ->      each of them
                                  <-      done
 
-A connection that ends or says nothing for `deadline_s` aborts its communicator. What vLLM's
-rendezvous exchanges is neither encrypted nor authenticated: as between learner ranks, the network
-is trusted.
+A connection that ends or says nothing for `deadline_s`, and what its bytes may take, aborts its
+communicator. What vLLM's rendezvous exchanges is neither encrypted nor authenticated: as between
+learner ranks, the network is trusted.
 """
 
 # pyright: reportMissingImports=false
@@ -28,7 +29,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from ..buffer.errors import PeerLost, SlipstreamError, TrainingFailed
-from ..buffer.mailbox import confirm, verify
+from ..buffer.mailbox import confirm, moving_s, verify
 from ..buffer.process import run_process
 from ..buffer.records import WeightsManifest
 from ..kernels.models import DTYPE_NAMES
@@ -58,6 +59,8 @@ BUFFER_BYTES = 2**28
 """Of the device, for what travels at once (nccl: twice); or the largest tensor, when that is more:
 vLLM's ipc refuses one that does not fit."""
 _GREETING_S = 10.0
+_TURN_S = 1.0
+"""How often an engine hears that others come before it."""
 _LINE_BYTES = 2**26
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -160,6 +163,10 @@ class Client(VLLMWeightSyncClient):
             abort(self)
             raise TrainingFailed(f"{name}: {error}")
 
+    def wait(self) -> None:
+        """Have the engine wait for its turn."""
+        self._line.write({"waiting": True})
+
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Once a core."""
         self._call("init_weight_transfer_engine", init_info)
@@ -230,8 +237,8 @@ class Sender:
             while True:
                 connection.settimeout(None)
                 ask = line.read()
-                connection.settimeout(self.spec.deadline_s)
                 client.manifest = msgspec.convert(ask["manifest"], WeightsManifest)
+                connection.settimeout(self.spec.deadline_s + moving_s(client.manifest))
                 answer = self._answer(client, ask)
                 line.write(answer)
                 if answer["done"] and ask["do"] == "send":
@@ -261,13 +268,23 @@ class Sender:
                     info, client=client, source=source
                 )
             client.trainer.source.manifest = client.manifest
-            with self._sending:
+            with self._turn(client):
                 client.trainer.send_weights()
         except (SlipstreamError, RuntimeError, OSError, ValueError) as error:
             return {"done": f"{type(error).__name__}: {error}"}
         self._served[id(client)] = str(client.manifest.version)
         self._note()
         return {"done": ""}
+
+    @contextmanager
+    def _turn(self, client: Client) -> Iterator[None]:
+        """Inside, nothing is sent to others."""
+        while not self._sending.acquire(timeout=_TURN_S):
+            client.wait()
+        try:
+            yield
+        finally:
+            self._sending.release()
 
     def _note(self) -> None:
         """Tell the learner which version each engine has: it stays until they have the last."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..buffer.client import BufferClient
-from ..buffer.errors import CorruptData, Refused
+from ..buffer.errors import ConfigError, CorruptData, Refused
 from ..buffer.messages import Claim, Claims
 from ..buffer.process import run_process
 from ..buffer.records import Message, WeightsManifest
@@ -307,7 +307,7 @@ def make_engine(spec: EngineSpec, purpose: str = "") -> Engine:
         drafts = settings.speculative_config
         if drafts and not purpose and not law_proved(drafts, gpu_name()):  # these are drawn
             settings = settings.model_copy(update={"speculative_config": {}})
-        return VllmEngine(
+        engine = VllmEngine(
             spec.model_dir,
             dtype=spec.dtype,
             max_concurrent=spec.rollout.max_concurrent_samples,
@@ -317,6 +317,13 @@ def make_engine(spec: EngineSpec, purpose: str = "") -> Engine:
             settings=settings,
             sender=None if purpose else sender_of(spec),
         )
+        if not purpose and not engine.draws:
+            raise ConfigError(
+                "rollout.vllm.speculative_config: `make gpu-check` has proved its law for another "
+                f"of vLLM's model runners than {engine.runner}, which this model runs on; set "
+                "VLLM_USE_V2_MODEL_RUNNER to the one that was proved, or remove the setting"
+            )
+        return engine
     return NativeEngine(
         spec.model_dir,
         dtype=spec.dtype if spec.rollout.weights == "as_trained" else spec.rollout.weights,

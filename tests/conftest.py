@@ -1,7 +1,9 @@
 """What all tests share: no network, no colours, one thread, no deadlines under load."""
 
 import os
+import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -49,3 +51,34 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
             }
         )
     return report
+
+
+RECOVERED = "recovered from "
+"""Begins the name of a property that says how many seconds a run took after a fault."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config):
+    """How long runs took after each kind of fault; with `--record` also to
+    docs/results/chaos.jsonl, a line a kind."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", "") == "call":
+                for name, value in report.user_properties:
+                    if name.startswith(RECOVERED):
+                        found[name.removeprefix(RECOVERED)].append(value)
+    for fault, seconds_N in sorted(found.items()):
+        middle, most = round(statistics.median(seconds_N), 1), max(seconds_N)
+        after = f"training again after {middle:g} s (at most {most:g})"
+        terminalreporter.write_line(f"{fault}: {len(seconds_N)} faults, {after}")
+        if config.getoption("record"):
+            emit(
+                {
+                    "bench": "chaos",
+                    "case": fault,
+                    "faults": len(seconds_N),
+                    "seconds_median": middle,
+                    "seconds_max": most,
+                    "seconds": seconds_N,
+                }
+            )

@@ -1,7 +1,7 @@
 """Attention of the tokens of one forward: over prompts being computed, or over rows in flight.
 
 Shape suffixes: M packed tokens, N rows, T most tokens of a row, L longest row, P prompt tokens,
-H query heads, K key-value heads, G = H / K, D head dimension.
+H query heads, K key-value heads, G = H / K, D head dimension, B = N * K, Q = G * T.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from .kv_cache import PromptKeys, RaggedCache
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+"""What `scaled_dot_product_attention` calls; it also returns the log of the sum of exponentials."""
 
 
 class Attend(Protocol):
@@ -75,6 +78,7 @@ class RowAttention:
         rows: np.ndarray,
         places: np.ndarray,
         shared: Sequence[Shared],
+        heads: int,
         scale: float,
     ) -> None:
         """Work out once per forward where tokens go and what each may see.
@@ -84,6 +88,7 @@ class RowAttention:
             rows: [M] int64, ascending; every row from 0 to N - 1 has at least one token.
             places: [M] int64, where in its row each token goes.
             shared: prompts before position 0 of some rows; no row is named twice.
+            heads: H.
             scale: of scores.
         """
         self._cache, self._shared, self._scale = cache, shared, scale
@@ -99,8 +104,13 @@ class RowAttention:
         hidden_NTL = torch.arange(self._num_places) > torch.from_numpy(last_NT)[:, None]
         mask = torch.zeros(hidden_NTL.shape, dtype=cache.shape.dtype)
         mask.masked_fill_(hidden_NTL, -torch.inf)
-        self._mask_N11TL = mask.view(self._num_rows, 1, 1, self._width, self._num_places)
-        self._targets = cache.places(torch.from_numpy(rows), torch.from_numpy(places))
+        by_head = mask.view(self._num_rows, 1, self._width, self._num_places).expand(
+            -1, heads, -1, -1
+        )
+        self._mask_BQL = by_head.reshape(
+            self._num_rows * cache.shape.num_heads, -1, self._num_places
+        )
+        self._targets = cache.places(rows, places)
 
     def __call__(self, layer: int, query_MHD: Tensor, key_MKD: Tensor, value_MKD: Tensor) -> Tensor:
         """See `Attend`; the query heads of a key-value head are folded into one product, so keys
@@ -109,16 +119,15 @@ class RowAttention:
         keys_NKLD, values_NKLD = self._cache.store(
             layer, key_MKD, value_MKD, self._targets, rows, tokens
         )
-        _, heads, head_dim = query_MHD.shape
+        query, (_, heads, head_dim) = query_MHD, query_MHD.shape
         key_heads = keys_NKLD.shape[1]
-        query = query_MHD * self._scale
         if self._ragged is not None:
             padded = query.new_zeros(rows * width, heads, head_dim)
             query = padded.index_copy_(0, self._ragged, query)
         grouped = query.view(rows, width, key_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
         grouped = grouped.reshape(rows * key_heads, -1, head_dim)
-        scores = torch.bmm(grouped, keys_NKLD.flatten(0, 1).transpose(1, 2))
-        scores.view(rows, key_heads, -1, width, tokens).add_(self._mask_N11TL)
+        keys = keys_NKLD.flatten(0, 1).transpose(1, 2)
+        scores = torch.baddbmm(self._mask_BQL, grouped, keys, alpha=self._scale)
         values = values_NKLD.flatten(0, 1)
         if self._shared:
             out = self._merged(layer, grouped.view(rows, key_heads, -1, head_dim), scores, values)
@@ -137,9 +146,9 @@ class RowAttention:
             keys_KPD, values_KPD = prompt.layers[layer]
             query_nKQD = query_NKQD[rows]
             query_KQD = query_nKQD.transpose(0, 1).reshape(len(keys_KPD), -1, keys_KPD.shape[2])
-            out, mass = _attention(torch.bmm(query_KQD, keys_KPD.transpose(1, 2)), values_KPD)
+            out, mass = _flash(query_KQD[None], keys_KPD[None], values_KPD[None], scale=self._scale)
             by_row = (len(keys_KPD), len(rows), query_nKQD.shape[2], -1)
-            out, mass = out.view(by_row).transpose(0, 1), mass.view(by_row).transpose(0, 1)
+            out, mass = (x.reshape(by_row).transpose(0, 1) for x in (out, mass))
             share = torch.sigmoid(own_mass[rows] - mass).to(own.dtype)
             own[rows] = torch.lerp(out, own[rows], share)
         return own
@@ -147,7 +156,9 @@ class RowAttention:
 
 def _attention(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Values weighed by softmax, and the log of the sum of exponentials (one per query, kept as a
-    last dimension of 1; float32 at least)."""
+    last dimension of 1; float32 at least), which the largest score and its share tell without
+    another exponential each."""
     precise = scores.float() if scores.dtype == torch.bfloat16 else scores
-    mass = precise.logsumexp(-1, keepdim=True)
-    return torch.bmm((precise - mass).exp_().to(values.dtype), values), mass
+    shares = precise.softmax(-1)
+    mass = precise.amax(-1, keepdim=True) - shares.amax(-1, keepdim=True).log()
+    return torch.bmm(shares.to(values.dtype), values), mass

@@ -95,7 +95,7 @@ class Decoder:
         self._ratio_law: RatioLaw = ratio_law
         self._forward = PolicyForward(model)
         self._detokeniser = Detokeniser(tokenizer)
-        self._cache = RaggedCache(self._forward.kv_shape)
+        self._cache = RaggedCache(self._forward.kv_shape, max_concurrent)
         self._slots = Slots(max_concurrent, end_token_ids(model, tokenizer))
         self._max_concurrent, self._prefill_tokens = max_concurrent, prefill_tokens
         token_bytes = self._forward.kv_shape.bytes_per_token
@@ -103,10 +103,12 @@ class Decoder:
             context=int(model.config.max_position_embeddings),
             vocabulary=len(model.get_input_embeddings().weight),  # type: ignore[arg-type]
             most_tokens=kv_memory_mb * 2**20 // token_bytes if kv_memory_mb else np.inf,
-            bytes_per_token=token_bytes,
+            shape=self._forward.kv_shape,
         )
         self._waiting, self._kept = Waiting(), KeptTurns(max_concurrent)
-        self._memory = Memory(self._limits.most_tokens, self._slots, self._waiting, self._kept)
+        self._memory = Memory(
+            self._limits.most_tokens, self._slots, self._cache, self._waiting, self._kept
+        )
         self._versions: list[Version] = []
         self._logprob_dtype = np.float64 if model.dtype == torch.float64 else np.float32
         self.generated_tokens = self.kept_tokens = self.prefilled_tokens = 0
@@ -188,7 +190,7 @@ class Decoder:
         if self._slots.count:
             outputs += self._decode()
         tokens = self._cache.num_tokens + self._memory.outside_rows
-        self.kv_bytes = self._limits.bytes_per_token * tokens
+        self.kv_bytes = self._limits.shape.bytes_per_token * tokens
         self.kv_share = self._memory.share_used
         return outputs
 
@@ -204,9 +206,6 @@ class Decoder:
         token_ids[drafted] = fed.draft_M[np.flatnonzero(drafted) - 1]
         places = self._slots.lengths[fed.row_M] + fed.offset_M
         begins = used["begin"].copy()
-        self._cache.reserve(
-            len(slots), int((places - begins[fed.row_M]).max()) + 1, self._memory.in_rows
-        )
         hidden = self._forward.extend(
             token_ids, fed.row_M, places, self._cache, begins, self._slots.sharing()
         )
@@ -227,8 +226,7 @@ class Decoder:
     def _asked(self, slots: range) -> list[Asked]:
         """Some samples, as a drafter is told of them; drafts are short where memory is."""
         used = self._slots.used
-        most = self._memory.in_rows / len(used) - int(self._slots.row_lengths.max()) - 1
-        room = np.minimum(used["budget"] - used["num_written"] - 1, max(0, most)).astype(int)
+        room = np.minimum(used["budget"] - used["num_written"] - 1, self._memory.drafts())
         return [
             Asked(
                 request.request_id, request.prompt_token_ids,
@@ -259,8 +257,6 @@ class Decoder:
         read_too_often = (len(group.requests) - 1) * num_tokens * shape.bytes_per_token
         group.is_shared = read_too_often >= _SHARED_BYTES * shape.num_layers
         group.is_shared |= self._memory.is_tight(group)
-        longest = int(self._slots.row_lengths.max(initial=0))
-        self._cache.reserve(self._slots.count, longest, self._memory.in_rows - num_tokens)
         if kept := self._kept.take(request.conversation, group.token_ids):
             group.keys = kept.goes_on(group.token_ids, shape)
             self.kept_tokens += len(kept)
@@ -282,20 +278,15 @@ class Decoder:
 
     def _start(self) -> list[GenerationOutput]:
         """Put the samples whose prompts are computed into slots, and write their first tokens."""
-        ready = [group for group in self._waiting.begun if group.keys and not group.keys.num_left]
-        if not ready:
-            return []
-        longest = max(0 if group.is_shared else len(group.token_ids) for group in ready)
-        longest = max(longest, int(self._slots.row_lengths.max(initial=0)))
-        rows = self._slots.count + sum(len(group.admitted) for group in ready)
-        self._cache.reserve(rows, longest, self._memory.in_rows)
-        slots, hidden, sources = [], [], []
-        for group in ready:
-            new = self._occupy(group)
-            if group.paused is None and group.keys:
-                slots += new
-                sources += [len(hidden)] * len(new)
-                hidden.append(group.keys.hidden_E)
+        ready, slots, hidden, sources = [], [], [], []
+        for group in self._waiting.begun:
+            if group.keys and not group.keys.num_left and self._memory.can_start(group):
+                ready.append(group)
+                new = self._occupy(group)
+                if group.paused is None:
+                    slots += new
+                    sources += [len(hidden)] * len(new)
+                    hidden.append(group.keys.hidden_E)
         self._waiting.start(ready)
         if not slots:
             return []
@@ -307,6 +298,8 @@ class Decoder:
         """Slots for the admitted samples of a group whose keys are computed."""
         assert group.keys is not None
         shared, version = group.keys if group.is_shared else None, group.keys.kv_version
+        own = [self._limits.budget(of) + len(of.prompt_token_ids) for of in group.admitted]
+        self._cache.reserve(max(own) - (len(shared) if shared else 0))
         if group.paused is not None:
             new = [self._slots.resume(group.paused, version, shared)]
         else:
@@ -319,11 +312,10 @@ class Decoder:
         return new
 
     def _pause(self, slot: int) -> None:
-        paused, moved = self._slots.pause(slot)
+        paused = self._slots.pause(slot)
         self._waiting.add_paused(paused)
         self.paused += 1
-        if moved is not None:
-            self._cache.move(moved, slot, int(self._slots.row_lengths[slot]))
+        self._cache.release(slot, self._slots.count)
 
     def _keep(self, slot: int) -> None:
         """Keep a finished turn's keys and values for the next turn."""
@@ -436,16 +428,11 @@ class Decoder:
         return stopped_A
 
     def _release(self, slot: int) -> None:
-        if self._slots.used["failed"][slot]:
-            self._cache.wipe(slot)
         if self.speculation is not None:
             request, written = self._slots.requests[slot], self._slots.written(slot)["token"]
             self.speculation.drafter.finish(request.request_id, request.prompt_token_ids, written)
-        moved = self._slots.release(slot)
-        if moved is not None:
-            self._cache.move(moved, slot, int(self._slots.row_lengths[slot]))
-        if not self._slots.count:
-            self._cache.clear()
+        self._slots.release(slot)
+        self._cache.release(slot, self._slots.count)
 
     def _output(self, slot: int, reason: FinishReason) -> GenerationOutput:
         return ended(

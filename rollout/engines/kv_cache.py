@@ -4,18 +4,28 @@ A row holds what is a sample's own. Its prompt is either part of that or, where 
 it, stored once as `PromptKeys` that all of them read.
 
 Shape suffixes: R rows, K key-value heads, C capacity in tokens, P prompt tokens, M stored tokens,
-D head dimension.
+D head dimension, N rows in use.
 """
 
+import math
+import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import suppress
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK_TOKENS, BLOCK_ROWS = 64, 8
-"""Capacity grows in such steps: fewer reallocations than one by one, little waste."""
+if sys.platform == "linux":
+    from mmap import MADV_DONTNEED, MADV_NOHUGEPAGE
+
+_NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
+"""MAP_NORESERVE, unnamed by `mmap` before Python 3.13: address space is not counted as memory."""
+
+
+Tokens = TypeVar("Tokens", int, np.ndarray)
 
 
 class KvShape(NamedTuple):
@@ -30,6 +40,15 @@ class KvShape(NamedTuple):
     def bytes_per_token(self) -> int:
         """Of keys and values over all layers."""
         return 2 * self.num_layers * self.num_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of one head that fill whole pages."""
+        return PAGESIZE // math.gcd(PAGESIZE, self.head_dim * self.dtype.itemsize)
+
+    def in_pages(self, tokens: Tokens) -> Tokens:
+        """Rounded up to whole pages: what a row of so many tokens takes."""
+        return -(-tokens // self.page_tokens) * self.page_tokens
 
     def zeros(self, *sizes: int) -> list[Tensor]:
         """Per layer [2, *sizes[:-1], K, sizes[-1], D]."""
@@ -80,20 +99,24 @@ class PromptKeys:
 class RaggedCache:
     """One [2, R, K, C, D] tensor (keys, values) per layer; token t of a row sits at position t.
 
-    Nothing is padded on the left or realigned. What lies beyond a row's length is finite garbage
-    that the attention mask hides. When it must grow, it is made anew for the rows in use and the
-    longest of them, so what rows that ended had taken is given back.
+    R and C are address space. Memory is taken page by page when tokens are first stored, so
+
+    - a row takes what its own tokens take, in whole pages, however long the longest row is;
+    - nothing is padded on the left or realigned, and a token that is stored stays where it is, as
+      long as no row must grow beyond C;
+    - when a sample ends, its pages go back to the system at once (outside Linux to the next sample
+      in that row); of the other rows only the last in use is copied, into the gap.
+
+    What lies beyond a row's length is finite garbage that the attention mask hides: zeros, or
+    drafts that were wrong. Source: vAttention (arXiv:2405.04437), with the system's own pages.
     """
 
-    def __init__(self, shape: KvShape) -> None:
-        """Reserve nothing yet; `reserve` does."""
-        self.shape = shape
-        self.layers = shape.zeros(0, 0)
-
-    @property
-    def num_rows(self) -> int:
-        """R."""
-        return self.layers[0].shape[1]
+    def __init__(self, shape: KvShape, num_rows: int) -> None:
+        """Of at most so many rows; `reserve` says how long they may grow."""
+        self.shape, self._num_rows = shape, num_rows
+        self.stored_R = np.zeros(num_rows, dtype=np.int64)
+        """[R] tokens of each row whose pages are taken."""
+        self._map(shape.page_tokens)
 
     @property
     def capacity(self) -> int:
@@ -103,66 +126,80 @@ class RaggedCache:
     @property
     def num_tokens(self) -> int:
         """Tokens there is memory for."""
-        return self.num_rows * self.capacity
+        return int(self.shape.in_pages(self.stored_R).sum())
 
-    def reserve(self, num_rows: int, num_tokens: int, limit: float) -> None:
-        """Make room for `num_rows` of `num_tokens`; what the first rows hold stays.
+    def with_lengths(self, lengths_N: np.ndarray) -> np.ndarray:
+        """[N] tokens there is memory for in the first rows, once they are at least so long."""
+        return self.shape.in_pages(np.maximum(self.stored_R[: len(lengths_N)], lengths_N))
 
-        Args:
-            num_rows: in use, those to come included.
-            num_tokens: of the longest of them.
-            limit: of tokens over all rows, unless more are asked for; memory beyond it is given
-                back.
-        """
-        fits = num_rows <= self.num_rows and num_tokens <= self.capacity
-        if fits and self.num_tokens <= limit:
+    def reserve(self, num_tokens: int) -> None:
+        """Let rows grow to so many tokens; what they hold stays."""
+        if num_tokens <= self.capacity:
             return
-        rows = -(-num_rows // BLOCK_ROWS) * BLOCK_ROWS
-        wanted = max(num_tokens, min(self.capacity * 5 // 4, 2 * num_tokens))
-        tokens = -(-wanted // BLOCK_TOKENS) * BLOCK_TOKENS
-        if rows * tokens > limit:
-            rows, tokens = num_rows, max(num_tokens, int(min(tokens, limit // max(1, num_rows))))
-        kept_rows, kept_tokens = min(rows, self.num_rows), min(tokens, self.capacity)
-        for index, old in enumerate(self.layers):  # one layer at a time: the peak is one layer
-            new = old.new_zeros((2, rows, old.shape[2], tokens, old.shape[4]))
-            new[:, :kept_rows, :, :kept_tokens] = old[:, :kept_rows, :, :kept_tokens]
-            self.layers[index] = new
+        old = self.layers
+        self._map(self.shape.in_pages(max(num_tokens, 2 * self.capacity)))
+        for row in np.flatnonzero(self.stored_R).tolist():
+            stored = int(self.stored_R[row])
+            for theirs, mine in zip(self.layers, old, strict=True):
+                theirs[:, row, :, :stored] = mine[:, row, :, :stored]
 
-    def clear(self) -> None:
-        """Give all memory back."""
-        self.layers = self.shape.zeros(0, 0)
+    def _map(self, capacity: int) -> None:
+        """Address space for rows of so many tokens, which reads as zeros."""
+        shape = self.shape
+        sizes = (2, self._num_rows, shape.num_heads, capacity, shape.head_dim)
+        num_bytes = math.prod(sizes) * shape.dtype.itemsize
+        flags = MAP_PRIVATE | MAP_ANONYMOUS | _NO_RESERVE
+        self._maps = [mmap(-1, num_bytes, flags) for _ in range(shape.num_layers)]
+        self.layers = [torch.frombuffer(of, dtype=shape.dtype).view(sizes) for of in self._maps]
+        if sys.platform == "linux":
+            for of in self._maps:  # a huge page would hold memory for rows that have ended
+                with suppress(OSError):  # a kernel that has none
+                    of.madvise(MADV_NOHUGEPAGE)
 
-    def move(self, source: int, target: int, num_tokens: int) -> None:
-        """Copy a row to another one."""
-        for layer in self.layers:
-            layer[:, target, :, :num_tokens] = layer[:, source, :, :num_tokens]
+    def release(self, row: int, last: int) -> None:
+        """Give a row's memory back; the last row in use, which may be the same, takes its place."""
+        self._give_back(row)
+        if row != last:
+            stored = int(self.stored_R[last])
+            for layer in self.layers:
+                layer[:, row, :, :stored] = layer[:, last, :, :stored]
+            self._give_back(last)
+            self.stored_R[row] = stored
+
+    def _give_back(self, row: int) -> None:
+        """A row's pages; it reads as zeros again, also where it held NaN."""
+        row_bytes = self.layers[0][0, row].nbytes
+        for layer, of in zip(self.layers, self._maps, strict=True):
+            if sys.platform == "linux":
+                for part in (row, self._num_rows + row):  # keys, values
+                    of.madvise(MADV_DONTNEED, part * row_bytes, row_bytes)
+            else:
+                layer[:, row] = 0
+        self.stored_R[row] = 0
 
     def copy_of(self, row: int, num_tokens: int) -> list[Tensor]:
         """The first tokens of a row, per layer [2, K, num_tokens, D]."""
         return [layer[:, row, :, :num_tokens].clone() for layer in self.layers]
 
     def put(self, rows: slice, layers: Sequence[Tensor], begin: int = 0) -> None:
-        """Store the same keys and values in some rows, those from `begin` on; there must be room.
+        """Store the same keys and values in some rows, those from `begin` on.
 
         Args:
             rows: to fill.
             layers: per layer [2, K, n, D].
             begin: first of the n tokens to store, at position 0.
         """
+        stored = layers[0].shape[2] - begin
+        self.stored_R[rows] = np.maximum(self.stored_R[rows], stored)
         for layer, given in zip(self.layers, layers, strict=True):
-            layer[:, rows, :, : given.shape[2] - begin] = given[:, None, :, begin:]
+            layer[:, rows, :, :stored] = given[:, None, :, begin:]
 
-    def wipe(self, row: int) -> None:
-        """Zero a row that may hold NaN, before another sample uses it."""
-        for layer in self.layers:
-            layer[:, row] = 0
-
-    def places(self, rows_M: Tensor, tokens_M: Tensor) -> Tensor:
+    def places(self, rows_M: np.ndarray, tokens_M: np.ndarray) -> Tensor:
         """[M * K] where `store` puts the token of each row; valid until the next `reserve`."""
-        heads = torch.arange(self.shape.num_heads)
-        return (
-            (rows_M[:, None] * len(heads) + heads) * self.capacity + tokens_M[:, None]
-        ).flatten()
+        np.maximum.at(self.stored_R, rows_M, tokens_M + 1)
+        heads = np.arange(self.shape.num_heads)
+        places = (rows_M[:, None] * len(heads) + heads) * self.capacity + tokens_M[:, None]
+        return torch.from_numpy(places.ravel())
 
     def store(
         self, layer: int, keys: Tensor, values: Tensor, places: Tensor, num_rows: int, tokens: int

@@ -43,3 +43,21 @@ class Linear(NamedTuple):
         if not self.packed:
             return functional.linear(x_ME, self.weight, self.bias_F)
         return torch.ops.mkldnn._linear_pointwise(x_ME, self.weight, self.bias_F, "none", [], "")
+
+    def silu(self, x_ME: Tensor) -> Tensor:
+        """[M, F] silu(y), while y is in the cache."""
+        if not self.packed:
+            return functional.silu(self(x_ME), inplace=True)
+        return torch.ops.mkldnn._linear_pointwise(x_ME, self.weight, self.bias_F, "swish", [], "")
+
+    def times(self, x_ME: Tensor, factor_MF: Tensor) -> Tensor:
+        """[M, F] y * factor, likewise."""
+        return self._with("mul", x_ME, factor_MF) if self.packed else self(x_ME).mul_(factor_MF)
+
+    def plus(self, x_ME: Tensor, term_MF: Tensor) -> Tensor:
+        """[M, F] y + term, likewise."""
+        return self._with("add", x_ME, term_MF) if self.packed else self(x_ME).add_(term_MF)
+
+    def _with(self, operation: str, x_ME: Tensor, other_MF: Tensor) -> Tensor:
+        product = torch.ops.mkldnn._linear_pointwise.binary
+        return product(x_ME, other_MF, self.weight, self.bias_F, operation)

@@ -8,6 +8,7 @@ from collections import deque
 import numpy as np
 
 from ..engine import GenerationRequest
+from .kv_cache import KvShape, RaggedCache
 from .slots import Slots
 from .waiting import Group, KeptTurns, Waiting
 
@@ -45,31 +46,34 @@ class Lengths:
         return np.minimum(predicted_N, budget_N) - num_written_N
 
 
-def peak_tokens(lengths_N: np.ndarray, left_N: np.ndarray) -> int:
-    """Most tokens of memory that rows take until the last has ended, none being added.
-
-    Rows are as long as the longest of them: while the k with most left go on, they take k times the
-    longest of these.
+def peak_tokens(lengths_N: np.ndarray, left_N: np.ndarray, shape: KvShape) -> int:
+    """Most tokens of memory, in whole pages, that rows take until the last has ended, none being
+    added. It is reached when one of them ends, and those that go on have grown by what it had left.
 
     Args:
         lengths_N: [N] int, tokens in each row now.
         left_N: [N] int, tokens each is still to get.
-    Source: the predicted peak of Past-Future (arXiv:2507.10150), there for paged memory, where it
-        is the sum of the lengths instead of this product.
+        shape: says what a page is.
+    Source: the predicted peak of Past-Future (arXiv:2507.10150).
     """
-    order = np.argsort(-left_N, kind="stable")
-    lengths_N, left_N = lengths_N[order], left_N[order]
-    alive_N = np.arange(1, len(order) + 1)
-    return int((alive_N * (np.maximum.accumulate(lengths_N) + left_N)).max(initial=0))
+    grown_NN = shape.in_pages(lengths_N + left_N[:, None])
+    return int((grown_NN * (left_N >= left_N[:, None])).sum(axis=1).max(initial=0))
 
 
 class Memory:
     """Keeps to a bound on tokens: who may begin, and what there is room for."""
 
-    def __init__(self, most_tokens: float, slots: Slots, waiting: Waiting, kept: KeptTurns) -> None:
+    def __init__(
+        self,
+        most_tokens: float,
+        slots: Slots,
+        cache: RaggedCache,
+        waiting: Waiting,
+        kept: KeptTurns,
+    ) -> None:
         """`most_tokens` is inf where memory is not bounded."""
         self.most_tokens, self.lengths = most_tokens, Lengths()
-        self._slots, self._waiting, self._kept = slots, waiting, kept
+        self._slots, self._cache, self._waiting, self._kept = slots, cache, waiting, kept
 
     @property
     def outside_rows(self) -> int:
@@ -80,10 +84,10 @@ class Memory:
 
     @property
     def share_used(self) -> float:
-        """Of the bound, what samples in flight need: neither room that is only reserved, nor kept
+        """Of the bound, what samples in flight need: neither the rest of their pages, nor kept
         turns, which give way to them."""
-        rows = self._slots.count * int(self._slots.row_lengths.max(initial=0))
-        return (rows + self.outside_rows - self._kept.num_tokens) / self.most_tokens
+        tokens = int(self._slots.row_lengths.sum()) + self.outside_rows - self._kept.num_tokens
+        return tokens / self.most_tokens
 
     @property
     def in_rows(self) -> float:
@@ -93,9 +97,26 @@ class Memory:
 
     def is_tight(self, group: Group) -> bool:
         """Whether copies of a prompt in the rows of its samples would not fit."""
-        rows = self._slots.count + len(group.admitted)
-        longest = max(len(group.token_ids), int(self._slots.row_lengths.max(initial=0)))
-        return rows * longest + len(group.token_ids) > self.in_rows
+        return self._with_copies(group) + len(group.token_ids) > self.in_rows
+
+    def can_start(self, group: Group) -> bool:
+        """Whether the rows of a group whose prompt is computed fit beside those in flight; with
+        none in flight they do."""
+        return not self._slots.count or self._with_copies(group) <= self.in_rows
+
+    def _with_copies(self, group: Group) -> int:
+        """Tokens in rows, once each admitted sample of a group has its prompt in its own."""
+        row = 0 if group.is_shared else len(group.token_ids)
+        return self._cache.num_tokens + len(group.admitted) * self._cache.shape.in_pages(row)
+
+    def drafts(self) -> np.ndarray:
+        """[n] tokens that each slot may take beyond its next one, if all of them do."""
+        lengths = self._slots.row_lengths + 1
+        if self.most_tokens == np.inf:
+            return np.full(len(lengths), np.iinfo(np.int64).max)
+        taken, page = self._cache.with_lengths(lengths), self._cache.shape.page_tokens
+        spare = max(0, int(self.in_rows) - int(taken.sum()))
+        return taken - lengths + spare // len(lengths) // page * page
 
     def fits(self, group: Group) -> bool:
         """Whether one more sample of a group fits, at the peak predicted for all of them; one
@@ -111,6 +132,7 @@ class Memory:
             self.lengths.left(
                 np.append(used["num_written"], written), np.append(used["budget"], budget)
             ),
+            self._cache.shape,
         )
         no_keys = {id(g): len(g.token_ids) for g in (*self._waiting.begun, group) if not g.keys}
         peak += sum(no_keys.values())
@@ -129,7 +151,9 @@ class Memory:
         """Forget what can be computed again until the next token of all rows fits; where that is
         not enough, returns the slot to pause, the one that loses least. The last one always fits.
         """
-        while self._slots.count * (int(self._slots.row_lengths.max()) + 1) > self.in_rows:
+        if self.most_tokens == np.inf:
+            return None
+        while self._cache.with_lengths(self._slots.row_lengths + 1).sum() > self.in_rows:
             in_use = {id(keys) for keys in self._slots.shared}
             begun = [g for g in self._waiting.keyed if g.keys and id(g.keys) not in in_use]
             if len(self._kept):

@@ -27,7 +27,8 @@ from ..engine import EngineState, EngineStats, GenerationOutput, GenerationReque
 from ..speculation import make_speculation
 from .decoder import Decoder
 from .draft_model import DraftModel
-from .weights import Weights, read_verified
+from .outputs import unstarted
+from .weights import Weights, verified_beside
 
 _CLOSE_TIMEOUT_S = 60.0
 """Longer than any single step: the thread looks at its commands after each."""
@@ -93,9 +94,11 @@ class NativeEngine:
             kv_memory_mb=kv_memory_mb,
         )
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, _Stream] = {}  # by sample; the engine's thread's own
+        self._open: set[_Stream] = set()
         self._calls: set[Future[None]] = set()
         self._load_lock = asyncio.Lock()
+        self._freeing: asyncio.Task[None] | None = None
         self._ended_lock = threading.Lock()
         self._loading = self._closing = self._ended = False
         self._failure: Exception | None = None
@@ -149,9 +152,9 @@ class NativeEngine:
             raise RuntimeError(f"engine {self.engine_id} serves no weights: load some first")
         stream = _Stream({request.request_id for request in requests})
         assert len(stream.open) == len(requests), "request ids must differ"
-        self._streams.update(dict.fromkeys(stream.open, stream))
-        self._post(lambda: self._deliver(self._decoder.submit(requests)))
+        self._open.add(stream)
         try:
+            self._post(lambda: self._submit(stream, requests))
             while stream.open:
                 output = await stream.outputs.get()
                 if output is None:
@@ -159,8 +162,9 @@ class NativeEngine:
                 stream.open.discard(output.request_id)
                 yield output
         finally:
+            self._open.discard(stream)
             if stream.open and not self._ended:
-                self._post(lambda: self._drop(stream.open))
+                self._post(lambda: self._drop(stream))
 
     async def load(self, manifest: WeightsManifest) -> None:
         """Verify weights aside, then swap them in between two steps, without draining.
@@ -174,18 +178,32 @@ class NativeEngine:
                 return
             self._loading = True
             try:
+                await self._old_freed()  # there are never three
                 weights = await asyncio.to_thread(self._prepare, manifest)
                 old: list[Weights | None] = []
                 await self._call(lambda: old.append(self._swap(manifest.version, weights)))
-                await asyncio.to_thread(old.clear)
+                self._freeing = asyncio.create_task(asyncio.to_thread(old.clear))
             finally:
                 self._loading = False
 
+    async def _old_freed(self) -> None:
+        """Wait for the memory of the weights before: giving it back takes longer than a swap."""
+        if self._freeing is not None:
+            await asyncio.wait({self._freeing})
+
     def _prepare(self, manifest: WeightsManifest) -> Weights:
-        """Verify weights and lay them out, while tokens are made."""
+        """Verify weights and lay them out, while tokens are made.
+
+        On one core each thread: one that has computed on several keeps a team of threads for it,
+        and where teams have more threads than there are cores, every product of the decoding
+        thread waits for its own to be woken (a third of a step's time).
+        """
+        torch.set_num_threads(1)
         with torch.inference_mode():
             try:
-                weights = self._decoder.prepare(dict(merged(read_verified(manifest))))
+                weights = verified_beside(
+                    manifest, lambda tensors: self._decoder.prepare(dict(merged(tensors)))
+                )
             except ModelError as error:
                 raise CorruptData(f"weights of version {manifest.version}: {error}") from error
         confirm(manifest)
@@ -196,6 +214,7 @@ class NativeEngine:
         if not self._ended:
             self._post(self._stop)
         await asyncio.to_thread(self._thread.join, _CLOSE_TIMEOUT_S)
+        await self._old_freed()
 
     def _post(self, command: Callable[[], None]) -> None:
         """Give the thread a command; one that is taken is carried out or reported."""
@@ -230,7 +249,8 @@ class NativeEngine:
     # Below: what runs in the engine's thread.
 
     def _run(self) -> None:
-        torch.set_num_threads(self._threads)  # per thread: others keep their own number
+        torch.get_num_threads()  # a thread that asks for the first time takes what was set last,
+        torch.set_num_threads(self._threads)  # and from then on has a number of its own
         try:
             with torch.inference_mode():
                 while not self._closing:
@@ -247,9 +267,10 @@ class NativeEngine:
         """Leave nobody waiting: after this `_post` refuses."""
         with self._ended_lock:
             self._ended = True
-        for stream in {id(stream): stream for stream in self._streams.values()}.values():
+        # Copies: the event loop may still add to what it shares with this thread, or take from it.
+        for stream in list(self._open):
             stream.put(None)
-        for call in self._calls:
+        for call in list(self._calls):
             if not call.done():
                 call.set_exception(RuntimeError(self._obituary()))
 
@@ -264,10 +285,22 @@ class NativeEngine:
                 return
             command()
 
-    def _drop(self, request_ids: set[str]) -> None:
+    def _submit(self, stream: _Stream, requests: Sequence[GenerationRequest]) -> None:
+        new = []
+        for request in requests:
+            if request.request_id in self._streams:
+                why = f"a sample with the request id {request.request_id!r} is in flight"
+                stream.put(unstarted(request, why))
+            else:
+                self._streams[request.request_id] = stream
+                new.append(request)
+        self._deliver(self._decoder.submit(new))
+
+    def _drop(self, stream: _Stream) -> None:
+        request_ids = {name for name in stream.open if self._streams.get(name) is stream}
         self._decoder.drop(request_ids)
         for request_id in request_ids:
-            self._streams.pop(request_id, None)
+            del self._streams[request_id]
 
     def _deliver(self, outputs: Sequence[GenerationOutput]) -> None:
         for output in outputs:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ...buffer.records import FinishReason, Version
 from ..engine import GenerationOutput, GenerationRequest
+from .kv_cache import KvShape
 from .slots import Slots, spans
 from .text import Detokeniser
 
@@ -19,7 +20,7 @@ class Limits(NamedTuple):
     vocabulary: int
     most_tokens: float
     """Of keys and values; inf where they are not bounded."""
-    bytes_per_token: int
+    shape: KvShape
 
     def budget(self, request: GenerationRequest) -> int:
         """Tokens a sample may write."""
@@ -28,7 +29,7 @@ class Limits(NamedTuple):
 
     def refusal(self, request: GenerationRequest) -> str:
         """Why a sample cannot be generated; empty when it can."""
-        prompt = request.prompt_token_ids
+        prompt, law = request.prompt_token_ids, request.sampling
         if not prompt:
             return "the prompt has no tokens"
         if len(prompt) >= self.context:
@@ -39,16 +40,22 @@ class Limits(NamedTuple):
         if min(prompt) < 0 or max(prompt) >= self.vocabulary:
             odd = next(i for i in prompt if not 0 <= i < self.vocabulary)
             return f"the prompt has token id {odd}, the model knows 0 to {self.vocabulary - 1}"
-        if request.sampling.max_new_tokens < 1:
-            return f"max_new_tokens is {request.sampling.max_new_tokens}, at least 1 is needed"
-        if any(not 0 <= token < self.vocabulary for token, _ in request.sampling.logit_bias):
+        if law.max_new_tokens < 1:
+            return f"max_new_tokens is {law.max_new_tokens}, at least 1 is needed"
+        if not law.temperature >= 0:
+            return f"temperature is {law.temperature}, at least 0 is needed"
+        if not all(law.stop):
+            return "a stop string is empty"
+        if any(not 0 <= token < self.vocabulary for token, _ in law.logit_bias):
             return f"logit_bias names a token id outside 0 to {self.vocabulary - 1}"
-        tokens = len(prompt) + self.budget(request)
+        parts = np.array([len(prompt), self.budget(request)])
+        tokens = int(self.shape.in_pages(parts).sum())
         if tokens > self.most_tokens:
+            mib = tokens * self.shape.bytes_per_token / 2**20
             return (
-                f"prompt and answer may take {tokens} tokens, "
-                f"{tokens * self.bytes_per_token / 2**20:.1f} MiB of keys and values; "
-                f"rollout.kv_memory_mb allows {self.most_tokens:.0f} tokens"
+                f"a prompt of {parts[0]} tokens and an answer of up to {parts[1]} take whole pages "
+                f"of keys and values: {tokens} tokens, {mib:.1f} MiB; rollout.kv_memory_mb allows "
+                f"{self.most_tokens:.0f}"
             )
         return ""
 

@@ -68,7 +68,7 @@ class Slots:
 
     add(a, ...), add(b, ...)     a in slot 0, b in slot 1
     record([0, 1], draws, ...)   one token written to each
-    release(0)                   b in slot 0; returns 1, where b's keys still are
+    release(0)                   b in slot 0
     """
 
     def __init__(self, num_slots: int, end_token_ids: Sequence[int]) -> None:
@@ -108,13 +108,14 @@ class Slots:
         self._enter(request, shared, [])
         return slot
 
-    def pause(self, slot: int) -> tuple[Paused, int | None]:
-        """Take a sample out; also returns what `release` returns."""
+    def pause(self, slot: int) -> Paused:
+        """Take a sample out; the last one moves into its place."""
         paused = Paused(
             self.requests[slot], self._state[slot].copy(), self.written(slot).copy(),
             self._kept_ids[slot], self.cached_tokens(slot),
         )  # fmt: skip
-        return paused, self.release(slot)
+        self.release(slot)
+        return paused
 
     def resume(self, paused: Paused, kv_version: int, shared: PromptKeys | None) -> int:
         """Put a sample back; as `add`, where all the sample's tokens are what is computed."""
@@ -230,18 +231,15 @@ class Slots:
         offsets = np.cumsum([0, *map(len, recorded)], dtype=np.int64)
         return RaggedArray(values=np.concatenate(recorded), offsets=offsets)
 
-    def release(self, slot: int) -> int | None:
-        """Free a slot; returns the slot whose sample moved into it, None when it was the last."""
+    def release(self, slot: int) -> None:
+        """Free a slot: the sample in the last one, `count` from then on, moves into it."""
         last = self.count - 1
         self.count = last
         for of_slots in (self.requests, self.shared, self._kept_ids):
             of_slots[slot] = of_slots[last]  # type: ignore[index]
             of_slots.pop()
-        if slot == last:
-            return None
         for array in (self._state, self._stop_ids, self._written):
             array[slot] = array[last]
-        return last
 
     def _reserve(self, num_tokens: int) -> None:
         capacity = self._written.shape[1]

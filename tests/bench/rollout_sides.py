@@ -1,4 +1,4 @@
-"""What `bench_rollout.py` measures: our engine, transformers, and peers in processes of their own.
+"""What `bench_rollout.py` measures: our engine, and peers in processes of their own.
 
 A workload is a list of (prompt token ids, tokens to write); every side writes exactly so many, as
 end tokens are ignored, but where a side is told not to.
@@ -9,13 +9,13 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Timer
 from typing import Any, NamedTuple
 
-import torch
 import xxhash
 from common import ROOT
 from safetensors.torch import save_file
@@ -123,47 +123,6 @@ class Ours:
         self._runner.close()
 
 
-class Transformers:
-    """`transformers.generate` at temperature 1."""
-
-    def __init__(self, model_dir: Path, *, ends: bool = False) -> None:
-        self.model: Any = load_policy(model_dir, "float32", seed=None)
-        if not ends:
-            self.model.generation_config.eos_token_id = None
-
-    def run(self, workload: Workload) -> Measured:
-        """One static batch, padded on the left, until its longest row has ended."""
-        longest = max(len(prompt) for prompt, _ in workload)
-        ids_BL = torch.zeros(len(workload), longest, dtype=torch.long)
-        mask_BL = torch.zeros_like(ids_BL)
-        for row, (prompt, _) in enumerate(workload):
-            ids_BL[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask_BL[row, longest - len(prompt) :] = 1
-        lengths = [count for _, count in workload]
-        started_s = time.perf_counter()
-        self._generate(ids_BL, mask_BL, max(lengths))
-        return Measured(time.perf_counter() - started_s, sum(lengths))
-
-    def one_by_one(self, workload: Workload, **options: Any) -> Measured:
-        """Each sample a batch of its own; `options` of `generate`, such as who drafts."""
-        tokens, started_s = 0, time.perf_counter()
-        for prompt, count in workload:
-            ids_1L = torch.tensor([prompt])
-            out_1L = self._generate(ids_1L, torch.ones_like(ids_1L), count, **options)
-            tokens += out_1L.shape[1] - len(prompt)
-        return Measured(time.perf_counter() - started_s, tokens)
-
-    def _generate(
-        self, ids_BL: torch.Tensor, mask_BL: torch.Tensor, count: int, **options: Any
-    ) -> torch.Tensor:
-        torch.set_num_threads(THREADS)
-        with torch.inference_mode():
-            return self.model.generate(
-                ids_BL, attention_mask=mask_BL, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                max_new_tokens=count, pad_token_id=0, **options,
-            )  # fmt: skip
-
-
 class Peer:
     """A peer in its own environment, started once: `peers/rollout_NAME.py` says what it does."""
 
@@ -174,6 +133,8 @@ class Peer:
             SystemExit: its environment is missing, or it does not start.
         """
         self._name, python = name, ROOT / ".venvs" / name / "bin" / "python"
+        if name == "transformers":
+            python = Path(sys.executable)
         if not python.exists():
             raise SystemExit(f"{name} is missing: make .venvs/{name}/.installed")
         script = Path(__file__).parent / "peers" / f"rollout_{name}.py"
@@ -183,10 +144,11 @@ class Peer:
         )  # fmt: skip
         self._answer()
 
-    def run(self, workload: Workload) -> Measured:
-        """Generate at temperature 1."""
+    def run(self, workload: Workload, **how: Any) -> Measured:
+        """Generate at temperature 1; `how` is what the script knows besides."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([[list(p), n] for p, n in workload]) + "\n")
+        work = [[list(prompt), count] for prompt, count in workload]
+        self._process.stdin.write(json.dumps({"work": work, **how}) + "\n")
         self._process.stdin.flush()
         answer = self._answer()
         return Measured(answer["seconds"], answer["tokens"])

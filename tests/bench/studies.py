@@ -1,6 +1,11 @@
 """What the studies share: arms by seed, held-out curves, the area between them, and intervals.
 
-Runs are kept in `--work`: a study that was ended begins again with the run that was not done.
+Start. All arms of a seed start from one policy, of the quickstart's warm start.
+Learning rate. One for all arms of all studies, tuned at S = 0 on the quickstart as it is otherwise
+    shipped (32 prompts an update): of 1e-4, 3e-4, 1e-3 the one with the best final held-out reward,
+    mean over development seeds 0 to 4. `--rate` gives it instead.
+Runs are kept in `--work`: a study that was ended begins again with the run that was not done, and
+what two studies need is run once.
 """
 
 import argparse
@@ -20,6 +25,7 @@ from slipstream.configs.launch import stop
 DRAWS = 10_000
 RATES = ("1e-4", "3e-4", "1e-3")
 DEVELOPMENT, SMOKE_RATE = (0, 1, 2, 3, 4), "3e-4"
+SYNCHRONOUS = ["buffer.max_staleness_steps=0"]
 Curve = dict[int, float]
 """Held-out reward by prompts trained."""
 
@@ -31,24 +37,35 @@ def options(study: str, text: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=numbers, default=[5, 6, 7, 8, 9])
     parser.add_argument("--rate", help="learning rate of all arms; else it is tuned first")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / study, help="keeps the runs")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "runs" / "studies", help="keeps the runs"
+    )
     parser.add_argument("--smoke", action="store_true")
     return parser
 
 
-def curve(seed: int, overrides: Sequence[str], folder: Path) -> Curve:
-    """One run of the quickstart, unless it is done; its evaluations against the prompts trained
-    before each."""
+def once(folder: Path, *arguments: str) -> None:
+    """`slipstream ARGUMENTS --output FOLDER`, unless that is done."""
     done = folder.with_suffix(".done")
     if not done.exists():
         if running_supervisor(folder):  # of a study that was killed
             stop(folder)
         shutil.rmtree(folder, ignore_errors=True)
-        slipstream(
-            "run", "quickstart", f"seed={seed}", *overrides, "--no-export", "--output", str(folder),
-            log=folder.with_suffix(".log"),
-        )  # fmt: skip
+        slipstream(*arguments, "--output", str(folder), log=folder.with_suffix(".log"))
         done.touch()
+
+
+def curve(seed: int, overrides: Sequence[str], work: Path) -> Curve:
+    """One run of the quickstart from its seed's warm start; its evaluations against the prompts
+    trained before each."""
+    work = work.absolute()
+    settings = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8]
+    warm, folder = work / f"warm-{seed}", work / f"{settings}-{seed}"
+    once(warm, "sft", "quickstart", f"seed={seed}")
+    once(
+        folder, "run", "quickstart", f"seed={seed}", f"model={warm / 'export'}", "sft=false",
+        *overrides, "--no-export",
+    )  # fmt: skip
     learner = json.loads((folder / "resolved.json").read_text())["learner"]
     rows = read_lines(folder / "eval.jsonl")
     return {row["step"] * learner["prompts_per_step"]: row["reward_mean"] for row in rows}
@@ -61,9 +78,7 @@ def curves(
     found: dict[str, list[Curve]] = {name: [] for name in arms}
     for seed in seeds:
         for name, overrides in arms.items():
-            settings = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8]
-            folder = work.absolute() / f"{settings}-{seed}"  # a run that two questions need is one
-            found[name].append(curve(seed, overrides, folder))
+            found[name].append(curve(seed, overrides, work))
     return found
 
 
@@ -72,10 +87,10 @@ def at_rate(arm: Sequence[str], rate: str) -> list[str]:
     return [*arm, f"learner.optimizer.learning_rate={rate}"]
 
 
-def tuned(study: str, arm: Sequence[str], work: Path) -> tuple[str, dict[str, Any]]:
-    """The learning rate under which an arm's final reward is best, over the development seeds, and
+def tuned(study: str, work: Path) -> tuple[str, dict[str, Any]]:
+    """The learning rate under which synchronous training ends best, over the development seeds, and
     the line of results that says so."""
-    found = curves({rate: at_rate(arm, rate) for rate in RATES}, DEVELOPMENT, work)
+    found = curves({rate: at_rate(SYNCHRONOUS, rate) for rate in RATES}, DEVELOPMENT, work)
     ends = {rate: [last(each) for each in found[rate]] for rate in RATES}
     best = max(RATES, key=lambda rate: mean(ends[rate]))
     values = {"best": best, "rewards": {rate: listed(of) for rate, of in ends.items()}}
@@ -117,7 +132,7 @@ def listed(values: Sequence[float]) -> list[float]:
 def smoke(overrides: Sequence[str]) -> list[str]:
     """The same arm in a few steps of a few prompts: shows that it runs, and says nothing else."""
     sizes = {
-        "learner.steps": 2, "sft.examples": 64, "prompts.held_out": 16, "eval.every_steps": 1,
+        "learner.steps": 2, "prompts.held_out": 16, "eval.every_steps": 1,
         "buffer.drop_no_signal": "false",  # so early there may be none
     }  # fmt: skip
     return [*overrides, *(f"{key}={value}" for key, value in sizes.items())]

@@ -4,8 +4,8 @@ Claim (arXiv:2110.00641): with a quarter of the batch, the learning rate divided
 to the power 1/4 and the average's centre of mass times 4, PPO-EWMA follows the curve of the full
 batch more closely than PPO with the same rate and betas, its proximal policy as old as its step.
 
-Learning rate. Tuned once, at S = 0 and the full batch, on development seeds 0 to 4: the best final
-    held-out reward of 1e-4, 3e-4, 1e-3 under PPO-EWMA. `--rate` gives it to all arms.
+Start and learning rate. As tests/bench/studies.py says; an update has as many prompts as those of
+    the reference.
 Arms, each S = 2, correction "none", 4 updates a step at the full batch:
     reference   128 prompts a step, 4 updates of 32, proximal "ewma", decay 0.889 (centre of mass 8)
     ewma        32 prompts a step, 4 updates of 8, `optimizer.tuned_at = 32`: the rules above
@@ -52,7 +52,7 @@ def main() -> None:
     given = options(STUDY, __doc__).parse_args()
     rate, lines = given.rate or SMOKE_RATE, []
     if not given.rate and not given.smoke:
-        rate, row = tuned(STUDY, [*ARMS["reference"], "buffer.max_staleness_steps=0"], given.work)
+        rate, row = tuned(STUDY, given.work)
         lines.append(row)
     arms, seeds = {name: at_rate(arm, rate) for name, arm in ARMS.items()}, given.seeds
     if given.smoke:

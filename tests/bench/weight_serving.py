@@ -24,7 +24,7 @@ from slipstream.buffer.weight_files import Outbox
 from slipstream.configs.sizes import SMOLLM2_CONFIG
 from slipstream.kernels.models import policy_weights
 from slipstream.learner.config import LearnerConfig, LearnerSpec
-from slipstream.learner.policy import pieces, weights_digest
+from slipstream.learner.policy import pieces
 from slipstream.learner.trainer import Trainer
 from slipstream.rollout.config import VllmConfig
 from slipstream.rollout.engine import Engine, GenerationRequest
@@ -73,13 +73,16 @@ class Publisher:
     """Publishes one version after the other, as the learner does."""
 
     def __init__(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        self.outbox, self.weights, self.step, self.held = Outbox(folder), weights, 0, []
+        self.folder, self.outbox, self.weights = folder, Outbox(folder), weights
+        self.step, self.held = 0, []
 
     def publish(self) -> WeightsManifest:
-        """Digest of the version, file and its digest, retirement of the third newest."""
+        """File, its digest and the version's, retirement of the third newest."""
         self.step += 1
-        version = Version(branch=0, step=self.step, digest=weights_digest(self.weights))
-        manifest = self.outbox.publish(version, pieces(self.weights))
+        path = self.folder / "weights.held"
+        written = self.outbox.write(path, pieces(self.weights))
+        version = Version(branch=0, step=self.step, digest=written.tensors)
+        manifest = self.outbox.announce(version, path, written.file)
         self.held = [*self.held[-1:], version]
         self.outbox.keep(self.held)
         return manifest

@@ -9,6 +9,7 @@ from slipstream.buffer import segments
 from slipstream.buffer.audit import audit
 from slipstream.buffer.coordinator import Coordinator
 from slipstream.buffer.errors import CorruptData
+from slipstream.buffer.journal import Journal
 from slipstream.buffer.messages import CheckpointSaved, PublishVersion
 
 from .conftest import SpecMaker
@@ -44,6 +45,20 @@ def test_a_sound_run_adds_up(run_dir: Path) -> None:
         "3 steps, largest lag 0, 0 violations",
         "ok",
     ]
+
+
+def test_of_a_run_that_is_alive_what_comes_meanwhile_is_not_looked_at(
+    run_dir: Path, make_spec: SpecMaker
+) -> None:
+    journal = Journal(run_dir, writable=False)
+    until = journal.sequence
+    journal.close()
+    resumed = Coordinator(make_spec(branch=1, resume_from=(0, 2)), 0.0)
+    ask(resumed, PublishVersion(manifest=manifest(2, branch=1)))
+    run_step(resumed, 3, branch=1)
+    resumed.close()
+    assert audit(run_dir, range(6), until=until).line == "issued 6 = 4 trained + 2 TAKEN"
+    assert not audit(run_dir, range(6)).ok
 
 
 def test_a_resumed_run_adds_up_along_the_surviving_lineage(

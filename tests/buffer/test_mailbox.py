@@ -6,9 +6,22 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from slipstream.buffer.errors import CorruptData, DiskFull, Refused
-from slipstream.buffer.mailbox import Mailbox, check_present, confirm, publish_file, verify
+from slipstream.buffer.mailbox import (
+    Mailbox,
+    check_present,
+    confirm,
+    file_digest,
+    publish_file,
+    verify,
+)
 from slipstream.buffer.records import Shard, WeightsManifest
-from slipstream.buffer.weight_files import PIECE_BYTES, Outbox, Piece
+from slipstream.buffer.weight_files import (
+    PIECE_BYTES,
+    Outbox,
+    Piece,
+    digest_file,
+    tensors_digest,
+)
 
 from .make import version
 
@@ -79,6 +92,20 @@ def test_what_is_published_is_a_safetensors_file_of_those_tensors(tmp_path: Path
     assert found["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert found["b"].shape == weights(3)["b"].shape
     assert (found["b"] == 3).all()
+
+
+def test_a_file_has_one_digest_and_what_it_holds_another_in_whatever_order(tmp_path: Path) -> None:
+    outbox, pieces, paths = Outbox(tmp_path), weights(3), [tmp_path / f"{n}.held" for n in "abc"]
+    reordered = dict(reversed(pieces.items()))
+    renamed = {"a": pieces["a"], "c": pieces["b"]}
+    found = [
+        outbox.write(path, each)
+        for path, each in zip(paths, (pieces, reordered, renamed), strict=True)
+    ]
+    assert [digest_file(path) for path in paths] == found
+    assert [each.file for each in found] == [file_digest(path)[1] for path in paths]
+    assert len({each.file for each in found}) == 3
+    assert found[0].tensors == found[1].tensors == tensors_digest(pieces) != found[2].tensors
 
 
 def test_pages_are_used_again_and_no_path_ever_shows_other_bytes(tmp_path: Path) -> None:

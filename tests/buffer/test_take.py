@@ -146,6 +146,17 @@ def test_failed_rewards_carry_no_gradient_and_two_others_keep_the_group() -> Non
     ]
 
 
+def test_what_was_cut_for_being_slow_does_not_say_why_its_group_is_dropped() -> None:
+    scene = Scene()
+    for uid, reasons in enumerate((("cut", "quarantined"), ("cut", "cut"))):
+        scene.open(serving=0)
+        for index, reason in enumerate(reasons):
+            lease_id, attempt = scene.leases[uid, index]
+            scene.replay.release(uid, attempt, (index,), lease_id, reason)
+    groups = scene.replay.state.groups
+    assert [groups[uid].drop_reason for uid in (0, 1)] == ["quarantined", "reward_failed"]
+
+
 def test_without_staleness_only_the_newest_version_claims() -> None:
     scene = Scene(bound=0)
     scene.open(serving=0)

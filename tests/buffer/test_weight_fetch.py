@@ -71,7 +71,7 @@ def test_what_arrives_is_what_was_published_and_is_fetched_once_a_host(publisher
 
 def test_the_base_of_adapters_is_fetched_once(publisher, inbox, tmp_path):
     receiver, written = inbox("a"), tmp_path / "learner" / "base.held"
-    publisher.hold_base(written, publisher.write(written, pieces(9)))
+    publisher.hold_base(written, publisher.write(written, pieces(9)).file)
     adapter, before = {"a": Piece("U8", (999,), np.arange(999).astype(np.uint8))}, 0
     for step in range(1, 8):
         manifest = publisher.publish(version(step), adapter)

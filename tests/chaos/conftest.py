@@ -1,5 +1,6 @@
 """A run to be harmed: started by the command line, watched by its files."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,11 +15,16 @@ from pathlib import Path
 import psutil
 import pytest
 
+from .disks import Disk, Refused, jumping_clock, limited_disk
+from .networks import Link, joined
+
 PYTHON = [sys.executable, "-P"]
 STEPS = 60
 START_DEADLINE_S = 150.0
 """Four processes import torch on two cores, which other tests may use, too."""
 END_DEADLINE_S = 60.0
+STARTED_BY_WORKERS = {"reward": "rewards.process", "core": "EngineCore"}
+"""Of a process, and what its command line holds."""
 
 EXPERIMENT = """
 name = "chaos"
@@ -56,8 +62,20 @@ def slow(completion, prompt):
 """
 
 
+QUICK = """
+import sys
+if "slipstream.configs.cli" in sys.orig_argv:
+    from slipstream.configs import doctor
+    doctor.SILENT_S = 8.0
+"""
+"""So that who is frozen is found in 8 s; `test_kill` waits for the doctor's own time."""
+
+
 class Run:
     """A run driven by the command line, as a user would."""
+
+    python = PYTHON
+    deadline_s = START_DEADLINE_S
 
     def __init__(self, folder: Path, record_property: Callable[[str, object], None]) -> None:
         self.record_property = record_property
@@ -67,7 +85,17 @@ class Run:
         self.environment: dict[str, str] = {}
 
     def start(self, *arguments: str) -> None:
-        self.spawn([*PYTHON, "-m", "slipstream.configs.cli", *arguments])
+        self.spawn([*self.python, "-m", "slipstream.configs.cli", *arguments])
+
+    def begin(self, *settings: str) -> None:
+        """The run itself, in its folder."""
+        self.start("run", "chaos.toml", *settings, "--output", str(self.run_dir), "--no-export")
+
+    def find_quickly(self) -> None:
+        """See `QUICK`."""
+        (self.folder / "plant").mkdir()
+        (self.folder / "plant" / "sitecustomize.py").write_text(QUICK)
+        self.add_path(self.folder / "plant")
 
     def spawn(self, command: list[str]) -> None:
         with self.output.open("ab") as output:
@@ -111,16 +139,17 @@ class Run:
             assert self.supervisor.poll() is None, self.output.read_text()
             return self.step() >= step
 
-        wait_until(reached, START_DEADLINE_S)
+        wait_until(reached, self.deadline_s)
 
     def pid(self, name: str) -> int:
-        """Of a process of the run; `reward` is one that a rollout worker started."""
+        """Of a process of the run; `reward` and `core` are those that a rollout worker started."""
         if name == "supervisor":
             assert self.supervisor is not None
             return self.supervisor.pid
-        if name == "reward":
+        if name in STARTED_BY_WORKERS:
             children = psutil.Process(self.pid("worker-0")).children(recursive=True)
-            return next(c.pid for c in children if "rewards.process" in " ".join(c.cmdline()))
+            mark = STARTED_BY_WORKERS[name]
+            return next(c.pid for c in children if mark in " ".join((c.name(), *c.cmdline())))
         return int((self.run_dir / "processes" / f"{name}.pid").read_text())
 
     def lines(self) -> int:
@@ -129,16 +158,23 @@ class Run:
             return (self.run_dir / "metrics.jsonl").read_bytes().count(b"\n")
         return 0
 
-    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
-        """Signal a process; one that is just being restarted is waited for."""
+    def times(self) -> list[float]:
+        """The wall clock at each step."""
+        whole = (self.run_dir / "metrics.jsonl").read_text().rpartition("\n")[0]
+        return [json.loads(line)["time"] for line in whole.splitlines()]
 
-        def sent() -> bool:
-            with suppress(ProcessLookupError, psutil.NoSuchProcess, StopIteration):
-                os.kill(self.pid(name), number)
-                return True
-            return False
+    def kill(self, name: str, number: int = signal.SIGKILL) -> int:
+        """Signal a process; one that is just being restarted is waited for. Its pid."""
+        sent: list[int] = []
 
-        wait_until(sent, START_DEADLINE_S)
+        def done() -> bool:
+            with suppress(OSError, psutil.NoSuchProcess, StopIteration):
+                os.kill(pid := self.pid(name), number)
+                sent.append(pid)
+            return bool(sent)
+
+        wait_until(done, self.deadline_s)
+        return sent[0]
 
     def wait(self, deadline_s: float = END_DEADLINE_S) -> int:
         assert self.supervisor is not None
@@ -181,3 +217,40 @@ def run(tmp_path: Path, record_property: Callable[[str, object], None]) -> Itera
     run = Run(tmp_path, record_property)
     yield run
     run.end()
+
+
+@pytest.fixture
+def disk(run: Run) -> Iterator[Disk | None]:
+    """A disk for the run; None where the sandbox refuses it, and what it said is recorded."""
+    with contextlib.ExitStack() as stack:
+        made = None
+        try:
+            made = stack.enter_context(limited_disk(run.folder))
+            run.run_dir = made.place / "run"
+        except Refused as error:
+            run.record_property("refused", str(error))
+        yield made
+        run.end()
+
+
+@pytest.fixture
+def clock(run: Run) -> Path | None:
+    """The file that puts the run's clock ahead; None where there is no compiler."""
+    try:
+        environment, ahead = jumping_clock(run.folder)
+    except Refused as error:
+        run.record_property("refused", str(error))
+        return None
+    run.environment |= environment
+    return ahead
+
+
+@pytest.fixture
+def link() -> Iterator[Link]:
+    """A network to be cut."""
+    with contextlib.ExitStack() as stack:
+        try:
+            made = stack.enter_context(joined())
+        except Refused as error:
+            pytest.skip(f"this sandbox refuses a second network: {error}")
+        yield made

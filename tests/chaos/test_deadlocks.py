@@ -105,12 +105,38 @@ def test_a_reward_that_hangs_fails_its_samples_and_nothing_else(run: Run) -> Non
     finishes(run, "reward.timeout_s=0.5", "reward.max_failure_rate=1.0")
 
 
+def few_prompts(run: Run, held_out: int = 2) -> str:
+    """Five to train on: the epoch ends in the middle of a batch of four."""
+    rows = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(5 + held_out)]
+    (run.folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"prompts.held_out={held_out}"
+
+
 def test_the_end_of_an_epoch_and_a_batch_that_does_not_divide_it_are_nothing_special(
     run: Run,
 ) -> None:
-    rows = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(7)]
-    (run.folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    finishes(run, "prompts.held_out=2", "learner.prompts_per_step=4", "learner.steps=12")
+    finishes(run, few_prompts(run), "learner.prompts_per_step=4", "learner.steps=12")
+
+
+def test_an_epoch_that_leaves_the_buffer_empty_is_followed_by_the_next(run: Run) -> None:
+    """None of its groups has a signal, so that each is dropped and no batch fills."""
+    (run.folder / "reward.py").write_text(
+        "import zlib\n"
+        "def slow(completion, prompt):\n"
+        "    return prompt.epoch and (zlib.crc32(completion.text.encode()) % 100) / 100\n"
+    )
+    finishes(run, few_prompts(run), "buffer.drop_no_signal=true")
+
+
+def test_a_buffer_that_stays_empty_ends_the_run_with_the_reason(run: Run) -> None:
+    (run.folder / "reward.py").write_text("def slow(completion, prompt):\n    return 0.0\n")
+    run.begin(few_prompts(run), "buffer.drop_no_signal=true", "buffer.take_deadline_s=8",
+              "cluster.restarts=1")  # fmt: skip
+    assert run.wait(400) == 1
+    told = run.output.read_text()
+    assert run.matches(r"got no batch within .* waiting on \d of 2 groups READY"), told
+    assert run.matches("went back 1 times to one checkpoint"), told
+    assert run.processes() == []
 
 
 def finishes(run: Run, *settings: str) -> str:

@@ -5,12 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
+from ray.cluster_utils import Cluster
 from slipstream.buffer.errors import ConfigError
+from slipstream.buffer.waits import Published
 from slipstream.configs import engines
 from slipstream.configs.claim import supervising
-from slipstream.configs.doctor import machine_report, run_report
+from slipstream.configs.cluster_doctor import Looked, judge
+from slipstream.configs.doctor import machine_report, report, run_report
 from slipstream.configs.load import load_table
 from slipstream.configs.run_dir import create_run_dir, end_branch
 from slipstream.rollout.config import RolloutConfig
@@ -54,6 +59,59 @@ def test_of_a_live_run_who_hangs_is_named(run_dir: Path) -> None:
     (stalled,) = [line for line in lines if "STALLED" in line]
     assert stalled.startswith("worker-0: ")
     assert "group 7 sample 3 has waited 412 s for the engine of worker-0" in stalled
+
+
+def test_a_process_on_another_machine_is_said_to_be_there_and_found_when_it_falls_silent(
+    run_dir: Path,
+) -> None:
+    path = run_dir / "processes" / "worker-0.waits.json"
+    said = Published(pid=os.getpid(), beat=3, loop_silent_s=0.1, waits=[], host="elsewhere")
+    path.write_bytes(msgspec.json.encode(said))
+    with supervising(run_dir):
+        ok, lines = run_report(run_dir)
+        assert ok
+        assert any("on elsewhere" in line for line in lines)
+        os.utime(path, (0, 0))
+        ok, lines = run_report(run_dir)
+    assert not ok
+    assert any("worker-0" in line and "STALLED: silent" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, ""),
+        ({"versions": {"torch": "1"}}, "BAD  versions differ: it has {'torch': '1'}, here"),
+        ({"clock_s": 90.0}, "BAD  its clock is off by 10.0 s"),
+        ({"clock_s": 117.0}, "BAD  its clock is off by 15.0 s"),
+        ({"sees": False}, "BAD  it does not see"),
+        ({"lines": ["BAD  disk"]}, "BAD  disk"),
+    ],
+)
+def test_a_node_of_a_cluster_is_held_against_this_machine(
+    tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    alike = Looked(lines=["ok   disk"], versions={"torch": "2"}, clock_s=101.0, sees=True)
+    looked = alike._replace(**change)
+    ok, lines = judge(looked, {"torch": "2"}, asked_s=100.0, answered_s=102.0, folder=tmp_path)
+    assert ok == (not told)
+    assert told in "\n".join(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_every_node_of_a_cluster_examines_itself(tmp_path: Path) -> None:
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        made.add_node(num_cpus=1)
+        _, lines = report(None, made.address or "", tmp_path)
+    finally:
+        made.shutdown()
+    nodes = {line.partition(": ")[0] for line in lines}
+    assert len(nodes) == 2
+    for name in nodes:
+        assert any(line.startswith(f"{name}: ok   python") for line in lines)
+    assert not any("versions differ" in line or "clock is off" in line for line in lines)
 
 
 def test_a_machine_is_looked_at_in_all_that_a_run_needs(tmp_path: Path) -> None:

@@ -212,3 +212,16 @@ def processes_of(nodes: list[ray_node.Node]) -> set[int]:
             if alive and os.getsid(process.pid) in leaders:
                 found.add(process.pid)
     return found
+
+
+@pytest.mark.parametrize(
+    ("address", "known"),
+    [("auto", True), ("127.0.0.1:7001", True), ("localhost:7001", True),
+     ("127.0.0.1:7002", False), ("192.0.2.1:7001", False), ("no-such-host.invalid:7001", False)],
+)  # fmt: skip
+def test_only_the_cluster_that_we_started_is_shown_its_token(
+    fresh_home: Path, address: str, known: bool
+) -> None:
+    ray_cluster._write(ray_cluster.Started(address="127.0.0.1:7001"))
+    ray_cluster.use_our_token(address)
+    assert ("RAY_AUTH_TOKEN_PATH" in os.environ) == known

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from slipstream.configs import doctor
+from slipstream.configs import doctor, policy
 from slipstream.configs.child import Child, module_argv
 from slipstream.configs.doctor import Doctor
 from slipstream.configs.supervisor import Deadlines, Outcome, StopRequests, Supervisor
@@ -141,6 +141,9 @@ def test_without_a_record_the_reason_is_the_end_of_the_log(start: Start, run_dir
     assert "exited with code 1" in outcome.reason
     assert "ValueError: no such tensor" in outcome.reason
     assert str(run_dir / "logs" / "worker-0.log") in outcome.reason
+    again = start(worker_0="raise SystemExit(3)")["worker-0"]
+    again.wait(deadline_s=10.0)
+    assert again.why() == "exited with code 3", "the log of an earlier one is not its own"
 
 
 @pytest.mark.parametrize("name", ["buffer", "feeder", "worker-0"])
@@ -154,6 +157,7 @@ def test_a_killed_process_is_restarted_as_often_as_allowed_and_then_ends_the_run
     assert around.started == [name, name]
     assert (outcome.status, outcome.process, outcome.go_back) == ("failed", name, False)
     kind = name.split("-")[0]
+    assert outcome.reason.startswith(f"2 {kind} restarts in 600 s (cluster.restarts), then: exited")
     assert f"{kind} restart 1 of 2" in around.said[0]
     assert "was killed by SIGKILL" in around.said[0]
     assert all(child.poll() is not None for child in children.values())
@@ -190,7 +194,9 @@ def test_all_that_went_with_one_node_is_one_failure_and_the_buffer_is_told(
             return "node node-1 was lost"
 
     class Waiting(Child):
-        waits_for = "room on the cluster"
+        @property
+        def waits_for(self) -> str:
+            return "room on the cluster"
 
     around = Around(run_dir, lambda phase: None, {})
     around.start = lambda name: (  # type: ignore[method-assign]
@@ -214,6 +220,41 @@ def test_all_that_went_with_one_node_is_one_failure_and_the_buffer_is_told(
     assert sorted(line for line in around.said if "waits" in line) == [
         f"{name} waits for room on the cluster" for name in names
     ]
+
+
+NO_ROOM = {"type": "OSError", "message": "[Errno 28] No space left on device: 'x'"}
+
+
+@pytest.mark.parametrize("record", [{"type": "DiskFull", "message": "x cannot grow"}, NO_ROOM, {}])
+def test_a_full_disk_ends_the_run_whoever_dies_of_it_and_can_say_so(
+    start: Start, run_dir: Path, monkeypatch: pytest.MonkeyPatch, record: dict[str, str]
+) -> None:
+    path = run_dir / "processes" / "buffer.error.json"
+    script = f"open({str(path)!r}, 'w').write({json.dumps(record)!r}); raise SystemExit(1)"
+    if not record:  # not even its record could be written
+        monkeypatch.setattr(policy, "FULL_BYTES", 2**80)
+        script = "raise SystemExit(1)"
+    around = Around(run_dir, lambda phase: None, {})
+    outcome = supervise(start(buffer=script), around=around, restarts=3)
+    assert (outcome.status, outcome.process, around.started) == ("failed", "buffer", [])
+    assert record.get("message", f"No space left on device: {run_dir}; exited") in outcome.reason
+
+
+def test_who_waits_for_a_place_on_a_cluster_is_told_from_time_to_time(
+    run_dir: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "UNPLACED_S", 0.2)
+    children, watching = start(), Doctor(run_dir, stall_s=2.0)
+    pids = {name: child.pid for name, child in children.items()}
+    monkeypatch.setattr(children["worker-0"], "pid", 0)
+    monkeypatch.setattr(children["worker-0"], "poll", lambda: None)
+    told: list[str] = []
+    wait_for(lambda: bool(told.extend(watching.unplaced(children)) or len(told) > 1))
+    assert all(line.startswith("worker-0 has waited 0 s for a place") for line in told)
+    monkeypatch.undo()
+    children["worker-0"].pid = pids["worker-0"]
+    monkeypatch.setattr(doctor, "UNPLACED_S", 0.0)
+    assert watching.unplaced(children) == []
 
 
 def test_rollout_workers_join_and_leave_as_wanted(start: Start, run_dir: Path) -> None:

@@ -237,9 +237,9 @@ def test_three_runs_in_bf16_stay_in_the_band_and_learn(system):
         run_dir = system.folder / f"run-{seed}"
         system.start(
             "run", "quickstart", "model=start/export", "sft=false", *ON_VLLM, "dtype=bfloat16",
-            "mode=sequential", f"seed={seed}", "rollout.workers=1", "learner.prompts_per_step=16",
-            f"learner.steps={BF16_STEPS}", "eval.enabled=false", "--output", run_dir.name,
-            "--no-export",
+            "mode=sequential", "buffer.max_staleness_steps=0", f"seed={seed}", "rollout.workers=1",
+            "learner.prompts_per_step=16", f"learner.steps={BF16_STEPS}", "eval.enabled=false",
+            "--output", run_dir.name, "--no-export",
         ).ended(timeout_s=DEADLINE_S)  # fmt: skip
         rows = rows_of(run_dir)
         for name, bound in BANDS["bfloat16"]._asdict().items():

@@ -177,7 +177,7 @@ async def running(tiny: Tiny, sender: Path | None = None, **settings: Any):
         VllmEngine, folder, dtype="float32", max_concurrent=16, kv="keep", threads=1,
         engine_id="gpu-check", settings=VllmConfig(kv_cache_gib=0.05, **settings), sender=sender,
     )  # fmt: skip
-    engine._samples._speculates = False
+    engine._samples.speculates = False
     try:
         yield engine
     finally:
@@ -202,8 +202,8 @@ async def guarantees(tiny: Tiny) -> None:
                 )
 
 
-async def law(tiny: Tiny, **settings: Any) -> None:
-    """100,000 draws against a known law."""
+async def law(tiny: Tiny, **settings: Any) -> dict[str, Any]:
+    """100,000 draws against a known law; which model runner made them."""
     from tests.rollout import on_vllm
 
     async with running(tiny, **settings) as engine:
@@ -211,15 +211,16 @@ async def law(tiny: Tiny, **settings: Any) -> None:
         stats = engine.stats()
     print("measured drafts", stats.accepted_tokens, "of", stats.drafted_tokens)
     assert not settings or stats.drafted_tokens, "nothing was drafted: nothing is proved"
+    return {"runner": engine.runner}
 
 
-async def ipc(tiny: Tiny) -> None:
+async def ipc(tiny: Tiny, sender: str = "slipstream.learner.vllm_sender") -> None:
     """vLLM's own backend within one device, as a learner sends."""
     from tests.rollout import on_vllm_transfer as transfer
 
     folder = tiny.root / "run"
     folder.mkdir()
-    sending = transfer.Sending(folder, "ipc", "slipstream.learner.vllm_sender")
+    sending = transfer.Sending(folder, "ipc", sender)
     try:
         address = sending.spec.address_file
         async with running(tiny, address, weights="ipc") as engine:
@@ -245,13 +246,13 @@ def write_experiment(folder: Path) -> Path:
     return path
 
 
-def training() -> dict[str, Any]:
+def training(*changes: str) -> dict[str, Any]:
     """A run to its end; the gap of each step inside its band."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         done = subprocess.run(
             [sys.executable, "-m", "slipstream.configs.cli", "run", write_experiment(folder),
-             "--output", folder / "run", "--no-export"],
+             *changes, "--output", folder / "run", "--no-export"],
             cwd=folder, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
@@ -319,7 +320,6 @@ def main() -> int:
         "vllm": metadata.version("vllm"),
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name(),
-        "runner": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", ""),
         "time": time.time(),
         "ok": all(each["ok"] for each in found.values()),
         "checks": found,

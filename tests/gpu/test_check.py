@@ -93,30 +93,55 @@ def test_a_check_that_fails_is_recorded_with_its_reason():
     assert "too far" in found["reason"]
 
 
-def test_drafts_are_allowed_by_a_certificate_of_this_vllm_and_gpu_alone(monkeypatch, tmp_path):
+def test_the_certificate_says_what_each_check_found_and_is_the_one_that_is_read(
+    monkeypatch, tmp_path
+):
+    async def proved():
+        return {"runner": "v2"}
+
+    def fails(_):
+        raise AssertionError("too much")
+
+    monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(metadata, "version", lambda _: "0.32.0")
+    found = [(law_check(NGRAM), lambda _: proved()), ("memory", fails)]
+    monkeypatch.setattr(check, "checks", lambda: iter(found))
+    assert check.main() == 1
+    told = json.loads(certificate_file().read_text())
+    assert (told["ok"], told["checks"]["memory"]["ok"]) == (False, False)
+    assert "too much" in told["checks"]["memory"]["reason"]
+    assert law_proved(NGRAM, "H100", "v2")
+    assert not law_proved(NGRAM, "H100", "v1")
+
+
+def test_drafts_are_allowed_by_a_certificate_of_this_vllm_gpu_and_runner_alone(
+    monkeypatch, tmp_path
+):
     monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path))
-    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     versions = {"vllm": "0.32.0"}
     monkeypatch.setattr(metadata, "version", versions.__getitem__)
-    passed = {"ok": True, "draws": 102_500}
-    told = {"vllm": "0.32.0", "gpu": "H100", "runner": "", "ok": False,
+    passed = {"ok": True, "runner": "v2", "measured": ["law 102500"]}
+    told = {"vllm": "0.32.0", "gpu": "H100", "ok": False,
             "checks": {law_check(NGRAM): passed, "memory": {"ok": False}}}  # fmt: skip
 
-    def proved(gpu: str | None = "H100", config=NGRAM, **changes):
+    def proved(gpu: str | None = "H100", runner: str | None = "v2", config=NGRAM, **changes):
         certificate_file().write_text(json.dumps({**told, **changes}))
-        return law_proved(config, gpu)
+        return law_proved(config, gpu, runner)
 
     assert not law_proved(NGRAM)  # there is none
     assert proved()
-    assert proved(gpu=None)
+    assert proved(gpu=None, runner=None)
     assert proved(config={**NGRAM, "num_speculative_tokens": 7})
     assert not proved(config={**NGRAM, "rejection_sample_method": "synthetic"})
     assert not proved(gpu="A100")
     assert not proved(gpu="")
     assert not proved(vllm="0.32.1")
-    assert not proved(runner="0")
+    assert not proved(runner="v1")
     assert not proved(config=check.DRAFTERS["siblings"])
-    assert not proved(checks={law_check(NGRAM): {"ok": False}})
+    assert not proved(checks={law_check(NGRAM): {**passed, "ok": False}})
+    assert not proved(checks={law_check(NGRAM): {"ok": True}}, runner=None)
     given = ["rollout.engine=vllm", "rollout.vllm.speculative_config={method='ngram'}"]
     certificate_file().write_text(json.dumps(told))
     load_experiment("quickstart", given)  # evaluations may be drawn

@@ -2,7 +2,13 @@
 
 import numpy as np
 import pytest
-from slipstream.learner.advantage import gigpo_advantages, group_advantages
+from slipstream.learner.advantage import (
+    generalised_advantages,
+    gigpo_advantages,
+    group_advantages,
+    token_whitened,
+    whitened,
+)
 
 
 def test_group_std_divides_by_the_population_deviation_plus_eps():
@@ -24,6 +30,26 @@ def test_a_failed_reward_counts_nowhere_and_gets_zero():
 @pytest.mark.parametrize("rewards", [[], [1.0], [1.0, None], [None, None], [2.0, 2.0]])
 def test_without_two_different_rewards_there_is_no_signal(rewards):
     assert not group_advantages(rewards, "group_std").any()
+
+
+def test_rewards_are_whitened_over_the_tokens_they_are_of():
+    # 8 tokens of scored samples: 1, 0, 0, 0, 2, 2, 2, 4; mean 11 / 8, squares 13.875, over 7
+    rewards, tokens = [[1.0, 0.0, 0.0], [2.0, None, 4.0]], [[1, 2, 1], [3, 9, 1]]
+    first, second = token_whitened(rewards, tokens)
+    std = (13.875 / 7) ** 0.5  # 1.408
+    np.testing.assert_allclose(first, np.array([-3, -11, -11]) / 8 / std, rtol=1e-8)
+    np.testing.assert_allclose(second, np.array([5, 0, 21]) / 8 / std, rtol=1e-8)
+    # The same as PPO's advantages of a critic that expects nothing.
+    scored = [(1.0, 1), (0.0, 2), (0.0, 1), (2.0, 3), (4.0, 1)]
+    raw = [generalised_advantages(r, np.zeros(n), discount=1, decay=1) for r, n in scored]
+    white = whitened(raw, [np.ones(n, dtype=bool) for _, n in scored])
+    np.testing.assert_allclose([*first, second[0], second[2]], [w[0] for w in white], rtol=1e-12)
+
+
+@pytest.mark.parametrize("rewards", [[[]], [[None, None]], [[1.0, None]], [[2.0, 2.0]]])
+def test_rewards_without_a_difference_are_whitened_to_nothing(rewards):
+    tokens = [[1] * len(rewards_G) for rewards_G in rewards]
+    assert not np.any(token_whitened(rewards, tokens))
 
 
 def gigpo(returns, rewards, anchors, discount=0.5, step_weight=2.0):

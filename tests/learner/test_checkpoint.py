@@ -5,8 +5,11 @@ import json
 import os
 import random
 import signal
+import tempfile
 import threading
 import time
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +31,7 @@ from slipstream.learner.trainer import Trainer
 BYTES = {"weights.safetensors": b"w" * 1000, "optimizer.safetensors": b"o" * 500}
 
 
-def save(root, step, branch=0, keep_last=2, content=BYTES, keep=lambda step: False):
+def save(root, step, branch=0, keep_last=2, content=BYTES, keep=lambda branch, step: False):
     return save_checkpoint(
         root,
         Version(branch=branch, step=step, digest=f"d{step}"),
@@ -112,8 +115,10 @@ POINTS = [
     "checkpoint.file_written.optimizer.safetensors",
     "checkpoint.file_synced.optimizer.safetensors",
     "checkpoint.files_synced",
+    "checkpoint.manifest_drafted",
     "checkpoint.manifest_written",
     "checkpoint.manifest_renamed",
+    "checkpoint.folder_synced",
     "checkpoint.manifest_synced",
     "checkpoint.pruning",
     "checkpoint.pruned",
@@ -188,9 +193,32 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         save(tmp_path / "checkpoints", 2)
 
 
+def test_a_read_only_folder_is_named_and_the_earlier_checkpoint_is_used():
+    """By somebody who is not root, to whom nothing is read-only."""
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place) / "checkpoints"
+        earlier = save(root, 2)
+        for path, mode in ((root, 0o555), (Path(place), 0o755)):
+            path.chmod(mode)
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                os.setuid(os.getuid() or 65_534)
+                with pytest.raises(TrainingFailed, match=r"denied.*checkpoint: step-000002\.b0"):
+                    save(root, 4)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        assert os.waitpid(child, 0)[1] == 0
+        root.chmod(0o755)
+        assert find_checkpoint(root) == (earlier, [])
+
+
 def test_what_is_to_be_kept_is_kept_beside_the_last(tmp_path):
     for step in (0, 2, 3, 4, 6):
-        save(tmp_path, step, keep_last=1, keep=lambda step: step == 3)
+        save(tmp_path, step, keep_last=1, keep=lambda branch, step: step == 3)
     assert [f.name[:11] for f in complete_folders(tmp_path)] == [
         "step-000006",
         "step-000003",
@@ -202,12 +230,43 @@ def test_every_nth_and_the_best_checkpoint_are_kept(make_spec, fake_buffer, run_
     spec = make_spec(steps=6)
     kept = CheckpointConfig(every_steps=1, keep_last=1, keep_every_steps=4, keep_best=True)
     spec = spec.model_copy(update={"config": spec.config.model_copy(update={"checkpoint": kept})})
-    rows = [{"step": s, "reward_mean": r} for s, r in ((1, 0.2), (2, 0.9), (3, 0.5))]
-    text = "\n".join(map(json.dumps, rows)) + '\n{"step": 9, "rewa'
-    (spec.run_dir / "eval.jsonl").write_text(text)
+    rows = evaluations({(0, 1): 0.2, (0, 2): 0.9, (0, 3): 0.5})
+    (spec.run_dir / "eval.jsonl").write_text(rows + '{"step": 9, "rewa')
     run_loop(spec, fake_buffer())
+    assert steps_kept(spec) == [0, 2, 4, 6]
+
+
+def evaluations(rewards):
+    """The lines of eval.jsonl: (branch, step) -> held-out reward."""
+    rows = [{"branch": b, "step": s, "reward_mean": r} for (b, s), r in rewards.items()]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def steps_kept(spec):
     folders = complete_folders(spec.run_dir / "checkpoints")
-    assert sorted(int(f.name[5:11]) for f in folders) == [0, 2, 4, 6]
+    return sorted(int(folder.name[5:11]) for folder in folders)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "kept"),
+    [
+        ({}, [0, 2, 4, 6]),  # 2, 4 and 6 are still to be scored
+        ({(0, 0): 0.1, (0, 2): None}, [0, 4, 6]),
+        ({(0, 2): 0.3, (0, 3): 0.9}, [0, 2, 4, 6]),  # no checkpoint of 3 could be kept
+        ({(0, 2): 0.3, (0, 4): 0.5}, [0, 4, 6]),
+        ({(0, 2): 0.3, (1, 4): 0.5, (0, 6): 0.2}, [0, 2, 6]),  # 4 of another branch
+    ],
+)
+def test_the_best_is_of_what_was_saved_and_nothing_is_removed_before_it_is_scored(
+    make_spec, fake_buffer, run_loop, rewards, kept
+):
+    spec = make_spec(steps=6, eval_every_steps=2)
+    saving = CheckpointConfig(every_steps=1, keep_last=1, keep_best=True)
+    spec = spec.model_copy(update={"config": spec.config.model_copy(update={"checkpoint": saving})})
+    trainer = run_loop(spec, fake_buffer())
+    (spec.run_dir / "eval.jsonl").write_text(evaluations(rewards))
+    trainer.save()  # once more: the scores that are there now decide what is kept
+    assert steps_kept(spec) == kept
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_it_holds_the_copied_step(
@@ -254,6 +313,7 @@ LOOP_POINTS = [
     "publish.file_written:4",
     "publish.announced:2",
     "metrics.written:3",
+    "checkpoint.file_made:3",
     "checkpoint.file_synced.optimizer.safetensors:2",
     "checkpoint.manifest_renamed:2",
     "checkpoint.acknowledged:1",

@@ -1,6 +1,7 @@
 """Export: what appears has been reloaded elsewhere and is the policy that was trained."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from slipstream.buffer.errors import ConfigError, CorruptData, TrainingFailed
 from slipstream.learner import export as module
-from slipstream.learner.checkpoint import find_checkpoint
+from slipstream.learner.checkpoint import MANIFEST, complete_folders, find_checkpoint
 from slipstream.learner.export import export
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -121,6 +122,44 @@ def test_a_run_that_is_going_on_is_exported_from_its_newest_checkpoint(
     run_loop(spec, buffer)
     assert done[0].step in (0, 2)  # that of step 2 may still be written
     assert done[0].max_logit_difference <= 1e-5
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_exported_all_the_same(
+    run_dir, tmp_path, monkeypatch
+):
+    root, read = run_dir / "checkpoints", module.read_weights
+    left = root / ".step-000000.b0.export-999999999"  # of an export that was killed
+    left.mkdir()
+
+    def removing(paths):
+        for folder in complete_folders(root):
+            shutil.rmtree(folder)
+        return read(paths)
+
+    monkeypatch.setattr(module, "read_weights", removing)
+    assert export(run_dir, tmp_path / "out").step == 2
+    assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_checkpoint_that_is_gone_before_it_is_opened_is_replaced_by_a_newer_one(
+    run_dir, tmp_path, monkeypatch, last
+):
+    root, found = run_dir / "checkpoints", module.find_checkpoint
+    older = found(root, (0, 0))
+
+    def finding(root):
+        (older[0].folder / MANIFEST).unlink(missing_ok=True)
+        monkeypatch.setattr(module, "find_checkpoint", finding if last else found)
+        return older
+
+    monkeypatch.setattr(module, "find_checkpoint", finding)
+    if last:
+        with pytest.raises(CorruptData, match="faster than they are opened"):
+            export(run_dir, tmp_path / "out")
+    else:
+        assert export(run_dir, tmp_path / "out").step == 2
+    assert [path.name for path in root.glob(".*")] == []
 
 
 @pytest.mark.parametrize(("fault", "dtype"), [("weight", None), ("config", "bfloat16")])

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from slipstream.buffer.records import SizingDecision, Stage, Timings
+from slipstream.buffer.records import SamplingParams, SizingDecision, Stage, Timings
 from slipstream.learner import batch, objective
 from slipstream.learner.advantage import spare_advantages
 from slipstream.learner.batch import samples_of
@@ -33,7 +33,7 @@ def update(groups, learner: LearnerConfig, uid: int, p: float) -> float:
     """A prompt's part of an update along its g, over |g|^2, by the learner's own weights and
     advantages. A score averages g / p for a passing sample and -g / (1 - p) for a failing one."""
     samples = samples_of(groups, learner.objective)
-    part = _part(samples, len(groups), learner, lambda rows: rows)  # type: ignore
+    part = _part(samples, groups, learner, lambda rows: rows)  # type: ignore
     return sum(
         s.weight * float(s.advantage) / part.denominator
         * (1 / p if s.trajectory.score.value else -1 / (1 - p))
@@ -273,3 +273,18 @@ def test_samples_without_gradient_leave_the_shares_of_the_others_as_they_are(mak
 
 def test_prompt_weights_divide_by_what_was_decided_before_sampling():
     assert objective.prompt_weights([0.5, 0.5, 0.25], 2, 64) == ([0.5, 0.5, 0.25], 128.0)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_prompt_that_got_too_old_changes_the_weight_of_no_other(make, trained):
+    """That of the largest budget, of which the unit of all weights is made."""
+    rng, groups = np.random.default_rng(0), []
+    for uid, budget in enumerate((64, 256)):
+        law = SamplingParams(max_new_tokens=budget)
+        members = [make.trajectory(uid, i, rng, reward=float(i), sampling=law) for i in range(2)]
+        dropped = {"trained": trained, "drop_reason": None if trained else "stale"}
+        groups.append(make.group(uid, members, **({"s0": dropped, "s1": dropped} if uid else {})))
+    learner = config("leave_one_out", "prompt")
+    part = _part(samples_of(groups, learner.objective), groups, learner, lambda rows: rows)  # type: ignore
+    assert part.denominator == 2 * 256
+    assert {s.weight for s in part.samples if s.trajectory.uid == 0} == {0.5}

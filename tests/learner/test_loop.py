@@ -16,8 +16,8 @@ from slipstream.kernels import streambp
 from slipstream.kernels.models import read_weights
 from slipstream.learner import loop as loop_module
 from slipstream.learner.checkpoint import find_checkpoint
-from slipstream.learner.config import SenderSpec, SftConfig
-from slipstream.learner.policy import weights_digest
+from slipstream.learner.config import LoraConfig, SenderSpec, SftConfig
+from slipstream.learner.policy import Policy, weights_digest
 from slipstream.learner.trainer import Trainer
 from transformers import GPT2Config
 
@@ -34,6 +34,35 @@ def test_every_step_publishes_one_version_whose_digest_is_its_tensors(
         tensors = read_weights([shard.path for shard in manifest.shards])
         assert weights_digest(tensors) == manifest.version.digest
     assert not list(spec.weights_dir.glob("*.partial"))
+
+
+@pytest.mark.parametrize("adapters", [LoraConfig(), LoraConfig(rank=2, publish="merged")])
+def test_each_version_leaves_the_device_once_for_all_who_need_it(
+    make_spec, run_loop, fake_buffer, monkeypatch, adapters
+):
+    """What is published is what is digested, saved and evaluated. The policy's own memory stands in
+    for the device's: `cpu` of what lies there is a copy."""
+    spec, plain = make_spec(steps=4), Policy.weights
+    spec = spec.model_copy(update={"config": spec.config.model_copy(update={"lora": adapters})})
+    made: list[dict[str, torch.Tensor]] = []
+    copied: list[int] = []
+
+    def weights(policy):
+        made.append(plain(policy))
+        return made[-1]
+
+    def cpu(tensor):
+        if tensor.data_ptr() not in {w.data_ptr() for own in made[-1:] for w in own.values()}:
+            return tensor
+        copied.append(tensor.data_ptr())
+        return tensor.clone()
+
+    monkeypatch.setattr(Policy, "weights", weights)
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    run_loop(spec, buffer := fake_buffer())
+    assert [version.step for version in buffer.saved] == [0, 2, 4]
+    assert len(made) == len(buffer.published) == 5
+    assert len(copied) == sum(map(len, made))
 
 
 def test_metrics_have_one_line_a_step_with_the_proof(make_spec, fake_buffer, run_loop, rows_of):
@@ -256,6 +285,23 @@ def test_a_run_that_trains_parts_as_they_come_publishes_what_whole_batches_make(
         losses.append([row["loss"] for row in rows_of(spec.run_dir).values()])
         assert buffer.parts == (3 if stream else 0)
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_who_sends_weights_is_looked_after_while_a_batch_is_waited_for(
+    make_spec, fake_buffer, run_loop, monkeypatch
+):
+    """Engines that have no weights write nothing, so no batch would come."""
+    looked_after, buffer = [], fake_buffer(1)
+    monkeypatch.setattr("slipstream.learner.loop.POLL_S", 0.05)
+
+    def keep_sender(self):
+        looked_after.append(self.held.step)
+        if len(looked_after) == 4:  # once when it published, thrice while it waited
+            buffer.silent_from = 10**9
+
+    monkeypatch.setattr(Trainer, "keep_sender", keep_sender)
+    run_loop(make_spec(steps=1), buffer)
+    assert looked_after == [0, 0, 0, 0, 1]
 
 
 def test_who_sends_weights_is_started_again_when_it_ended_and_outstays_the_last_version(make_spec):

@@ -1,6 +1,7 @@
 """LoRA: only adapters move and are published, exports are merged, and peft can read both."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from slipstream.buffer.records import Version
 from slipstream.buffer.staleness import LivePath
 from slipstream.kernels.adapters import merged
 from slipstream.kernels.models import assign_weights, policy_weights, read_weights
-from slipstream.learner import lora
+from slipstream.learner import lora, shards
 from slipstream.learner.checkpoint import ADAPTER, find_checkpoint
 from slipstream.learner.config import LearnerConfig, LoraConfig, ObjectiveConfig, OptimizerConfig
 from slipstream.learner.export import export
@@ -195,6 +196,40 @@ def test_what_is_published_is_what_is_checkpointed_and_by_itself_the_adapters_al
     served = dict(merged(read_weights([shard.path for shard in newest.files])))
     assert kept.keys() == served.keys()
     assert all(torch.equal(served[name], weight) for name, weight in kept.items())
+
+
+def test_training_goes_on_while_merged_weights_are_written(
+    make_spec, fake_buffer, run_loop, monkeypatch
+):
+    plain = shards.fill_file
+    threads: dict[tuple[str, str], threading.Thread] = {}
+
+    def fill(path, parts, extra={}):  # noqa: B006
+        threads[path.parent.name, path.name] = threading.current_thread()
+        plain(path, parts, extra)
+
+    monkeypatch.setattr(shards, "fill_file", fill)
+    spec = make_spec(steps=2)
+    spec = spec.model_copy(update={"config": spec.config.model_copy(update={"lora": RANK})})
+    training = []
+    monkeypatch.setattr(
+        Policy, "update", spied(Policy.update, lambda: training.append(threading.current_thread()))
+    )
+    run_loop(spec, fake_buffer())
+    wrote = threads["step-000002.b0", "weights.safetensors"]
+    assert len(set(training)) == 1
+    assert wrote not in training
+    assert threads["step-000002.b0", "optimizer.safetensors"] is wrote
+
+
+def spied(plain, tell):
+    """A method that tells of each call."""
+
+    def run(*arguments):
+        tell()
+        return plain(*arguments)
+
+    return run
 
 
 def test_an_export_holds_the_merged_model_and_the_adapter_as_peft_reads_it(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from slipstream.buffer.records import Version
 from slipstream.buffer.staleness import LivePath
 from slipstream.learner.config import LearnerConfig, ObjectiveConfig
@@ -63,8 +64,13 @@ def gradient_of(policy, groups, monkeypatch):
     return seen[0]
 
 
-def test_a_step_reports_what_its_halves_say(make, build_policy, monkeypatch):
+@pytest.mark.parametrize("silent", [None, 0, 4])
+def test_a_step_reports_what_its_halves_say(make, build_policy, monkeypatch, silent):
+    """Also where a prompt has nothing to train: its half has one prompt more, not one less."""
     groups, config = make.groups(5, 4, seed=3), settings()
+    if silent is not None:
+        untrained = [replace(s, trained=False, drop_reason="stale") for s in groups[silent].samples]
+        groups[silent] = replace(groups[silent], samples=tuple(untrained))
     policy = Policy(build_policy(), config.optimizer)
     small = gradient_of(policy, groups[:2], monkeypatch)
     whole = gradient_of(policy, groups, monkeypatch)

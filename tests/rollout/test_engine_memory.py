@@ -1,6 +1,10 @@
 """What the native engine keeps in memory, shares and gives back; nothing of it changes a sample."""
 
 import asyncio
+import heapq
+import sys
+from mmap import PAGESIZE
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from slipstream.rollout.engines import decoder as decoder_module
+from slipstream.rollout.engines.kv_cache import KvShape, RaggedCache
 from slipstream.rollout.engines.memory import Lengths, peak_tokens
 
 from .test_native_engine import prompts, turns
@@ -15,12 +20,34 @@ from .test_native_engine import prompts, turns
 MIB = 2**20
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 8
 """Keys and values, layers, heads, dimensions, bytes: of the tiny model in float64."""
+PAGE_TOKENS = 64
+"""Of one of its heads: 4096 / (8 * 8)."""
+NEVER_ENDS = ((0, -1e9),)
+"""Logit bias that rules the end token out."""
 
 
 @pytest.fixture
 def shared(monkeypatch):
     """Every prompt with siblings is shared, however short."""
     monkeypatch.setattr(decoder_module, "_SHARED_BYTES", 0)
+
+
+def resident_bytes():
+    """Memory of this process that is not a file's."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+
+def in_pages(lengths):
+    """Tokens that rows of such lengths take, of the tiny model in float64."""
+    return sum(-(-length // PAGE_TOKENS) * PAGE_TOKENS for length in lengths)
+
+
+def played(batch):
+    """Outputs of a batch, step by step."""
+    with torch.inference_mode():
+        while batch.running or batch.queued:
+            yield batch.step()
 
 
 async def exactly(tiny, model, outputs, requests):
@@ -30,6 +57,64 @@ async def exactly(tiny, model, outputs, requests):
         assert not output.error
         reference = tiny.logprobs(model, request.prompt_token_ids, output.token_ids)
         np.testing.assert_allclose(output.behaviour_logprobs, reference, rtol=0, atol=1e-9)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the next sample of a row has it")
+def test_a_row_takes_the_pages_of_its_own_tokens_and_gives_them_back_at_its_end():
+    """32 KiB a page of 16 tokens, 16 MiB the longest row; every token's key is its row's number."""
+    shape = KvShape(2, 2, 64, torch.float32)
+    cache, lengths = RaggedCache(shape, 64), [8192, 100, 4096, 8192, 3]
+    cache.reserve(8192)
+    start = resident_bytes()
+
+    def holds(rows):
+        """The system counts what these (name, length) need; and their tokens are there."""
+        needed = sum(-(-length // 16) * 16 for _, length in rows) * shape.bytes_per_token
+        assert cache.num_tokens * shape.bytes_per_token == needed
+        assert resident_bytes() - start == pytest.approx(needed, abs=MIB / 2)
+        for row, (name, length) in enumerate(rows):
+            for layer in cache.layers:
+                tokens = layer[:, row, :, :length]
+                assert tokens.amin() == tokens.amax() == name
+
+    for row, length in enumerate(lengths):
+        same = torch.tensor(row + 1.0).expand(2, 2, length, 64)
+        cache.put(slice(row, row + 1), [same, same])
+    holds([(1, 8192), (2, 100), (3, 4096), (4, 8192), (5, 3)])
+    cache.release(0, 4)
+    holds([(5, 3), (2, 100), (3, 4096), (4, 8192)])
+    cache.reserve(10_000)
+    assert cache.capacity >= 10_000
+    holds([(5, 3), (2, 100), (3, 4096), (4, 8192)])
+    cache.release(3, 3)
+    holds([(5, 3), (2, 100), (3, 4096)])
+    for last in (2, 1, 0):
+        cache.release(0, last)
+    holds([])
+    assert not cache.layers[0][:, 0].any()
+
+
+async def test_rows_take_memory_by_their_own_lengths_and_return_it_while_the_longest_goes_on(tiny):
+    folder = tiny.folder("llama", max_position_embeddings=2048)
+    batch = tiny.batch(folder, tiny.policy(folder, 3, torch.float64))
+    lengths = {"0": 300, **{str(i): 10 * i for i in range(1, 12)}}
+    peak = last = 0
+    batch.submit(
+        [
+            tiny.request([3, 4 + int(name)], int(name), max_new_tokens=n, logit_bias=NEVER_ENDS)
+            for name, n in lengths.items()
+        ]
+    )
+    for _ in played(batch):
+        rows = batch._slots.row_lengths.tolist()
+        assert batch.kv_bytes - TOKEN_BYTES * batch._memory.outside_rows == (
+            TOKEN_BYTES * in_pages(rows)
+        )
+        peak = max(peak, batch.kv_bytes)
+        last = batch.kv_bytes if batch.running else last
+    assert last == TOKEN_BYTES * in_pages([300])  # 2 + 299 - 1: the last token has no key
+    assert peak < TOKEN_BYTES * 8 * in_pages([300]) / 2
+    assert batch.kv_bytes == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -87,7 +172,7 @@ async def test_decoding_goes_on_while_a_long_prompt_is_computed_in_pieces(tiny, 
     model = tiny.policy(folder, 3, torch.float64)
     engine = tiny.engine(folder, dtype="float64", prefill_tokens=10)
     await engine.load(tiny.publish(model, 0))
-    short = tiny.request([5, 6], 1, "short", max_new_tokens=60, logit_bias=((0, -1e9),))
+    short = tiny.request([5, 6], 1, "short", max_new_tokens=60, logit_bias=NEVER_ENDS)
     long = tiny.request([*range(2, 62)] * 3, 2, "long", max_new_tokens=5)
     first = asyncio.create_task(tiny.outputs(engine, [short]))
     await paced.walk(3)
@@ -110,26 +195,37 @@ async def test_decoding_goes_on_while_a_long_prompt_is_computed_in_pieces(tiny, 
 async def test_memory_is_never_passed_and_every_sample_comes_out_as_without_a_bound(tiny):
     folder = tiny.folder("llama", num_hidden_layers=2, max_position_embeddings=4096)
     model = tiny.policy(folder, 3, torch.float64)
-    engine = tiny.engine(folder, dtype="float64", max_concurrent=64, kv_memory_mb=1)
-    free = tiny.engine(folder, dtype="float64", max_concurrent=64)
-    for of in (engine, free):
-        await of.load(tiny.publish(model, 0))
+    batch = tiny.batch(folder, model, max_concurrent=64, kv_memory_mb=1)
+    free = tiny.batch(folder, model, max_concurrent=64)
     random = np.random.default_rng(0)
     few = prompts(10, longest=20, seed=5)
     requests = [
-        tiny.request(few[i % 10], i, max_new_tokens=int(n), logit_bias=((0, -1e9),))
-        for i, n in enumerate(random.lognormal(4.0, 1.0, size=60).clip(1, 700))
+        tiny.request(few[i % 10], i, max_new_tokens=int(n), logit_bias=NEVER_ENDS)
+        for i, n in enumerate(random.lognormal(5.0, 1.0, size=60).clip(1, 700))
     ]
-    expected = await tiny.outputs(free, requests)
-    batch, peak = engine._decoder, 0
+    free.submit(requests)
+    expected = {output.request_id: output for outputs in played(free) for output in outputs}
+    peak = 0
     for _ in range(50):
         batch._memory.lengths.saw(3)  # so far samples were short: too many will begin
+
+    def stored(method):
+        """Watch memory whenever a row takes some, not only between steps."""
+
+        def watched(*arguments):
+            nonlocal peak
+            result = method(*arguments)
+            peak = max(peak, batch._cache.num_tokens + batch._memory.outside_rows)
+            return result
+
+        return watched
+
+    batch._cache.put, batch._cache.places = map(stored, (batch._cache.put, batch._cache.places))
     outputs = {output.request_id: output for output in batch.submit(requests)}
-    with torch.inference_mode():
-        while batch.running or batch.queued:
-            outputs |= {output.request_id: output for output in batch.step()}
-            peak = max(peak, batch.kv_bytes)
-    assert MIB / 2 < peak <= MIB
+    for finished in played(batch):
+        outputs |= {output.request_id: output for output in finished}
+        assert batch.kv_bytes <= MIB
+    assert MIB / 2 < peak * TOKEN_BYTES <= MIB
     assert len(outputs) == 60
     assert batch.paused > 0  # some lengths were longer than predicted
     for name, output in outputs.items():
@@ -140,28 +236,26 @@ async def test_memory_is_never_passed_and_every_sample_comes_out_as_without_a_bo
 
 async def test_the_share_in_use_is_what_samples_in_flight_take_and_falls_as_they_end(tiny):
     folder = tiny.folder("llama", max_position_embeddings=4096)
-    engine = tiny.engine(folder, dtype="float64", max_concurrent=64, kv_memory_mb=1)
-    free = tiny.engine(folder, dtype="float64", max_concurrent=64)
-    for of in (engine, free):
-        await of.load(tiny.publish(tiny.policy(folder, 3, torch.float64), 0))
+    model, shares = tiny.policy(folder, 3, torch.float64), []
+    batch = tiny.batch(folder, model, max_concurrent=64, kv_memory_mb=1)
+    free = tiny.batch(folder, model, max_concurrent=64)
     requests = [
         tiny.request([3, 4], i, talk=f"c{i}", max_new_tokens=300 if i < 2 else 40,
-                     logit_bias=((0, -1e9),))
+                     logit_bias=NEVER_ENDS)
         for i in range(20)
     ]  # fmt: skip
-    batch, shares = engine._decoder, []
     batch.submit(requests)
-    with torch.inference_mode():
-        while batch.running or batch.queued:
-            batch.step()
-            shares.append((batch.running, batch.kv_share))
+    for _ in played(batch):
+        shares.append((batch.running, batch.kv_share))
     assert len(batch._kept) == 20
     for step, (running, share) in enumerate(shares[:-1]):
         assert share * MIB == pytest.approx(running * (step + 3) * TOKEN_BYTES, rel=1e-9)
     assert min(share for running, share in shares if running) < max(shares)[1] / 4
-    assert engine.stats().kv_share == 0.0
-    await tiny.outputs(free, requests)
-    assert free.stats().kv_share == 0.0  # not what limits
+    assert batch.kv_share == 0.0
+    free.submit(requests)
+    with torch.inference_mode():
+        free.step()
+    assert (free.running, free.kv_share) == (20, 0.0)  # not what limits
 
 
 async def test_a_sample_that_could_not_end_alone_is_refused_with_the_numbers(tiny):
@@ -172,11 +266,12 @@ async def test_a_sample_that_could_not_end_alone_is_refused_with_the_numbers(tin
     outputs = await tiny.outputs(
         engine,
         [
-            tiny.request([3, 4], 0, max_new_tokens=most - 1),
-            tiny.request([3, 4], 1, max_new_tokens=most - 2),
+            tiny.request([3, 4], 0, max_new_tokens=most - PAGE_TOKENS + 1),
+            tiny.request([3, 4], 1, max_new_tokens=most - PAGE_TOKENS),
         ],
     )
-    assert f"{most + 1} tokens" in outputs["0"].error
+    assert f"{most + PAGE_TOKENS} tokens, 1.0 MiB" in outputs["0"].error
+    assert f"allows {most}" in outputs["0"].error
     assert "rollout.kv_memory_mb" in outputs["0"].error
     assert outputs["1"].error == ""
 
@@ -193,12 +288,73 @@ async def test_turns_of_conversations_share_and_keep_within_the_bound(tiny, shar
     assert engine.stats().kv_bytes <= MIB
 
 
+@pytest.mark.parametrize(
+    ("seen", "begin"),
+    [(40, 30), (300, 6), (None, 2)],
+)
+async def test_as_many_begin_as_fit_by_the_lengths_of_earlier_samples(tiny, seen, begin):
+    """2048 tokens; each sample's prompt of 4, once as it is computed and once in a row that grows:
+    30 x (4 + 64) = 2040, 6 x (4 + 320) = 1944, by its budget of 700 alone 2 x (4 + 704) = 1416."""
+    folder = tiny.folder("llama", max_position_embeddings=2048)
+    model = tiny.policy(folder, 3, torch.float64)
+    batch = tiny.batch(folder, model, max_concurrent=64, kv_memory_mb=1)
+    for _ in range(50 if seen else 0):
+        batch._memory.lengths.saw(seen)
+    batch.submit(
+        [
+            tiny.request([3, 4, 5, 6 + i], i, max_new_tokens=700, logit_bias=NEVER_ENDS)
+            for i in range(40)
+        ]
+    )
+    with torch.inference_mode():
+        batch.step()
+    assert (batch.running, batch.queued) == (begin, 40 - begin)
+
+
+async def test_samples_of_a_prompt_begin_together_whoever_came_between_them(tiny):
+    folder = tiny.folder("llama")
+    batch = tiny.batch(folder, tiny.policy(folder, 3, torch.float64), max_concurrent=2)
+    begun = {}
+    batch.submit(
+        [
+            tiny.request([5, 6 + prompt], i, f"{prompt}/{i}", max_new_tokens=3 + i,
+                         logit_bias=NEVER_ENDS)
+            for i in range(4)
+            for prompt in range(3)
+        ]
+    )  # fmt: skip
+    for finished in played(batch):
+        in_flight = [*finished, *batch._slots.requests]
+        begun |= {of.request_id: None for of in in_flight if of.request_id not in begun}
+    assert [name[0] for name in begun] == [*"000011112222"]
+    assert batch.prefilled_tokens == 3 * 2
+
+
+async def test_a_row_that_ends_is_taken_by_the_next_sample_in_the_next_step(tiny):
+    """As many steps as a scheduler without gaps takes: a sample of n tokens, its first from the
+    prompt and its second in the same step, has a row for n - 1 steps."""
+    folder = tiny.folder("llama")
+    batch = tiny.batch(folder, tiny.policy(folder, 3, torch.float64), max_concurrent=4)
+    lengths = np.random.default_rng(1).integers(2, 40, size=30).tolist()
+    free = [0] * 4
+    for length in lengths:
+        heapq.heappush(free, heapq.heappop(free) + length - 1)
+    batch.submit(
+        [
+            tiny.request([5, 6 + i // 5], i, max_new_tokens=length, logit_bias=NEVER_ENDS)
+            for i, length in enumerate(lengths)
+        ]
+    )
+    assert sum(len(finished) for finished in played(batch)) == 30
+    assert batch.forwards == max(free)
+
+
 @pytest.mark.slow
 async def test_no_memory_leaks_over_ten_thousand_requests(tiny):
     folder = tiny.folder("llama", num_hidden_layers=1)
     engine = tiny.engine(folder, max_concurrent=64)
     await engine.load(tiny.publish(tiny.policy(folder, 1), 0))
-    random, few, levels = np.random.default_rng(0), prompts(50, seed=1), []
+    random, few, levels, held = np.random.default_rng(0), prompts(50, seed=1), [], []
     for start in range(0, 10_000, 500):
         requests = [
             tiny.request(few[i % 50], start + i, max_new_tokens=int(random.integers(1, 40)))
@@ -206,7 +362,9 @@ async def test_no_memory_leaks_over_ten_thousand_requests(tiny):
         ]
         assert len(await tiny.outputs(engine, requests)) == 500
         levels.append(engine.stats().kv_bytes)
+        held.append(resident_bytes() if sys.platform == "linux" else 0)
     assert levels == [0] * 20
+    assert held[-1] - held[4] < 2 * MIB  # a page a request would be 30
     assert not engine._streams
     assert not engine._decoder._waiting.keyed
 
@@ -216,11 +374,12 @@ def test_the_predicted_peak_is_that_of_the_rows_played_through(rows):
     lengths, left = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True)) if (
         rows
     ) else (np.zeros(0, dtype=np.int64),) * 2  # fmt: skip
-    played = [
-        sum(left >= t) * max((lengths + t)[left >= t], default=0)
+    shape = KvShape(1, 1, PAGESIZE // 16, torch.float32)  # 4 tokens a page
+    steps = [
+        sum(-(-(length + t) // 4) * 4 for length, n in zip(lengths, left, strict=True) if n >= t)
         for t in range(left.max(initial=0) + 1)
     ]
-    assert peak_tokens(lengths, left) == max(played)
+    assert peak_tokens(lengths, left, shape) == max(steps)
 
 
 def test_lengths_still_possible_predict_what_is_left():

@@ -1,16 +1,23 @@
 """The native engine against transformers' own forward: tokens, log-probabilities and stamps."""
 
 import asyncio
+import threading
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from slipstream.buffer.errors import ConfigError, CorruptData
 from slipstream.buffer.records import Version, WeightsManifest
 from slipstream.kernels.models import policy_weights
+from slipstream.rollout.engines.linear import Linear
+from slipstream.rollout.engines.text import Detokeniser
 from slipstream.rollout.sampling import sample_key
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 DEADLINE_S = 60.0
 
@@ -26,9 +33,34 @@ def stamps(spans):
     return [span.version for span in spans for _ in range(span.length)]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-async def test_greedy_equals_transformers_generate_for_any_lengths_and_arrivals(tiny, family):
-    folder = tiny.folder(family)
+ROPES = {
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32, "rope_theta": 1e4,
+    },
+    "yarn": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+        "rope_theta": 1e4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("smollm3", {"num_hidden_layers": 4}),  # each fourth layer does not rotate
+        ("llama", {"rope_parameters": ROPES["llama3"], "attention_bias": True}),
+        ("qwen3", {"rope_parameters": ROPES["yarn"]}),
+        ("llama", {"num_key_value_heads": 4, "head_dim": 12}),
+    ],
+)
+async def test_greedy_equals_transformers_generate_for_any_lengths_and_arrivals(
+    tiny, family, changes
+):
+    folder = tiny.folder(family, **changes)
     model = tiny.policy(folder, 1, torch.float64)
     engine = tiny.engine(folder, dtype="float64")
     await engine.load(tiny.publish(model, 0))
@@ -304,6 +336,93 @@ async def test_new_weights_between_turns_keep_old_keys_only_where_that_was_asked
     assert gap < 1e-9 or kv == "keep"
 
 
+async def test_tokens_are_written_while_weights_are_laid_out_and_a_swap_drains_nothing(
+    tiny, monkeypatch
+):
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
+    folder = tiny.folder("llama", max_position_embeddings=8192, **sizes)
+    models = [tiny.policy(folder, seed) for seed in range(2)]
+    manifests = [tiny.publish(model, step) for step, model in enumerate(models)]
+    engine = tiny.engine(folder, max_concurrent=16)
+    laid_out, decoder = threading.Event(), engine._decoder
+    prepare = decoder.prepare
+
+    def held(tensors):
+        weights = prepare(tensors)
+        assert laid_out.wait(DEADLINE_S)
+        return weights
+
+    await engine.load(manifests[0])
+    monkeypatch.setattr(decoder, "prepare", held)
+    bias = ((tiny.end, -1e9),)
+    requests = [
+        tiny.request([3, 4 + i], i, max_new_tokens=4000, logit_bias=bias) for i in range(16)
+    ]
+    task = asyncio.create_task(tiny.outputs(engine, requests))
+    for number in range(1, 12):
+        laid_out.clear()
+        version = Version(branch=0, step=number, digest=manifests[number % 2].version.digest)
+        shards = manifests[number % 2].shards
+        loading = asyncio.create_task(engine.load(WeightsManifest(version=version, shards=shards)))
+        written = engine.stats().generated_tokens
+        async with asyncio.timeout(DEADLINE_S):
+            while engine.stats().generated_tokens < written + 16 * 5:
+                await asyncio.sleep(0.001)
+        assert (engine.state, engine.serving.step) == ("LOADING", number - 1)
+        laid_out.set()
+        await loading
+    assert engine.stats().running == 16  # nothing was drained
+    task.cancel()
+
+
+async def test_a_request_id_in_flight_is_refused_and_one_that_was_left_can_be_used_again(tiny):
+    folder = tiny.folder("llama")
+    engine = tiny.engine(folder)
+    await engine.load(tiny.publish(tiny.policy(folder, 9), 0))
+    bias = ((tiny.end, -1e9),)
+    long = tiny.request([9, 9], 1, "same", max_new_tokens=200, logit_bias=bias)
+    short = tiny.request([9, 8], 2, "same", max_new_tokens=3, logit_bias=bias)
+    expected = (await tiny.outputs(engine, [short]))["same"]
+    first = asyncio.create_task(tiny.outputs(engine, [long]))
+    while not engine.stats().generated_tokens > 3:
+        await asyncio.sleep(0)
+    refused = (await tiny.outputs(engine, [short]))["same"]
+    assert "'same' is in flight" in refused.error
+    assert len((await first)["same"].token_ids) == 200
+    for _ in range(50):
+        left = asyncio.create_task(tiny.outputs(engine, [long]))
+        await asyncio.sleep(0)
+        left.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        again = (await tiny.outputs(engine, [short]))["same"]
+        assert again.token_ids.tolist() == expected.token_ids.tolist()
+    assert not engine._streams
+    assert not engine._open
+
+
+async def test_none_but_the_decoding_thread_computes_on_several_cores(tiny, monkeypatch):
+    folder, threads = tiny.folder("llama"), {}
+    engine = tiny.engine(folder, threads=2)
+
+    def counted(owner, name):
+        given = getattr(owner, name)
+
+        def call(*arguments):
+            threads.setdefault(name, set()).add(torch.get_num_threads())
+            return given(*arguments)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(engine._decoder, "prepare")
+    counted(Linear, "pack")
+    counted(engine._decoder, "step")
+    for step in range(2):
+        await engine.load(tiny.publish(tiny.policy(folder, step, torch.float32), step))
+        await tiny.outputs(engine, [tiny.request([4, 5], max_new_tokens=5)])
+    assert threads == {"prepare": {1}, "pack": {1}, "step": {2}}
+
+
 async def test_tied_embeddings_stay_tied_after_a_load(tiny):
     folder = tiny.folder("llama")
     engine = tiny.engine(folder)
@@ -326,8 +445,12 @@ async def test_corrupt_weights_are_refused_and_the_engine_keeps_serving(tiny):
     before = (await tiny.outputs(engine, [tiny.request([3, 4])]))["0"]
     bad = tiny.publish(tiny.policy(folder, 2), 1)
     data = bytearray(Path(bad.shards[0].path).read_bytes())
+    head = bytearray(data)
+    for place in (0, 8, 30):  # its length, its beginning, a name
+        head[place] ^= 1
     data[-5] ^= 1
-    for contents, reason in ((data, "digest"), (data[:-1], "bytes"), (None, "does not exist")):
+    wrong = ((data, "digest"), (head, "digest"), (data[:-1], "bytes"), (None, "does not exist"))
+    for contents, reason in wrong:
         path = tiny.root / "weights-0.1.safetensors"
         path.write_bytes(contents) if contents is not None else path.unlink()
         with pytest.raises(CorruptData, match=reason):
@@ -354,16 +477,28 @@ async def test_impossible_requests_are_answered_with_the_numbers_and_do_not_dist
             tiny.request([3], 5, max_new_tokens=0),
             tiny.request([3, 4], 6),
             tiny.request([5] * 250, 7, max_new_tokens=100, temperature=2.0),
+            tiny.request([3, 4], 8, logit_bias=((5, float("nan")),)),
+            tiny.request([3, 4], 9, logit_bias=((-1, 1.0),)),
+            tiny.request([3, 4], 10, temperature=-0.5),
+            tiny.request([3, 4], 11, temperature=float("nan")),
+            tiny.request([3, 4], 12, stop=("ab", "")),
         ],
     )
-    reasons = [outputs[str(i)].error for i in range(8)]
+    reasons = [outputs[str(i)].error for i in range(13)]
     assert "no tokens" in reasons[0]
     assert "300 tokens" in reasons[1]
     assert "256" in reasons[2]
     assert "token id 64" in reasons[3]
     assert "0 to 63" in reasons[4]
     assert "max_new_tokens is 0" in reasons[5]
-    assert reasons[6:] == ["", ""]
+    assert reasons[6:8] == ["", ""]
+    assert "NaN" in reasons[8]
+    assert "logit_bias names a token id outside 0 to 63" in reasons[9]
+    assert "temperature is -0.5" in reasons[10]
+    assert "temperature is nan" in reasons[11]
+    assert "stop string is empty" in reasons[12]
+    alone = (await tiny.outputs(engine, [tiny.request([3, 4], 6)]))["6"]
+    assert alone.token_ids.tolist() == outputs["6"].token_ids.tolist()
     assert 1 <= len(outputs["7"].token_ids) <= 6  # as many as the context of 256 leaves
     assert engine.stats().running == engine.stats().queued == 0
 
@@ -409,6 +544,43 @@ async def test_stop_strings_end_a_sample_even_across_token_borders(tiny):
         output = (await tiny.outputs(engine, [by_id]))[str(i)]
         assert output.token_ids[-1] in (token, 1)
         assert len(output.text) == len(output.token_ids) - 1
+
+
+def byte_tokenizer():
+    """Byte-level, some of its tokens several bytes: words, and parts of characters."""
+    parts = ["ab", "abc", "bc", "cab", " a", "b c", "<e", "nd>", "é", "日本", "本語"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    spelled = [spell.pre_tokenize_str(part)[0][0] for part in parts]
+    spelled += [spelled[8][:1] + "a", spelled[9][1:4], spelled[9][:4]]
+    words = {word: i for i, word in enumerate(["<end>", *letters, *spelled])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_stop_string_is_seen_with_the_token_that_completes_it_whatever_the_tokens_are(data):
+    tokenizer = BYTES
+    likely = range(len(tokenizer) - 14, len(tokenizer))
+    ids = st.one_of(st.sampled_from(likely), st.integers(1, len(tokenizer) - 1))
+    tokens = np.array(data.draw(st.lists(ids, min_size=1, max_size=60)))
+    stop = tuple(data.draw(st.lists(st.sampled_from(
+        ["ab", "b c", "c", "end>", "é", "日本語", "本", " abcab", "a" * 9]), min_size=1, max_size=3,
+    )))  # fmt: skip
+    text = Detokeniser(tokenizer)
+    for count in range(1, len(tokens) + 1):
+        whole = text.text(tokens[:count])
+        holds = any(string in whole for string in stop)
+        assert text.just_stopped(tokens[:count], stop) == holds
+        if holds:
+            first = min(whole.index(string) for string in stop if string in whole)
+            assert text.cut(tokens[:count], stop) == whole[:first]
+            return
+
+
+BYTES = byte_tokenizer()
 
 
 async def test_no_slot_leaks_over_many_requests_drops_and_cancellations(tiny):
@@ -472,6 +644,9 @@ async def test_an_architecture_the_forward_would_compute_wrongly_is_refused(tiny
         tiny.engine(folder)
     folder = tiny.folder("qwen3", use_sliding_window=True, sliding_window=8, max_window_layers=0)
     with pytest.raises(ConfigError, match="sliding"):
+        tiny.engine(folder)
+    folder = tiny.folder("moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    with pytest.raises(ConfigError, match="SparseMoeBlock has no act_fn"):
         tiny.engine(folder)
     with pytest.raises(ConfigError, match=r"config\.json"):
         tiny.engine(tiny.root / "nowhere")

@@ -1,6 +1,7 @@
 """Speculation changes how many forwards a sample takes, and nothing of the sample."""
 
 import asyncio
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -65,8 +66,9 @@ class Oracle:
 
 
 def speculate(engine, drafter, depth=8):
-    """Have an engine draft in every step."""
-    speculation = engine._decoder.speculation = Speculation(drafter, depth)
+    """Have an engine, or its batch, draft in every step."""
+    batch = getattr(engine, "_decoder", engine)
+    speculation = batch.speculation = Speculation(drafter, depth)
     speculation._controller = Always()
     return speculation
 
@@ -216,16 +218,14 @@ def test_history_keeps_to_its_bound_and_forgets_the_oldest_prompt():
 @pytest.mark.parametrize("drafter", ["siblings", "lookup", "model"])
 async def test_nothing_is_kept_of_samples_that_were_dropped_in_flight_or_paused(tiny, drafter):
     folder = tiny.folder("llama")
-    engine = tiny.engine(folder, dtype="float64")
-    await engine.load(tiny.publish(tiny.policy(folder, 2, torch.float64), 0))
+    batch = tiny.batch(folder, tiny.policy(folder, 2, torch.float64))
     if drafter == "model":
         made = DraftModel(tiny.saved(tiny.policy(folder, 2)), 64, "coupled")
         kept = made._samples
     else:
         made = SiblingsDrafter(1000) if drafter == "siblings" else LookupDrafter()
         kept = made._readers
-    speculate(engine, made)
-    batch = engine._decoder
+    speculate(batch, made)
     batch.submit([tiny.request([5, 6], i, max_new_tokens=99) for i in range(3)])
     with torch.inference_mode():
         for _ in range(2):
@@ -312,9 +312,9 @@ def laws_of_texts(tiny, model, law, length):
     return texts, following
 
 
-async def counted(tiny, engine, law, length, samples=40_000):
+def counted(tiny, batch, law, length, samples=40_000):
     """How often each text of so many tokens came."""
-    batch, counts = engine._decoder, Counter()
+    counts = Counter()
     for start in range(0, samples, 1000):
         batch.submit(
             [tiny.request([5, 6], start + i, max_new_tokens=length, **law) for i in range(1000)]
@@ -344,12 +344,11 @@ async def test_the_law_of_texts_is_the_targets_and_a_wrong_acceptance_rule_is_se
             law = following[tuple(written.tolist())]
             return Draft([int(law.argmax())][:limit], [0][:limit])
 
-    engine = tiny.engine(folder, dtype="float64", max_concurrent=64)
-    await engine.load(tiny.publish(model, 0))
-    speculation = speculate(engine, Likeliest(), depth=1)
+    batch = tiny.batch(folder, model, max_concurrent=64)
+    speculation = speculate(batch, Likeliest(), depth=1)
     if wrong:
         plant_wrong_rule(monkeypatch)
-    counts = await counted(tiny, engine, LAW, 3)
+    counts = counted(tiny, batch, LAW, 3)
     assert speculation.accepted > 5000
     assert set(counts) <= set(texts)
     z = chi_square_z(counts, texts)
@@ -384,10 +383,9 @@ async def test_drafts_drawn_from_another_law_leave_the_targets_and_a_wrong_rule_
     folder = tiny.folder("llama")
     model = tiny.policy(folder, 2, torch.float64)
     texts, _ = laws_of_texts(tiny, model, LAW, 4)
-    engine = tiny.engine(folder, dtype="float64", max_concurrent=64)
-    await engine.load(tiny.publish(model, 0))
+    batch = tiny.batch(folder, model, max_concurrent=64)
     small = tiny.saved(tiny.policy(folder, 2, noise=0.1))
-    speculation = speculate(engine, DraftModel(small, 64, "rejection"), depth=3)
+    speculation = speculate(batch, DraftModel(small, 64, "rejection"), depth=3)
     if wrong:
 
         def coin(logits, laws, uniforms, drafts, draft_laws, accept, ratio_law):
@@ -395,12 +393,51 @@ async def test_drafts_drawn_from_another_law_leave_the_targets_and_a_wrong_rule_
             return verify(logits, laws, uniforms, drafts, draft_laws, half, ratio_law)
 
         monkeypatch.setattr(decoder, "verify", coin)
-    counts = await counted(tiny, engine, LAW, 4)
+    counts = counted(tiny, batch, LAW, 4)
     assert 0.3 < speculation.accepted / speculation.drafted < 0.95
     assert set(counts) <= set(texts)
     z = chi_square_z(counts, texts)
     record_property("texts, standard deviations", (sum(counts.values()), z))
     assert z > 20 if wrong else z < 4
+
+
+@pytest.mark.parametrize("ratio_law", ["temperature", "kept_set"])
+async def test_log_probs_of_drafts_drawn_from_another_law_are_the_targets(tiny, ratio_law):
+    folder = tiny.folder("llama")
+    model = tiny.policy(folder, 2, torch.float64)
+    engine = tiny.engine(folder, dtype="float64", ratio_law=ratio_law)
+    await engine.load(tiny.publish(model, 0))
+    small = tiny.saved(tiny.policy(folder, 2, noise=0.1))
+    speculation = speculate(engine, DraftModel(small, 64, "rejection"), depth=3)
+    laws = [{"temperature": 0.0}, {}, {"temperature": 1.3, "top_k": 4}, {"top_p": 0.8}]
+    requests = [
+        tiny.request(p, i, kept=True, max_new_tokens=30, **laws[i % 4])
+        for i, p in enumerate(prompts(24, seed=4))
+    ]
+    outputs = await tiny.outputs(engine, requests)
+    assert 0 < speculation.accepted < speculation.drafted
+    for request in requests:
+        output, law = outputs[request.request_id], request.sampling
+        tokens = output.token_ids.astype(np.int64)
+        logits = tiny.logits(model, request.prompt_token_ids, tokens)
+        full = (logits / (law.temperature or 1.0)).log_softmax(-1)
+        if law.temperature == 0.0:
+            assert tokens.tolist() == logits.argmax(-1).tolist()
+        expected = full[torch.arange(len(tokens)), tokens].numpy()
+        assert (output.kept_ids is not None) == law.truncates
+        if output.kept_ids is not None:
+            edges = output.kept_ids.offsets
+            sets = [output.kept_ids.values[a:b] for a, b in itertools.pairwise(edges)]
+            shares = probabilities(logits, RowLaws.of([law] * len(tokens)))
+            assert [ids.tolist() for ids in sets] == [
+                row.nonzero()[:, 0].tolist() for row in shares
+            ]
+            masses = [
+                float(full[i, ids.astype(np.int64)].logsumexp(-1)) for i, ids in enumerate(sets)
+            ]
+            np.testing.assert_allclose(output.removed_mass, 1 - np.exp(masses), atol=1e-6)
+            expected = expected - (np.array(masses) if ratio_law == "kept_set" else 0.0)
+        np.testing.assert_allclose(output.behaviour_logprobs, expected, rtol=0, atol=1e-9)
 
 
 @given(st.integers(0, 2**32), st.sampled_from([{}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}]))

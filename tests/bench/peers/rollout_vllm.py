@@ -2,8 +2,8 @@
 
     python rollout_vllm.py MODEL_DIR ROWS THREADS
 
-Reads workloads from stdin, one JSON list of [prompt token ids, tokens to write] a line; answers
-each with a line {"seconds": ..., "tokens": ...}, and the start with {"ready": true}.
+Reads workloads from stdin, lines {"work": [[prompt token ids, tokens to write], ...]}; answers each
+with a line {"seconds": ..., "tokens": ...}, and the start with {"ready": true}.
 
 Set up for a machine of few cores: as vLLM is, a core process and a worker poll beside the threads
 that compute, of which it takes one less than there are cores. Here all is one process, and all
@@ -65,7 +65,7 @@ def main() -> None:
 
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(run(json.loads(line))), flush=True)
+        print(json.dumps(run(json.loads(line)["work"])), flush=True)
 
 
 if __name__ == "__main__":  # vLLM starts processes that import this file

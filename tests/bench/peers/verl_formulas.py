@@ -30,7 +30,8 @@ def advantage(case, mask):
         )
         return [each.tolist() for each in both]
     estimator = core_algos.get_adv_estimator_fn(case["estimator"])
-    options = {"norm_adv_by_std_in_grpo": False} if case["estimator"] == "grpo" else {}
+    by_std = case.get("by_std", False)
+    options = {"norm_adv_by_std_in_grpo": by_std} if case["estimator"] == "grpo" else {}
     index = np.array(case["uids"])
     config = AlgoConfig(gamma=1.0)
     if case["estimator"] == "reinforce_plus_plus":

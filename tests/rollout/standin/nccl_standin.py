@@ -1,6 +1,7 @@
 # pyright: reportMissingImports=false
-"""On a machine without GPU: gloo in the place of vLLM's NCCL communicator, and streams that do
-nothing. vLLM's processes load it as a plugin when this folder is on their path.
+"""On a machine without GPU: gloo in the place of vLLM's NCCL communicator, a shared file in that of
+device memory that CUDA shares, and streams that do nothing. vLLM's processes load it as a plugin
+when this folder is on their path.
 
 `python -m nccl_standin SPEC` is `slipstream.learner.vllm_sender` with it. While the file that
 `STANDIN_HOLD` names exists, it sends nothing, and says so in `STANDIN_HOLD`.held.
@@ -9,15 +10,26 @@ nothing. vLLM's processes load it as a plugin when this folder is on their path.
 import contextlib
 import os
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo
 
 GIVE_UP_S = 20.0
+
+
+def hold(until=lambda: False):
+    """Send nothing while it is asked for."""
+    asked = Path(os.environ.get("STANDIN_HOLD", "/nonexistent"))
+    if asked.exists():
+        asked.with_suffix(".held").touch()
+        while asked.exists() and not until():
+            time.sleep(0.01)
 
 
 class Communicator:
@@ -31,11 +43,8 @@ class Communicator:
         self.disabled = False
 
     def broadcast(self, tensor, src, stream=None):
-        hold = Path(os.environ.get("STANDIN_HOLD", "/nonexistent"))
-        if self.rank == src and hold.exists():
-            hold.with_suffix(".held").touch()
-            while hold.exists() and not self.disabled:
-                time.sleep(0.01)
+        if self.rank == src:
+            hold(until=lambda: self.disabled)
         if self.disabled:
             return  # as vLLM's own does
         options = dist.BroadcastOptions()
@@ -56,9 +65,41 @@ class Stream:
         pass
 
 
-def register():
-    from vllm.distributed.device_communicators import pynccl
+class DeviceMemory:
+    """`torch`, to whom asks for memory of the device to share: it gets a file's."""
 
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, size, *, dtype, device):
+        folder = Path(os.environ["STANDIN_HOLD"]).parent
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="device-", delete=False) as file:
+            file.truncate(size)
+        made = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+        made.shared_as = (file.name, size)  # pyright: ignore[reportAttributeAccessIssue]
+        return made
+
+
+def export(tensor):
+    """`reduce_tensor`: how another process finds the memory; number 6 is the device there."""
+    hold()
+    return rebuild, (*tensor.shared_as, None, None, None, None, 0)
+
+
+def rebuild(path, size, *_):
+    return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+
+
+def register():
+    from torch.multiprocessing import reductions
+    from vllm.distributed.device_communicators import pynccl
+    from vllm.distributed.weight_transfer import packed_tensor
+
+    packed_tensor.torch = DeviceMemory()
+    packed_tensor.reduce_tensor = export
+    reductions.rebuild_cuda_tensor = rebuild
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(uuid="GPU-standin")
+    torch.cuda.ipc_collect = lambda: None
     pynccl.PyNcclCommunicator = Communicator
     torch.cuda.Stream = Stream
     torch.cuda.stream = lambda stream: contextlib.nullcontext()

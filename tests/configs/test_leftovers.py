@@ -1,0 +1,75 @@
+"""What a killed supervisor leaves ends before anybody goes on with the run."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from slipstream.configs import leftovers as module
+from slipstream.configs.leftovers import end_leftovers, leftovers
+
+Start = Callable[[str, str], subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    (tmp_path / "processes").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def start(run_dir: Path) -> Iterator[Start]:
+    """Starts a process of the run as its launcher does: its spec is its last argument."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start_one(name: str, script: str) -> subprocess.Popen[bytes]:
+        spec = run_dir / "processes" / f"{name}.json"
+        spec.write_text("{}")
+        command = [sys.executable, "-c", script, "slipstream.module", str(spec)]
+        started.append(subprocess.Popen(command))
+        return started[-1]
+
+    yield start_one
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_who_ends_by_itself_is_waited_for(run_dir: Path, start: Start) -> None:
+    ends = start("buffer", "import time; time.sleep(1)")
+    assert leftovers(run_dir) == {"buffer": ends.pid}
+    said: list[str] = []
+    end_leftovers(run_dir, said.append)
+    assert ends.wait(1) == 0
+    assert said == [f"waiting for what a killed supervisor left: buffer (pid {ends.pid})"]
+
+
+def test_who_is_frozen_is_killed_and_named(
+    run_dir: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE_S", 0.3)
+    frozen = start("learner-1", "import time; time.sleep(600)")
+    os.kill(frozen.pid, signal.SIGSTOP)
+    said: list[str] = []
+    end_leftovers(run_dir, said.append)
+    assert frozen.wait(1) == -signal.SIGKILL
+    assert f"learner-1 (pid {frozen.pid})" in said[1]
+
+
+def test_other_processes_are_left_alone(run_dir: Path, tmp_path: Path, start: Start) -> None:
+    """One of another run, and one that only names a file of this run."""
+    spec = start("worker-0", "import time; time.sleep(600)").args[-1]  # pyright: ignore
+    assert isinstance(spec, str)
+    other = tmp_path / "other"
+    (other / "processes").mkdir(parents=True)
+    assert leftovers(other) == {}
+    looks = subprocess.Popen(["tail", "-f", "/dev/null", spec], stdout=subprocess.DEVNULL)
+    try:
+        assert list(leftovers(run_dir)) == ["worker-0"]
+        assert looks.pid not in leftovers(run_dir).values()
+    finally:
+        looks.kill()
+        looks.wait()
