@@ -66,6 +66,21 @@ def test_what_a_cluster_lacks_is_said_in_words(
     assert bool(told) == bool(words)
 
 
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_a_tensor_parallel_engine_must_be_given_a_device_for_each_rank(gpus: int) -> None:
+    table = {
+        "launcher": "ray",
+        "rollout": {"engine": "vllm", "vllm": {"tensor_parallel": 4}},
+        "cluster": {"worker_gpus": gpus},
+    }
+    said = ""
+    try:
+        load_table(table, name="parallel")
+    except ConfigError as error:
+        said = str(error)
+    assert ("set cluster.worker_gpus = 4" in said) == (gpus == 1), said
+
+
 def test_shared_placement_puts_a_worker_and_a_rank_into_one_bundle() -> None:
     shared = experiment(
         3, placement="shared", learner_ranks=2, learner_gpus=0.6, worker_gpus=0.4, worker_cpus=1
