@@ -305,9 +305,12 @@ class Ranks:
         await asyncio.to_thread(pack, groups)
         packed_s = time.monotonic()
         samples = [sample.trajectory for group in groups for sample in group.samples]
-        await asyncio.sleep(sum(t.num_policy_tokens for t in samples) / self.tokens_per_s)
+        compute_s = sum(t.num_policy_tokens for t in samples) / self.tokens_per_s
+        await asyncio.sleep(
+            compute_s
+        )  # what it takes longer, because this process is busy, is ours
         self.packed_s += packed_s - began_s
-        self.computed_s += time.monotonic() - packed_s
+        self.computed_s += compute_s
 
 
 def ghost(engines: int, speed: float) -> dict[str, float]:
@@ -344,6 +347,8 @@ async def _ghost(
     told = json.loads(await asyncio.wait_for(fleet.stdout.readline(), 60))
     await fleet.wait()
     steps = [row for row in ranks.rows if row["ended"] >= from_s]
+    if len(steps) < 2:
+        raise SystemExit(f"{engines} engines: {len(steps)} steps in {GHOST_S:g} s; a busy machine?")
     span_s = steps[-1]["ended"] - steps[0]["ended"]
     return told | {
         "ranks_idle": 1 - sum(row["computed"] for row in steps[1:]) / span_s,
