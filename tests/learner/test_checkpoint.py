@@ -368,9 +368,10 @@ def test_a_checkpoint_holds_what_was_published_and_the_random_state(
 def test_of_fifty_saving_processes_killed_at_random_each_leaves_the_newest_complete_checkpoint(
     make_spec, fake_buffer, record_property
 ):
-    """Each resumes from what the one before left, trains and saves without pause, and is killed."""
+    """Each resumes from what the one before left, trains and saves without pause, and is killed at
+    a moment of a step and its save, however long these take here."""
     spec = make_spec(dtype="float32", max_staleness_steps=10**6)
-    rng, newest, reached = random.Random(0), (0, 0), []
+    rng, newest, reached, cycle_s = random.Random(0), (0, 0), [], 0.1
     Trainer(spec).prepare(threading.Event())
     root = spec.run_dir / "checkpoints"
     parents: dict[int, tuple[int, int]] = {}
@@ -382,11 +383,15 @@ def test_of_fifty_saving_processes_killed_at_random_each_leaves_the_newest_compl
         if (child := os.fork()) == 0:
             save_without_pause(resumed, fake_buffer(), told)
         os.close(told)
-        assert os.read(go, 1) == b"."  # it is about to save for the first time
-        os.close(go)
-        time.sleep(rng.uniform(0, 0.1))
+        assert os.read(go, 1) == b"."  # it is about to train and to save for the first time
+        for _ in range(rng.randrange(3)):
+            began_s = time.monotonic()
+            assert os.read(go, 1) == b"."
+            cycle_s = time.monotonic() - began_s
+        time.sleep(rng.uniform(0, cycle_s))
         os.kill(child, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        os.close(go)
         whole = [f for f in complete_folders(root) if f.name.endswith(f".b{kill}")]
         found, problems = find_checkpoint(root)
         assert problems == []  # none that counts is damaged
@@ -410,5 +415,6 @@ def save_without_pause(spec, buffer, told):
         while True:
             trainer.train(asyncio.run(buffer.take(trainer.held.step + 1, wait_s=0)))
             trainer.save()
+            os.write(told, b".")
     finally:
         os._exit(3)
