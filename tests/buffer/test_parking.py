@@ -8,7 +8,7 @@ from slipstream.buffer.coordinator import Coordinator
 from slipstream.buffer.errors import Refused
 from slipstream.buffer.messages import Claims, ClaimSamples, RefusedReply, Request
 from slipstream.buffer.parking import Parked, Parking
-from slipstream.buffer.records import SamplingParams
+from slipstream.buffer.records import DropReason, SamplingParams
 from slipstream.buffer.waits import Wait
 
 from .conftest import SpecMaker
@@ -74,7 +74,8 @@ class Clients:
     def release(self) -> None:
         if self.held:
             _, claim, index = self.held.pop()
-            reason = self.choice.choice(["expired", "quarantined"])
+            reasons: list[DropReason] = ["expired", "quarantined"]
+            reason = self.choice.choice(reasons)
             self.ask(
                 messages.ReleaseSamples(uid=claim.ticket.prompt.uid, attempt=claim.attempt,
                                         indices=(index,), lease_id=claim.lease_id, reason=reason)

@@ -4,7 +4,7 @@ import pytest
 from slipstream.buffer.config import BufferConfig, StalePolicy
 from slipstream.buffer.errors import Refused
 from slipstream.buffer.events import Decision, Ref
-from slipstream.buffer.records import ScoreStatus, Version
+from slipstream.buffer.records import DropReason, ScoreStatus, Version
 from slipstream.buffer.replay import Replay
 from slipstream.buffer.take import TakePlan
 
@@ -148,7 +148,8 @@ def test_failed_rewards_carry_no_gradient_and_two_others_keep_the_group() -> Non
 
 def test_what_was_cut_for_being_slow_does_not_say_why_its_group_is_dropped() -> None:
     scene = Scene()
-    for uid, reasons in enumerate((("cut", "quarantined"), ("cut", "cut"))):
+    released: list[tuple[DropReason, ...]] = [("cut", "quarantined"), ("cut", "cut")]
+    for uid, reasons in enumerate(released):
         scene.open(serving=0)
         for index, reason in enumerate(reasons):
             lease_id, attempt = scene.leases[uid, index]

@@ -220,8 +220,10 @@ def processes_of(nodes: list[ray_node.Node]) -> set[int]:
      ("127.0.0.1:7002", False), ("192.0.2.1:7001", False), ("no-such-host.invalid:7001", False)],
 )  # fmt: skip
 def test_only_the_cluster_that_we_started_is_shown_its_token(
-    fresh_home: Path, address: str, known: bool
+    fresh_home: Path, monkeypatch: pytest.MonkeyPatch, address: str, known: bool
 ) -> None:
-    ray_cluster._write(ray_cluster.Started(address="127.0.0.1:7001"))
+    monkeypatch.setattr(os, "environ", {"XDG_STATE_HOME": str(fresh_home)})
+    ray_cluster.state_folder().mkdir(parents=True, exist_ok=True)
+    ray_cluster._write(ray_cluster.Started(address="127.0.0.1:7001", nodes=()))
     ray_cluster.use_our_token(address)
     assert ("RAY_AUTH_TOKEN_PATH" in os.environ) == known
