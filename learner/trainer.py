@@ -36,6 +36,7 @@ from ..kernels.models import (
     load_tokenizer,
     policy_weights,
 )
+from ..kernels.threads import compute_on
 from . import lora, shards
 from .certificate import BANDS, certify
 from .checkpoint import (
@@ -91,10 +92,7 @@ class Trainer:
         self.journal_sequence = 0
         self._streamed: StreamedStep | None = None
         self._copies: dict[str, Tensor] = {}
-        # A second thread with a team for all cores would slow the training thread's products.
-        self._copier = ThreadPoolExecutor(
-            1, thread_name_prefix="copy", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._copier = ThreadPoolExecutor(1, "copy", compute_on, initargs=(1,))
         self._file = self.spec.weights_dir / "none"
         """The held version's weights: the one copy that is published, saved and evaluated."""
         self._file_digest = self._base_digest = ""
@@ -112,7 +110,7 @@ class Trainer:
             PeerLost: another rank did not come, or is gone.
         """
         spec = self.spec
-        torch.set_num_threads(spec.config.threads)
+        compute_on(spec.config.threads)
         find_surrogate(spec.config.objective.surrogate)
         meeting = spec.run_dir / "processes" / f"learner.b{spec.branch}.meet"
         self.ranks = Ranks.join(spec.rank, spec.ranks, meeting, spec.endpoint, spec.config.device)
@@ -140,7 +138,7 @@ class Trainer:
         model = self._load_model()
         if spec.sft is not None and spec.sft_file is not None:
             examples = read_examples(spec.sft_file, load_tokenizer(spec.model_dir))
-            torch.set_num_threads(spec.sft.threads)
+            compute_on(spec.sft.threads)
             log = spec.run_dir / "sft_metrics.jsonl"
             run_sft(
                 model,
@@ -152,7 +150,7 @@ class Trainer:
                 report=lambda row: append_line(log, row) if self.ranks.first else None,
                 stop=stop,
             )
-            torch.set_num_threads(spec.config.threads)
+            compute_on(spec.config.threads)
         self._hold(self._policy(model), step=0)
         if not self.ranks.any(stop.is_set()):
             self.save()

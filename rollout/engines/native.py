@@ -22,6 +22,7 @@ from ...buffer.mailbox import confirm
 from ...buffer.records import Version, WeightsManifest
 from ...kernels.adapters import merged
 from ...kernels.models import ModelError, empty_model, load_tokenizer
+from ...kernels.threads import compute_on
 from ..config import KvPolicy, RatioLaw, SpeculationConfig
 from ..engine import EngineState, EngineStats, GenerationOutput, GenerationRequest
 from ..speculation import make_speculation
@@ -194,11 +195,9 @@ class NativeEngine:
     def _prepare(self, manifest: WeightsManifest) -> Weights:
         """Verify weights and lay them out, while tokens are made.
 
-        On one core each thread: one that has computed on several keeps a team of threads for it,
-        and where teams have more threads than there are cores, every product of the decoding
-        thread waits for its own to be woken (a third of a step's time).
+        On one core: see `compute_on`.
         """
-        torch.set_num_threads(1)
+        compute_on(1)
         with torch.inference_mode():
             try:
                 weights = verified_beside(
@@ -249,8 +248,7 @@ class NativeEngine:
     # Below: what runs in the engine's thread.
 
     def _run(self) -> None:
-        torch.get_num_threads()  # a thread that asks for the first time takes what was set last,
-        torch.set_num_threads(self._threads)  # and from then on has a number of its own
+        compute_on(self._threads)
         try:
             with torch.inference_mode():
                 while not self._closing:

@@ -25,6 +25,7 @@ from ...buffer.mailbox import check_shard, file_digest
 from ...buffer.records import Shard, Version, WeightsManifest
 from ...kernels.adapters import base_of
 from ...kernels.models import DTYPE_NAMES, check_fit
+from ...kernels.threads import compute_on
 from .linear import Linear
 
 LAYOUT_THREADS = 2
@@ -241,9 +242,7 @@ def fuse(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Weights:
     try:
         embedding_VE = left.pop(f"{body}.embed_tokens.weight")
         head_VE, bias = left.pop("lm_head.weight", embedding_VE), left.pop("lm_head.bias", None)
-        with ThreadPoolExecutor(
-            LAYOUT_THREADS, "layout", torch.set_num_threads, initargs=(1,)
-        ) as pool:
+        with ThreadPoolExecutor(LAYOUT_THREADS, "layout", compute_on, initargs=(1,)) as pool:
             head = pool.submit(ours, Linear.pack, head_VE, None if bias is None else bias.clone())
             embedding = pool.submit(ours, embedding_VE.clone)
             numbers = range(model.config.num_hidden_layers)
