@@ -434,16 +434,17 @@ class Trainer:
             }
         copied = self._copied(self.policy.optimizer_state())
         of = f"-{self.ranks.rank + 1:05d}-of-{self.ranks.size:05d}" if self.ranks.size > 1 else ""
+        source: BinaryIO | None = None
         writers: dict[str, Callable[[Path], object]] = {
             f"optimizer{of}.safetensors": lambda path: shards.write_parts(path, copied.result())
         }
         if merged is not None:
             writers["weights.safetensors"] = functools.partial(_write_file_of, merged)
         elif self.ranks.first:
-            self._copied_from = whole.open("rb")
+            self._copied_from = source = whole.open("rb")
             if self._adapters_alone:
                 whole.unlink()
-            writers["weights.safetensors"] = _copy_of(self._copied_from)
+            writers["weights.safetensors"] = _copy_of(source)
         if self.ranks.first:
             for file, tensors in small.items():
                 parts = shards.parts_of(tensors)
@@ -465,7 +466,12 @@ class Trainer:
             exchange=functools.partial(self.ranks.exchange, saving=True),
         )
         self.saved = True
-        return write
+
+        def saved() -> object:
+            with source or contextlib.nullcontext():  # also when another file cannot be written
+                return write()
+
+        return saved
 
     def _copied(self, tensors: Mapping[str, Tensor]) -> Future[dict[str, shards.Part]]:
         """Copies, made beside training in memory that is kept: fresh pages cost several times as
@@ -523,10 +529,10 @@ def _write_file_of(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _copy_of(source: BinaryIO) -> Callable[[Path], None]:
-    """A function that copies a file, even when it has been removed by then, and closes it."""
+    """A function that copies a file, even when it has been removed by then."""
 
     def write(path: Path) -> None:
-        with source, path.open("wb") as target:
+        with path.open("wb") as target:
             shutil.copyfileobj(source, target, _COPY_BYTES)
 
     return write

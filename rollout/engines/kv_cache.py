@@ -116,7 +116,8 @@ class RaggedCache:
         self.shape, self._num_rows = shape, num_rows
         self.stored_R = np.zeros(num_rows, dtype=np.int64)
         """[R] tokens of each row whose pages are taken."""
-        self._map(shape.page_tokens)
+        made = [self._mapped(shape.page_tokens) for _ in range(shape.num_layers)]
+        self.layers, self._maps = [layer for layer, _ in made], [pages for _, pages in made]
 
     @property
     def capacity(self) -> int:
@@ -136,25 +137,24 @@ class RaggedCache:
         """Let rows grow to so many tokens; what they hold stays."""
         if num_tokens <= self.capacity:
             return
-        old = self.layers
-        self._map(self.shape.in_pages(max(num_tokens, 2 * self.capacity)))
-        for row in np.flatnonzero(self.stored_R).tolist():
-            stored = int(self.stored_R[row])
-            for theirs, mine in zip(self.layers, old, strict=True):
-                theirs[:, row, :, :stored] = mine[:, row, :, :stored]
+        capacity = self.shape.in_pages(max(num_tokens, 2 * self.capacity))
+        for index, old in enumerate(self.layers):  # one layer at a time: the peak is one layer
+            new, pages = self._mapped(capacity)
+            for row in np.flatnonzero(self.stored_R).tolist():
+                stored = int(self.stored_R[row])
+                new[:, row, :, :stored] = old[:, row, :, :stored]
+            self.layers[index], self._maps[index] = new, pages
 
-    def _map(self, capacity: int) -> None:
-        """Address space for rows of so many tokens, which reads as zeros."""
+    def _mapped(self, capacity: int) -> tuple[Tensor, mmap]:
+        """Address space of one layer for rows of so many tokens, which reads as zeros."""
         shape = self.shape
         sizes = (2, self._num_rows, shape.num_heads, capacity, shape.head_dim)
         num_bytes = math.prod(sizes) * shape.dtype.itemsize
-        flags = MAP_PRIVATE | MAP_ANONYMOUS | _NO_RESERVE
-        self._maps = [mmap(-1, num_bytes, flags) for _ in range(shape.num_layers)]
-        self.layers = [torch.frombuffer(of, dtype=shape.dtype).view(sizes) for of in self._maps]
-        if sys.platform == "linux":
-            for of in self._maps:  # a huge page would hold memory for rows that have ended
-                with suppress(OSError):  # a kernel that has none
-                    of.madvise(MADV_NOHUGEPAGE)
+        pages = mmap(-1, num_bytes, MAP_PRIVATE | MAP_ANONYMOUS | _NO_RESERVE)
+        if sys.platform == "linux":  # a huge page would hold memory for rows that have ended
+            with suppress(OSError):  # a kernel that has none
+                pages.madvise(MADV_NOHUGEPAGE)
+        return torch.frombuffer(pages, dtype=shape.dtype).view(sizes), pages
 
     def release(self, row: int, last: int) -> None:
         """Give a row's memory back; the last row in use, which may be the same, takes its place."""

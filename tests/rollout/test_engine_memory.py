@@ -1,6 +1,7 @@
 """What the native engine keeps in memory, shares and gives back; nothing of it changes a sample."""
 
 import asyncio
+import gc
 import heapq
 import sys
 from mmap import PAGESIZE
@@ -34,6 +35,7 @@ def shared(monkeypatch):
 
 def resident_bytes():
     """Memory of this process that is not a file's."""
+    gc.collect()
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
 
