@@ -467,7 +467,7 @@ class Trainer:
         )
         self.saved = True
 
-        def saved() -> object:
+        def saved() -> Checkpoint:
             with source or contextlib.nullcontext():  # also when another file cannot be written
                 return write()
 
