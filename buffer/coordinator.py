@@ -88,6 +88,8 @@ class Coordinator:
         self._asked_take: tuple[int, float] = (-1, 0.0)
         """(READY groups, when) of the last time that a waiting take was to be asked."""
         self._told_closing = False
+        self._held_back = False
+        """Whether a suspected prompt may have kept claims waiting when they were last asked."""
         self._check_same_run()
         self._open_branch(now)
         self.commit()
@@ -205,7 +207,14 @@ class Coordinator:
             woken.append(messages.PutPrompts)
         if Published in kinds:
             woken.append(messages.AwaitVersion)
-        if self.evaluations.waiting or self.replay.deaths or not kinds.isdisjoint(FOR_CLAIMS):
+        # Once more after the last suspect is cleared: claims were held back because of it.
+        held_back, self._held_back = self._held_back, bool(self.replay.deaths)
+        if (
+            self.evaluations.waiting
+            or held_back
+            or self._held_back
+            or not kinds.isdisjoint(FOR_CLAIMS)
+        ):
             woken.append(messages.ClaimSamples)
         ready = self.replay.state.counts["READY"]
         if ready != self._asked_take[0] or now - self._asked_take[1] >= TAKE_POLL_S:
@@ -213,17 +222,22 @@ class Coordinator:
             woken.append(messages.TakeGroups)
         return tuple(woken)
 
-    def answer(self, request: Request, now: float, *, final: bool) -> Reply | None:
+    def answer(
+        self, request: Request, now: float, *, final: bool, again: bool = False
+    ) -> Reply | None:
         """Carry a request out.
 
         Args:
             request: any; a refused one changes nothing (but see `Replay.finish`).
             now: monotonic seconds.
             final: the request has waited long enough: answer now.
+            again: it was asked before, and is no new sign of its sender's life.
         Returns:
             The reply; None while the request has to wait, only when not `final`.
         """
         try:
+            if isinstance(request, messages.ClaimSamples) and not again:
+                self.replay.heartbeat(request.worker, now)
             reply = self._dispatch(request, now, final)
         except Refused as refusal:
             self.refused += 1
@@ -355,7 +369,6 @@ class Coordinator:
             self._tickets[uid] = made
 
     def _claim(self, request: messages.ClaimSamples, now: float, final: bool) -> Reply | None:
-        self.replay.heartbeat(request.worker, now)
         if self.closing:
             return messages.Claims(newest=self._newest(), closing=True)
         # A repeat gets what the first one got and nothing besides: nobody might read it.
@@ -375,6 +388,8 @@ class Coordinator:
         )
         if not repeated:
             evaluations = self.evaluations.claim(request.worker, request.request_id)
+            if evaluations:  # their lease begins now
+                self.replay.heartbeat(request.worker, now)
         if claims or evaluations or repeated or final:
             return messages.Claims(claims=claims, evaluations=evaluations, newest=self._newest())
         return None

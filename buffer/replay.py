@@ -54,17 +54,19 @@ class Replay:
         """uid -> since when a complete group waits to be extended or not."""
         self.outbox: list[AnyEvent] = []
         self.last_seen: dict[str, float] = {}
-        """worker -> when it last showed life, in the caller's clock."""
+        """worker -> when it last showed life, or was granted something, in the caller's clock."""
         self.claimed_at: dict[str, float] = {}
-        self.deaths: Counter[int] = Counter()
-        """uid -> workers that died while they held it, since one of its samples was finished."""
         """lease -> when it was granted, in the caller's clock."""
+        self.deaths: Counter[int] = Counter()
+        """Open uid -> workers that died while they held it, since a sample of it was finished."""
         self.blocked: tuple[int, float] = (0, 0.0)
         """(step, since when): it could begin but for samples that it would push over the bound."""
 
     def _emit(self, event: AnyEvent) -> None:
         self.state.apply(event)
         self.outbox.append(event)
+        if isinstance(event, events.Dropped | events.Taken):
+            self.deaths.pop(event.uid, None)
 
     def _kept_steps(self) -> int:
         """How long a group can be trained again: as long as a token of it is in the bound."""
@@ -175,7 +177,6 @@ class Replay:
         Raises:
             Refused: the version is off the live path or newer than the newest.
         """
-        self.last_seen[worker] = now
         if request_id in self.state.requests:
             names = self.state.requests[request_id]
             return [(name, self.state.leases[name]) for name in names if name in self.state.leases]
@@ -197,7 +198,7 @@ class Replay:
                 request_id=request_id,
             )
             self._emit(claimed)
-            self.claimed_at[lease_id] = now
+            self.claimed_at[lease_id] = self.last_seen[worker] = now
             granted.append(lease_id)
             max_samples -= len(claimed.indices)
         return [(lease_id, self.state.leases[lease_id]) for lease_id in granted]
@@ -394,7 +395,6 @@ class Replay:
         self.expire_worker(worker)
         poisoned = [uid for uid in sorted(held) if self.deaths[uid] >= MAX_DEATHS]
         for uid in poisoned:
-            del self.deaths[uid]
             self.quarantine(uid)
         return poisoned
 

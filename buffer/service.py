@@ -28,7 +28,7 @@ from .coordinator import Coordinator
 from .copies import copy_run
 from .curve import protect_server
 from .errors import ConfigError, WireError
-from .messages import ClaimSamples, RefusedReply, Reply, Request, Stats, TakeGroups
+from .messages import ClaimSamples, Hello, RefusedReply, Reply, Request, Stats, TakeGroups, Welcome
 from .parking import Address, Parked, Parking
 from .process import run_process
 from .records import Version
@@ -210,6 +210,8 @@ class BufferService:
         if reply is None:
             self._park(address, request, wait_s, now)
             return []
+        if isinstance(request, Hello) and isinstance(reply, Welcome):
+            self._drop_claims(request.name, identity)
         return [self._reply(address, reply)]
 
     def _learn_name(self, identity: bytes, request: Request) -> None:
@@ -223,6 +225,16 @@ class BufferService:
         owner = self._names.get(address[0], "a client")
         wait = Wait(owner=owner, what=type(request).__name__, since_s=now, deadline_s=wait_s)
         self._parked.put(address, Parked(request=request, wait=wait))
+
+    def _drop_claims(self, worker: str, identity: bytes) -> None:
+        """Forget what was asked under a worker's name by others than the process that has it now.
+
+        What a dead one is granted nobody would work on, and heartbeats under its name would
+        keep the lease alive; a living one that is cut off asks again.
+        """
+        for address, each in self._parked.of((ClaimSamples,)):
+            if address[0] != identity and getattr(each.request, "worker", "") == worker:
+                self._parked.remove(address)
 
     def _ask_parked(self, now: float) -> list[tuple[Address, list[codec.Frame]]]:
         """Ask again what is over, and what the turn may have answered, first come first served;
@@ -247,7 +259,7 @@ class BufferService:
                 alike = (request.serving, request.max_samples > 0)
                 if alike in in_vain:
                     continue
-            reply = self.coordinator.answer(request, now, final=final)
+            reply = self.coordinator.answer(request, now, final=final, again=True)
             if reply is not None:
                 self._parked.remove(address)
                 replies.append(self._reply(address, reply))

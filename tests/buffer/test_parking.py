@@ -1,17 +1,20 @@
 """A turn asks only the waiting requests that it may have answered, and misses none."""
 
+import asyncio
 import random
 
 import pytest
+from slipstream.buffer import client as client_module
 from slipstream.buffer import messages
+from slipstream.buffer.client import BufferClient
 from slipstream.buffer.coordinator import Coordinator
-from slipstream.buffer.errors import Refused
+from slipstream.buffer.errors import PeerLost, Refused
 from slipstream.buffer.messages import Claims, ClaimSamples, RefusedReply, Request
 from slipstream.buffer.parking import Parked, Parking
 from slipstream.buffer.records import DropReason, SamplingParams
 from slipstream.buffer.waits import Wait
 
-from .conftest import SpecMaker
+from .conftest import SpecMaker, running
 from .make import manifest, prompt, ticket, trajectory, version
 
 
@@ -195,3 +198,138 @@ def test_refusals_end_a_wait(make_spec: SpecMaker) -> None:
     with pytest.raises(Refused):
         coordinator.replay.claim("w", version(3), 1, "b", 0.0)
     coordinator.close()
+
+
+def held_out(number: int) -> messages.PutEvaluation:
+    """An evaluation of one sample for each of some prompts."""
+    prompts = tuple(prompt((1 << 40) + i) for i in range(number))
+    return messages.PutEvaluation(
+        job_id="job", version=version(0), samples_per_prompt=1, prompts=prompts,
+        sampling=SamplingParams(),
+    )  # fmt: skip
+
+
+def test_claims_that_a_suspect_held_back_are_woken_when_it_is_cleared(
+    make_spec: SpecMaker,
+) -> None:
+    coordinator = Coordinator(make_spec(), 0.0)
+
+    def claim(name: str, max_samples: int) -> object:
+        request = ClaimSamples(
+            worker="w", serving=version(0), max_samples=max_samples, request_id=name, wait_s=9
+        )
+        return coordinator.answer(request, 0.0, final=False)
+
+    def woken() -> bool:
+        kinds = coordinator.woken(0.0, -1)
+        assert kinds is not None
+        return ClaimSamples in kinds
+
+    for request in (
+        messages.Hello(run_id="run", name="w", pid=1),
+        messages.PublishVersion(manifest=manifest(0)),
+        messages.PutPrompts(tickets=(ticket(0), ticket(1))),
+    ):
+        coordinator.answer(request, 0.0, final=True)
+    assert isinstance(claim("a", 2), Claims)
+    coordinator.answer(messages.Hello(run_id="run", name="w", pid=2), 0.0, final=True)
+    alone = claim("b", 4)
+    assert isinstance(alone, Claims)
+    assert [each.ticket.prompt.uid for each in alone.claims] == [0]
+    assert claim("c", 2) is None
+    assert woken()
+    coordinator.commit()
+    finished = messages.FinishSamples(
+        trajectories=(trajectory(0, 0, attempt=1),), lease_ids=(alone.claims[0].lease_id,)
+    )
+    done = coordinator.answer(finished, 0.0, final=True)
+    assert isinstance(done, messages.Done)
+    assert not done.refused
+    assert woken()
+    others = claim("c", 2)
+    assert isinstance(others, Claims)
+    assert [each.ticket.prompt.uid for each in others.claims] == [1]
+    coordinator.commit()
+    assert not woken(), "there is no suspect any more"
+    coordinator.close()
+
+
+def test_a_parked_claim_is_no_sign_of_life_and_its_lease_begins_with_the_grant(
+    make_spec: SpecMaker,
+) -> None:
+    coordinator = Coordinator(make_spec({"lease_s": 10}), 0.0)
+    counts = coordinator.replay.state.counts
+
+    def claim(worker: str, name: str, now: float, max_samples: int, *, again: bool) -> object:
+        request = ClaimSamples(
+            worker=worker, serving=version(0), max_samples=max_samples, request_id=name, wait_s=99
+        )
+        return coordinator.answer(request, now, final=False, again=again)
+
+    for request in (
+        messages.PublishVersion(manifest=manifest(0)),
+        messages.PutPrompts(tickets=(ticket(0),)),
+    ):
+        coordinator.answer(request, 0.0, final=True)
+    assert isinstance(claim("w", "a", 0.0, 2, again=False), Claims)
+    assert claim("w", "b", 1.0, 2, again=False) is None
+    assert claim("w", "b", 9.0, 2, again=True) is None
+    coordinator.tick(11.5)
+    assert counts["WAITING"] == 1
+    assert isinstance(claim("w", "b", 20.0, 2, again=True), Claims)
+    coordinator.tick(29.0)
+    assert counts["INFLIGHT"] == 1
+    coordinator.tick(31.0)
+    assert counts["WAITING"] == 1
+
+    assert claim("e", "c", 40.0, 0, again=False) is None
+    coordinator.answer(held_out(1), 40.0, final=True)
+    assert isinstance(claim("e", "c", 60.0, 0, again=True), Claims)
+    coordinator.tick(69.0)
+    assert coordinator.evaluations.workers() == {"e"}
+    coordinator.tick(71.0)
+    assert coordinator.evaluations.workers() == set()
+    coordinator.close()
+
+
+async def until_a_claim_waits(client: BufferClient) -> None:
+    async with asyncio.timeout(10):
+        while not any("ClaimSamples" in line for line in (await client.stats()).waits):
+            await asyncio.sleep(0.01)
+
+
+async def test_a_dead_process_is_granted_nothing_once_its_successor_is_there(
+    make_spec: SpecMaker,
+) -> None:
+    spec = make_spec()
+    async with running(spec, "learner") as learner:
+        await learner.publish(manifest(0))
+        dead = BufferClient(spec.endpoint, "run", "worker-0")
+        await dead.connect()
+        claim = asyncio.create_task(dead.claim(version(0), 0, wait_s=60))
+        await until_a_claim_waits(learner)
+        await dead.close()
+        with pytest.raises(PeerLost):
+            await claim
+        async with BufferClient(spec.endpoint, "run", "worker-0") as successor:
+            await successor.call(messages.Hello(run_id="run", name="worker-0", pid=1))
+            await learner.call(held_out(3))
+            claims = await successor.claim(version(0), 0, wait_s=10)
+            assert len(claims.evaluations) == 3
+
+
+async def test_a_living_process_that_was_taken_for_lost_asks_again(
+    make_spec: SpecMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "RESEND_S", 0.1)
+    spec = make_spec()
+    async with (
+        running(spec, "supervisor") as supervisor,
+        BufferClient(spec.endpoint, "run", "worker-0") as worker,
+    ):
+        await supervisor.publish(manifest(0))
+        claim = asyncio.create_task(worker.claim(version(0), 2, wait_s=60))
+        await until_a_claim_waits(supervisor)
+        await supervisor.lost("worker-0")
+        await supervisor.put_prompts([ticket(0)])
+        assert len((await asyncio.wait_for(claim, 10)).claims) == 1

@@ -3,6 +3,7 @@
 from slipstream.buffer.config import BufferConfig
 from slipstream.buffer.events import Ref
 from slipstream.buffer.replay import MAX_DEATHS, Replay
+from slipstream.buffer.take import TakePlan
 
 from .make import manifest, trajectory, version
 
@@ -48,3 +49,28 @@ def test_other_workers_go_on_while_a_suspect_runs_alone():
     assert {lease.uid for _, lease in alone} == {0}
     others = replay.claim("worker-1", version(0), 8, "c", 0.0)
     assert {lease.uid for _, lease in others} == {1, 2, 3}
+
+
+def test_a_suspect_is_forgotten_when_its_group_ends_without_another_sample():
+    replay = Replay(BufferConfig(max_staleness_steps=1), prompts_per_step=1)
+    replay.open_branch(0, {}, lambda ref: True)
+    replay.publish(manifest(0))
+    replay.put(0, 3, lambda: REF)
+    replay.put(1, 1, lambda: REF)
+    ((name, _),) = replay.claim("worker-1", version(0), 2, "a", 0.0)
+    for index in (0, 1):
+        replay.finish(trajectory(0, index), name, lambda: REF, 0.0)
+    replay.claim("worker-0", version(0), 2, "b", 0.0)
+    assert replay.worker_died("worker-0") == []
+    assert replay.deaths == {0: 1, 1: 1}
+    for worker, uid, index in (("worker-0", 0, 2), ("worker-1", 1, 0)):
+        ((name, lease),) = replay.claim(worker, version(0), 1, worker, 0.0)
+        assert (lease.uid, lease.indices) == (uid, (index,))
+        replay.release(uid, lease.attempt, (index,), name, "quarantined")
+    assert replay.state.groups[1].state == "DROPPED"
+    assert replay.deaths == {0: 1}
+    plan = replay.plan_take(1, 0.0, "take")
+    assert isinstance(plan, TakePlan)
+    replay.commit_part(plan, "take")
+    assert replay.state.groups[0].state == "TAKEN"
+    assert not replay.deaths
