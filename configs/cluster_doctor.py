@@ -1,7 +1,7 @@
 """`slipstream doctor --address ...`: whether a run can start on every node of a Ray cluster.
 
 Each node examines itself as `slipstream doctor` does; versions, clocks and the folder are compared
-with this machine's.
+with this machine's. The code that does so is this machine's, as in a run.
 """
 
 import time
@@ -42,7 +42,7 @@ def cluster_report(address: str, folder: Path) -> tuple[bool, list[str]]:
     Raises:
         ConfigError: there is no such cluster.
     """
-    connect(address, folder)
+    connect(address, folder, with_code=True)
     ok, lines = True, []
     try:
         for node in ray.nodes():

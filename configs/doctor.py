@@ -37,7 +37,6 @@ START_S = 300.0
 SLACK_S = 10.0
 """Who has a deadline of its own acts on it first."""
 LOOK_S = 1.0
-UNPLACED_S = 30.0
 DUMP_S = 5.0
 
 
@@ -56,8 +55,7 @@ class Doctor:
         self._folder, self._stall_s = run_dir / "processes", stall_s
         self._beats: dict[str, tuple[int, int, float]] = {}
         """name -> (pid, beat, when it was first seen)."""
-        self._looked_s = self._told_s = 0.0
-        self._unplaced: dict[str, float] = {}
+        self._looked_s = 0.0
 
     def look(self, children: Mapping[str, Child]) -> list[Stall]:
         """The living children that hang; at most one look a second."""
@@ -84,21 +82,6 @@ class Doctor:
             host = said.host if said is not None and beat >= 0 else ""
             return f"has been silent for {silent_s:.0f} s ({process_state(child.pid, host)})"
         return _diagnosis(said, child.name, self._stall_s) if said is not None and beat >= 0 else ""
-
-    def unplaced(self, children: Mapping[str, Child]) -> list[str]:
-        """In lines, from time to time, who waits for a place on the cluster: its node was lost."""
-        now = time.monotonic()
-        if now - self._told_s < UNPLACED_S:
-            return []
-        self._told_s = now
-        without = (n for n, child in children.items() if not child.pid and child.poll() is None)
-        self._unplaced = {name: self._unplaced.get(name, now) for name in without}
-        return [
-            f"{name} has waited {now - since_s:.0f} s for a place on the cluster; it starts when a "
-            "node has room (`slipstream cluster status`)"
-            for name, since_s in self._unplaced.items()
-            if since_s < now
-        ]
 
     def chain(self) -> str:
         """Who waits on whom, from the learner on."""

@@ -33,7 +33,7 @@ def end_leftovers(run_dir: Path, say: Callable[[str], None]) -> None:
     if left := _wait(run_dir, PATIENCE_S):
         say(f"killed, as it did not end in {PATIENCE_S:.0f} s: {_named(left)}")
         for pid in left.values():
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):  # of another user: named below
                 os.kill(pid, signal.SIGKILL)
         if left := _wait(run_dir, KILL_S):
             raise SlipstreamError(f"{run_dir} cannot go on: not even SIGKILL ends {_named(left)}")

@@ -21,13 +21,14 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util import get_node_ip_address
 
 from ..buffer.errors import ConfigError, SlipstreamError
-from .child import Child
+from .child import Child, ProcessError
 from .scratch import host_dir, sweep
 
 ANSWER_S = 30.0
 """An actor that does not answer for so long is lost with its node."""
 PLACE_PATIENCE_S = 15.0
-"""A process that has no place for so long says so; on a busy machine an actor takes a while."""
+"""A process that has no place for so long says so; on a busy machine an actor takes a while. A node
+that could not take part is asked so often whether it can."""
 ALIKE = ("slipstream", "torch", "transformers", "ray")
 """Packages whose versions must be equal on all nodes."""
 
@@ -80,15 +81,16 @@ class ProcessActor:
         threads: int,
         extra: Any,
         wanted: dict[str, str],
-    ) -> tuple[int, str]:
-        """Start the process; its pid, and the node it is on.
+    ) -> tuple[int, str, str]:
+        """Start the process.
 
-        Raises:
-            ConfigError: the node, which may have joined later, cannot take part.
+        Returns:
+            Its pid, the node it is on, and why it was not started (then the pid is 0): the node,
+            which may have joined later, cannot take part.
         """
         facts = self.facts(run_dir)
         if problem := unfit(facts, wanted, run_dir):
-            raise ConfigError(problem)
+            return 0, facts["node"], problem
         environment = dict(extra)
         if "PYTHONPATH" in environment:  # what Ray brought to this node is found there, too
             paths = [environment["PYTHONPATH"], os.environ.get("PYTHONPATH", "")]
@@ -100,7 +102,7 @@ class ProcessActor:
             threads=threads,
             environment=environment,
         )
-        return self._child.pid, facts["node"]
+        return self._child.pid, facts["node"], ""
 
     def ended(self) -> int:
         """Wait for the process's end; its exit code."""
@@ -122,6 +124,7 @@ class RayChild(Child):
     """A `Child` on another node; its files are in the run folder, which all nodes see.
 
     placed()        False until Ray found a place: a node was lost, another may come
+    error()         also what its node said that cannot take part
     poll()          None while it waits for its place, and while it runs
     """
 
@@ -134,6 +137,7 @@ class RayChild(Child):
         *,
         asks: str = "",
         gone: Callable[[], None] = lambda: None,
+        patient: bool = False,
     ) -> None:
         """Have an actor, placed or not, start the process.
 
@@ -144,28 +148,41 @@ class RayChild(Child):
             start: the arguments of its `start` but for the name and the versions.
             asks: what its place must have, in words.
             gone: called once when the process has ended.
+            patient: on a node that cannot take part it waits until that node can, or is removed;
+                otherwise this is its error.
         """
         self._describe(name, run_dir)
-        self._actor, self._asks, self._gone = actor, asks, gone
-        self._started = actor.start.remote(name, *start, versions())
-        self._asked_s = time.monotonic()
+        self._actor, self._asks, self._gone, self._patient = actor, asks, gone, patient
+        self._start = start
+        self._made_s = time.monotonic()
+        self._ask()
         self._end: Any = None
         self._node, self._refusal = "", ""
+        self._error: ProcessError | None = None
+
+    def _ask(self) -> None:
+        self._started = self._actor.start.remote(self.name, *self._start, versions())
+        self._asked_s = time.monotonic()
 
     def placed(self) -> bool:
         """Whether its actor has started the process; raises `RayError` when it cannot."""
         if self._end is None and ray.wait([self._started], timeout=0)[0]:
-            self.pid, self._node = ray.get(self._started)
-            self._end = self._actor.ended.remote()
+            self.pid, self._node, self._refusal = ray.get(self._started)
+            if self.pid:
+                self._end = self._actor.ended.remote()
+            elif self._patient and time.monotonic() - self._asked_s > PLACE_PATIENCE_S:
+                self._ask()
         return self._end is not None
 
     @property
     def waits_for(self) -> str:
         """A place, once Ray has had time to find one; `poll` tells when it cannot."""
-        if self._exit_code is not None or time.monotonic() - self._asked_s < PLACE_PATIENCE_S:
-            return ""
         with suppress(RayError):
-            if not self.placed():
+            if self._exit_code is not None or self.placed():
+                return ""
+            if self._refusal:
+                return f"its node, which cannot take part: {self._refusal}; mend it, or remove it"
+            if time.monotonic() - self._made_s > PLACE_PATIENCE_S:
                 return f"room on the Ray cluster ({self._asks}): add a node"
         return ""
 
@@ -176,8 +193,12 @@ class RayChild(Child):
             try:
                 if self.placed() and ray.wait([self._end], timeout=0)[0]:
                     code = int(ray.get(self._end))
+                elif self._refusal and not self._patient:
+                    code = ConfigError.exit_code
+                    self._error = ProcessError("ConfigError", self._refusal, code)
             except RayTaskError as error:
-                code, self._refusal = 1, str(error.cause or error)
+                cause = error.cause or error
+                code, self._error = 1, ProcessError(type(cause).__name__, str(cause))
             except RayError:
                 code, self.place = -signal.SIGKILL, self._node
             if code is not None:
@@ -186,9 +207,13 @@ class RayChild(Child):
 
     def why(self) -> str:
         """As `Child.why`; what its log ends with says nothing of a lost node."""
-        if self._refusal or (self.place and self.error() is None):
-            return self._refusal or f"node {self.place[:8]}, or its Ray actor there, was lost"
+        if self.place and self.error() is None:
+            return f"node {self.place[:8]}, or its Ray actor there, was lost"
         return super().why()
+
+    def error(self) -> ProcessError | None:
+        """As `Child.error`; of a process that was not started, its node's or its actor's."""
+        return self._error or super().error()
 
     def _over(self, code: int) -> None:
         self._exit_code = code

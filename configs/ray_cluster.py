@@ -92,7 +92,14 @@ def up_hosts(path: Path) -> Started:
 
     def start(host: str, arguments: Sequence[str], token: str) -> Node:
         said = _ssh(host, _on_host(hosts.python, "start", *arguments), token)
-        return msgspec.json.decode(said.splitlines()[-1], type=Node)
+        try:
+            return msgspec.json.decode(said.splitlines()[-1], type=Node)
+        except (IndexError, msgspec.DecodeError):
+            raise ConfigError(
+                f"{host}: a Ray node started there, but in place of its number the host said "
+                f"{said[-300:]!r}; end it there: `{hosts.python} -m ray.scripts.scripts stop` ends "
+                "every Ray of this user"
+            ) from None
 
     address = f"{hosts.head.rpartition('@')[2]}:{hosts.port}"
     return _up(address, everyone, start, hosts.python)
@@ -135,15 +142,16 @@ def down() -> list[str]:
 
 def status() -> list[str]:
     """The cluster that `up` started, and what is free on its nodes, in lines."""
-    use_our_token()
+    started = read()
+    address = "auto" if started is None else started.address
+    use_our_token(address)
     import ray
 
     from .placement import free_resources
     from .ray_launcher import connect
 
-    started = read()
     lines = [] if started is None else [f"started by slipstream at {started.address}"]
-    connect("auto" if started is None else started.address, Path.cwd())
+    connect(address, Path.cwd())
     try:
         for node, free in zip(
             [n for n in ray.nodes() if n["Alive"]], free_resources(), strict=True
@@ -162,7 +170,8 @@ def submit(experiment: str, overrides: Sequence[str], address: str = "auto") -> 
     Raises:
         ConfigError: no job server answers, or the experiment does not load.
     """
-    use_our_token()
+    where, token = resolve(address), _our_token(address)
+    use_our_token(address)
     from ray.job_submission import JobSubmissionClient
 
     from .load import load_experiment
@@ -170,17 +179,14 @@ def submit(experiment: str, overrides: Sequence[str], address: str = "auto") -> 
     load_experiment(experiment, [*overrides, "launcher=ray"])  # refused here, not in a job's log
     words = ["run", experiment, *overrides, "--launcher", "ray", "--address", "auto"]
     command = shlex.join([sys.executable, "-P", "-m", "slipstream.configs.cli", *words])
-    started = read()
-    where = started.address if address == "auto" and started is not None else address
+    os.environ.pop("RAY_ADDRESS", None)  # Ray would take it for the address we name
     try:
         client = JobSubmissionClient(where)
         # `cd`: a working_dir of Ray's would be copied, and runs/ must lie where the user is.
         job = client.submit_job(entrypoint=f"cd {shlex.quote(os.getcwd())} && {command}")
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"no Ray job server at {where}: {str(error).splitlines()[0]}") from None
-    ours = started is not None and where == started.address
-    token = token_variables(state_folder()).items() if ours else ()
-    variables = [f"{name}={shlex.quote(value)}" for name, value in token]
+    variables = [f"{name}={shlex.quote(value)}" for name, value in token.items()]
     return job, " ".join([*variables, "ray", "job", "logs", job, "--follow"])
 
 
@@ -194,14 +200,29 @@ def read() -> Started | None:
 def use_our_token(address: str = "auto") -> None:
     """To be called before Ray is imported: a cluster of ours answers only to its own token, and
     another cluster does not know it."""
+    for name, value in _our_token(address).items():
+        os.environ.setdefault(name, value)
+
+
+def resolve(address: str) -> str:
+    """What `auto` means: RAY_ADDRESS, else the cluster that we started, else still `auto`."""
+    if address != "auto":
+        return address
     started = read()
-    if started is not None and (address == "auto" or _alike(address, started.address)):
-        for name, value in token_variables(state_folder()).items():
-            os.environ.setdefault(name, value)
+    return os.environ.get("RAY_ADDRESS") or ("auto" if started is None else started.address)
+
+
+def _our_token(address: str) -> dict[str, str]:
+    """The variables that tell Ray our token; none for a cluster that we did not start."""
+    started = read()
+    ours = started is not None and _alike(resolve(address), started.address)
+    return token_variables(state_folder()) if ours else {}
 
 
 def _alike(address: str, other: str) -> bool:
     """Whether two HOST:PORT are one."""
+    if address == other:  # a name of ~/.ssh/config only ssh resolves
+        return True
     with suppress(OSError):
         found = (each.rpartition(":") for each in (address, other))
         return len({(socket.gethostbyname(host), port) for host, _, port in found}) == 1

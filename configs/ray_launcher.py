@@ -28,7 +28,9 @@ from ..buffer.curve import SECRET, new_keys
 from ..buffer.errors import ConfigError
 from .child import Child
 from .placement import Placement
+from .policy import kind_of
 from .ray_child import RayChild
+from .ray_cluster import resolve
 from .ray_code import runtime_environment
 from .scratch import Scratch, host_dir, scratch
 from .secrecy import named_variables
@@ -109,9 +111,9 @@ def find_cluster(address: str) -> str:
     Raises:
         ConfigError: there is none.
     """
-    found = address
-    if address == "auto":  # the one this machine is part of
-        found = os.environ.get("RAY_ADDRESS") or read_ray_address() or ""
+    found = resolve(address)
+    if found == "auto":  # the one this machine is part of
+        found = read_ray_address() or ""
     host, _, port = found.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
@@ -166,4 +168,6 @@ def start_on_ray(
         (argv, str(launch.run_dir), plan.threads, extra),
         asks=placement.words(plan.name),
         gone=lambda: placement.free(plan.name),
+        # `check_nodes` saw the first nodes; one that joins later must not end a run that is well.
+        patient=kind_of(plan.name) == "worker",
     )

@@ -134,11 +134,20 @@ def main() -> None:
     verb, *arguments = sys.argv[1:]
     try:
         if verb == "start":
-            print(msgspec.json.encode(start(arguments, sys.stdin.read().strip())).decode())
+            _start_for_caller(arguments)
         else:
             print(end(msgspec.json.decode(arguments[0], type=Node)))
     except SlipstreamError as error:
         sys.exit(str(error))
+
+
+def _start_for_caller(arguments: Sequence[str]) -> None:
+    node = start(arguments, sys.stdin.read().strip())
+    try:
+        print(msgspec.json.encode(node).decode(), flush=True)
+    except OSError as error:  # nobody has the node's number, so nobody would end it
+        end(node)
+        raise SlipstreamError(f"the caller went away, and the node was ended: {error}") from error
 
 
 if __name__ == "__main__":

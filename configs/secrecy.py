@@ -14,7 +14,8 @@ NAMES = re.compile(
 )
 """Of arguments whose value is one."""
 VALUES = re.compile(
-    r"(sk-|hf_|gh[ps]_|github_pat_|xox[bp]-|AKIA)[A-Za-z0-9_-]{16,}|://[^/@\s]*:[^/@\s]+@"
+    r"(?<![A-Za-z0-9])(sk-|hf_|gh[ps]_|github_pat_|xox[bp]-|AKIA)[A-Za-z0-9_-]{16,}"
+    r"|://[^/@\s]*:[^/@\s]+@"
 )
 """Keys of well-known services, and passwords in addresses."""
 
@@ -32,10 +33,16 @@ def secrets_in(table: Any, path: str) -> Iterator[str]:
                 yield where
 
 
-def named_variables(*tables: dict[str, Any]) -> dict[str, str]:
+def named_variables(*tables: Any) -> dict[str, str]:
     """The environment variables that arguments name (`api_key_env`), for processes elsewhere."""
-    names = [v for table in tables for k, v in table.items() if k.endswith("_env")]
-    return {name: os.environ[name] for name in names if name in os.environ}
+    found: dict[str, str] = {}
+    for table in tables:
+        for key, value in table.items() if isinstance(table, dict) else enumerate(table):
+            if isinstance(value, dict | list | tuple):
+                found |= named_variables(value)
+            elif isinstance(value, str) and str(key).endswith("_env") and value in os.environ:
+                found[value] = os.environ[value]
+    return found
 
 
 def check_secrets(experiment: Any) -> Iterator[str]:

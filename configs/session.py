@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ..learner.checkpoint import complete_folders
 from .audit import audit_run
 from .child import Child
 from .closing import print_closing, resume_line
-from .doctor import Doctor, Stall
+from .doctor import Doctor
 from .engines import check_engine
 from .exporting import export_run
 from .observer import Observer
@@ -202,24 +202,19 @@ class _Around:
 
     def __init__(self, launch: Launch, reporter: Reporter, places: Scratch, start: Start) -> None:
         self._launch, self._reporter, self._places, self._start = launch, reporter, places, start
-        self._doctor = Doctor(launch.run_dir, launch.experiment.cluster.stall_s)
+        doctor = Doctor(launch.run_dir, launch.experiment.cluster.stall_s)
         self._scaling = Scaling(launch.run_dir, launch.experiment.cluster)
         self.workers = launch.experiment.rollout.workers
         self.observer = reporter.observer = Observer(places.endpoint, launch.run.run_id)
         self.close_run, self.lost = self.observer.close_run, self.observer.lost
         self.tick = reporter.tick
-        self.chain = self._doctor.chain
+        self.stalled, self.chain = doctor.look, doctor.chain
 
     def start(self, name: str) -> Child:
         return self._start(process_plan(self._launch, self._places, name))
 
     def say(self, line: str) -> None:
         _say(self._reporter.console, self._launch, line)
-
-    def stalled(self, children: Mapping[str, Child]) -> list[Stall]:
-        for line in self._doctor.unplaced(children):
-            self.say(line)
-        return self._doctor.look(children)
 
     def measure(self) -> Balance | None:
         return balance(self._reporter.progress.rows, self.observer.latest, self.workers)

@@ -168,8 +168,8 @@ class Supervisor:
         self._closing = False
         self._leaving: set[str] = set()
         self._stalled: dict[str, str] = {}
-        self._unplaced: set[str] = set()
-        """Of whom it was said that they wait for a place."""
+        self._unplaced: dict[str, str] = {}
+        """Who waits for a place, and what was said of it."""
 
     def run(self) -> Outcome:
         """Follow the run to its end; afterwards no child is left."""
@@ -284,11 +284,11 @@ class Supervisor:
         self._around.say(f"rollout workers: {len(staying)} -> {wanted}")
 
     def _tell_unplaced(self) -> None:
-        """Say once of each process that it waits for a place."""
+        """Say once of each process what it waits for."""
         waiting = {name: what for name, c in self._children.items() if (what := c.waits_for)}
-        for name in waiting.keys() - self._unplaced:
-            self._around.say(f"{name} waits for {waiting[name]}")
-        self._unplaced = set(waiting)
+        for name, what in waiting.items() - self._unplaced.items():
+            self._around.say(f"{name} waits for {what}")
+        self._unplaced = waiting
 
     def _end_gracefully(self, outcome: Outcome) -> None:
         """Learner first, buffer last; a second request to stop ends all waiting."""

@@ -8,6 +8,7 @@ when the checkpoint was saved.
 import argparse
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -190,10 +191,11 @@ def _linked(checkpoint: Checkpoint) -> Checkpoint:
         FileNotFoundError: it is not there any more.
     """
     root = checkpoint.folder.parent
-    for left in root.glob(".step-*.export-*"):
-        if not _lives(left.name.rpartition("-")[2]):
+    mark = f".export-{platform.node()}@"  # a pid of another host says nothing here
+    for left in root.glob(f".step-*{mark}*"):
+        if not _lives(left.name.rpartition("@")[2]):
             shutil.rmtree(left, ignore_errors=True)
-    folder = root / f".{checkpoint.folder.name}.export-{os.getpid()}"
+    folder = root / f".{checkpoint.folder.name}{mark}{os.getpid()}"
     try:
         folder.mkdir(exist_ok=True)
         for file in checkpoint.folder.iterdir():

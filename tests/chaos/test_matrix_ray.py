@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -36,7 +37,7 @@ FAULTS = [
     Fault("SIGSTOP", "worker-0"),
     Fault("SIGSTOP", "supervisor"),
 ]
-LOST = "worker-1: was killed by SIGKILL"
+LOST = re.compile(r"worker-1: node \w+, or its Ray actor")
 ON_RAY = (*SETTINGS, "launcher=ray", "rollout.workers=2")
 
 QUICK_TO_NOTICE = {
@@ -99,10 +100,13 @@ def test_a_run_under_ray_survives_every_fault_at_seeded_moments(
     run.find_quickly()
     run.begin(*ON_RAY, f'cluster.address="{fleet.cluster.address}"')
 
+    def times_lost() -> int:
+        return len(LOST.findall(run.output.read_text()))
+
     def lose_node(_: str) -> Replaced:
-        old, told = run.pid("worker-1"), run.output.read_text().count(LOST)
+        old, told = run.pid("worker-1"), times_lost()
         fleet.kill(old)
-        wait_until(lambda: run.output.read_text().count(LOST) > told, run.deadline_s)
+        wait_until(lambda: times_lost() > told, run.deadline_s)
         fleet.add()
         return lambda: run.pid("worker-1") != old
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from slipstream.buffer.errors import SlipstreamError
 from slipstream.configs import leftovers as module
 from slipstream.configs.leftovers import end_leftovers, leftovers
 
@@ -57,6 +58,24 @@ def test_who_is_frozen_is_killed_and_named(
     end_leftovers(run_dir, said.append)
     assert frozen.wait(1) == -signal.SIGKILL
     assert f"learner-1 (pid {frozen.pid})" in said[1]
+
+
+def test_who_may_not_be_killed_is_named(
+    run_dir: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(module, "KILL_S", 0.1)
+    other = start("buffer", "import time; time.sleep(600)")
+
+    def forbidden(pid: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", forbidden)
+        with pytest.raises(
+            SlipstreamError, match=rf"not even SIGKILL ends buffer \(pid {other.pid}"
+        ):
+            end_leftovers(run_dir, lambda line: None)
 
 
 def test_other_processes_are_left_alone(run_dir: Path, tmp_path: Path, start: Start) -> None:

@@ -17,6 +17,7 @@ from slipstream.buffer.errors import ConfigError
 from slipstream.configs import ray_child
 from slipstream.configs.load import load_table
 from slipstream.configs.placement import Placement, bundles, shortage
+from slipstream.configs.policy import failure_of
 from slipstream.configs.ray_child import RayChild, unfit
 from slipstream.configs.ray_code import runtime_environment
 from slipstream.configs.ray_launcher import _reachable, connect
@@ -24,6 +25,7 @@ from slipstream.configs.run_dir import create_run_dir, read_run
 from slipstream.configs.schema import Experiment
 from slipstream.configs.scratch import Scratch, host_dir
 from slipstream.configs.specs import Launch
+from slipstream.configs.supervisor import outcome_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray leaves sockets to the garbage collector
 
@@ -222,6 +224,34 @@ def test_a_worker_for_which_there_is_no_room_starts_when_a_node_joins_and_gives_
     wait_for(lambda: len(live_groups()) == 2, 10)
     placement.remove()
     wait_for(lambda: not live_groups(), 10)
+
+
+def test_a_worker_waits_on_a_node_that_cannot_take_part_and_a_rank_ends_with_its_words(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_child, "PLACE_PATIENCE_S", 0.5)
+    connect(cluster.address or "", tmp_path)
+    placement = Placement(experiment(1, worker_cpus=0.5, learner_cpus=0.5))
+    argv = [sys.executable, "-c", "print('up', flush=True); import time; time.sleep(600)"]
+    with monkeypatch.context() as another:
+        here = ray_child.versions()
+        another.setattr(ray_child, "versions", lambda: here | {"torch": "0"})
+        rank, worker = (
+            RayChild(
+                name, tmp_path, placement.actor(name), (argv, str(tmp_path), 1, {}), patient=patient
+            )
+            for name, patient in (("learner", False), ("worker-0", True))
+        )
+        wait_for(lambda: rank.poll() is not None, 30)
+        assert failure_of(rank) == "refused"
+        assert rank.why().startswith("ConfigError: node ")
+        assert outcome_of(rank).exit_code == 2
+        wait_for(lambda: "which cannot take part: node " in worker.waits_for, 30)
+        assert worker.poll() is None
+    wait_for(lambda: worker.placed() and "up" in worker.log_tail(), 30)  # the node was mended
+    assert worker.waits_for == ""
+    worker.kill()
+    placement.remove()
 
 
 def live_groups() -> list[str]:

@@ -1,5 +1,6 @@
 """`slipstream cluster`: starts what it says, ends what it started, and compares versions first."""
 
+import io
 import os
 import stat
 import subprocess
@@ -21,6 +22,7 @@ case "$2" in
 *importlib*) cat {answers}/"$1" ;;
 *" start "*) cat > {log}-token-"$1"
     test -f {answers}/fails-"$1" && {{ echo "a Ray node did not start" >&2; exit 1; }}
+    test -f {answers}/odd-"$1" && {{ echo "Have a nice day"; exit; }}
     echo '{{"pid": 7, "started": "1", "folder": "/there"}}' ;;
 *" end "*) echo ended ;;
 esac
@@ -95,6 +97,33 @@ def test_when_one_host_fails_to_start_those_that_did_are_ended(ssh: Path) -> Non
     assert [line.split()[0] for line in commands(ssh)] == ["a", "b", "a"]
     assert " end " in commands(ssh)[-1]
     assert ray_cluster.read() is None
+
+
+def test_a_host_that_does_not_say_its_nodes_number_is_named_with_what_it_said(ssh: Path) -> None:
+    (ssh / "answers" / "odd-b").touch()
+    told = r"^b: a Ray node started there.*'Have a nice day.*`py -m ray\.scripts\.scripts stop`"
+    with pytest.raises(ConfigError, match=told):
+        ray_cluster.up_hosts(ssh / "hosts.toml")
+    assert [line.split()[0] for line in commands(ssh)] == ["a", "b", "a"]
+    assert ray_cluster.read() is None
+
+
+def test_a_node_whose_caller_went_away_meanwhile_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = ray_node.Node(7, "1", "/there")
+    ended: list[ray_node.Node] = []
+    monkeypatch.setattr(ray_node, "start", lambda arguments, token: node)
+    monkeypatch.setattr(ray_node, "end", ended.append)
+    monkeypatch.setattr(sys, "argv", ["ray_node", "start", "--head"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("token"))
+    reader, writer = os.pipe()
+    os.close(reader)
+    gone = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stdout", gone)
+    with pytest.raises(SystemExit, match="the caller went away"):
+        ray_node.main()
+    assert ended == [node]
+    with suppress(BrokenPipeError):
+        gone.close()
 
 
 def test_versions_are_compared_before_anything_starts(ssh: Path) -> None:
@@ -219,11 +248,26 @@ def processes_of(nodes: list[ray_node.Node]) -> set[int]:
     [("auto", True), ("127.0.0.1:7001", True), ("localhost:7001", True),
      ("127.0.0.1:7002", False), ("192.0.2.1:7001", False), ("no-such-host.invalid:7001", False)],
 )  # fmt: skip
+@pytest.mark.parametrize("as_auto", [False, True])
 def test_only_the_cluster_that_we_started_is_shown_its_token(
-    fresh_home: Path, monkeypatch: pytest.MonkeyPatch, address: str, known: bool
+    fresh_home: Path, monkeypatch: pytest.MonkeyPatch, address: str, known: bool, as_auto: bool
 ) -> None:
     monkeypatch.setattr(os, "environ", {"XDG_STATE_HOME": str(fresh_home)})
-    ray_cluster.state_folder().mkdir(parents=True, exist_ok=True)
-    ray_cluster._write(ray_cluster.Started(address="127.0.0.1:7001", nodes=()))
+    our_cluster("127.0.0.1:7001")
+    if as_auto and address != "auto":
+        os.environ["RAY_ADDRESS"], address = address, "auto"
     ray_cluster.use_our_token(address)
     assert ("RAY_AUTH_TOKEN_PATH" in os.environ) == known
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_job_server_elsewhere_is_not_shown_our_token(fresh_home: Path) -> None:
+    our_cluster("127.0.0.1:7001")
+    with pytest.raises(ConfigError, match=r"no Ray job server at http://127\.0\.0\.1:1"):
+        ray_cluster.submit("quickstart", (), "http://127.0.0.1:1")
+    assert "RAY_AUTH_TOKEN_PATH" not in os.environ
+
+
+def our_cluster(address: str) -> None:
+    ray_cluster.state_folder().mkdir(parents=True, exist_ok=True)
+    ray_cluster._write(ray_cluster.Started(address=address, nodes=()))

@@ -17,6 +17,8 @@ KEY = "sk-" + "a1B2" * 8
         ({"headers": {"x-auth": KEY}}, "reward.arguments.headers.x-auth"),
         ({"urls": ["http://joe:letmein@host/score"]}, "reward.arguments.urls.0"),
         ({"hf_token": "letmein"}, "reward.arguments.hf_token"),
+        ({"header": f"Bearer {KEY}"}, "reward.arguments.header"),
+        ({"query": f"key={KEY}"}, "reward.arguments.query"),
     ],
 )
 def test_a_secret_among_the_arguments_is_refused_by_its_place_and_not_quoted(
@@ -37,6 +39,7 @@ def test_a_secret_among_the_arguments_is_refused_by_its_place_and_not_quoted(
         {"api_key_env": "JUDGE_KEY", "url": "http://host:8000/score"},
         {"end_token": "</s>", "max_tokens": 5, "api_key": ""},
         {"question": "is sk-learn a library?"},
+        {"style": "risk-averse-and-calibrated", "task": "task-oriented_dialogue_17"},
     ],
 )
 def test_what_is_no_secret_is_taken(arguments: dict[str, Any]) -> None:
@@ -50,3 +53,5 @@ def test_variables_that_arguments_name_are_known_for_processes_elsewhere(
     monkeypatch.delenv("NOT_SET", raising=False)
     told = named_variables({"api_key_env": "JUDGE_KEY"}, {"other_env": "NOT_SET", "model": "m"})
     assert told == {"JUDGE_KEY": "letmein"}
+    nested = {"judges": [{"api_key_env": "JUDGE_KEY"}], "is_env": True, "keys_env": {"a": "b"}}
+    assert named_variables(nested) == told

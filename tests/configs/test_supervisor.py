@@ -240,21 +240,20 @@ def test_a_full_disk_ends_the_run_whoever_dies_of_it_and_can_say_so(
     assert record.get("message", f"No space left on device: {run_dir}; exited") in outcome.reason
 
 
-def test_who_waits_for_a_place_on_a_cluster_is_told_from_time_to_time(
-    run_dir: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+def test_what_a_process_waits_for_is_said_once_and_again_when_it_is_something_else(
+    start: Start, run_dir: Path
 ) -> None:
-    monkeypatch.setattr(doctor, "UNPLACED_S", 0.2)
-    children, watching = start(), Doctor(run_dir, stall_s=2.0)
-    pids = {name: child.pid for name, child in children.items()}
-    monkeypatch.setattr(children["worker-0"], "pid", 0)
-    monkeypatch.setattr(children["worker-0"], "poll", lambda: None)
-    told: list[str] = []
-    wait_for(lambda: bool(told.extend(watching.unplaced(children)) or len(told) > 1))
-    assert all(line.startswith("worker-0 has waited 0 s for a place") for line in told)
-    monkeypatch.undo()
-    children["worker-0"].pid = pids["worker-0"]
-    monkeypatch.setattr(doctor, "UNPLACED_S", 0.0)
-    assert watching.unplaced(children) == []
+    class Waiting(Child):
+        @property
+        def waits_for(self) -> str:
+            return words.pop(0) if words else ""
+
+    words = ["room", "room", "its node", "its node"]
+    children, stop = start(), StopRequests()
+    children["worker-1"] = Waiting("worker-1", [sys.executable, "-c", FOREVER], run_dir=run_dir)
+    around = Around(run_dir, lambda phase: None if words else stop.add(), {})
+    assert supervise(children, around=around, stop=stop).status == "interrupted"
+    assert around.said == ["worker-1 waits for room", "worker-1 waits for its node"]
 
 
 def test_rollout_workers_join_and_leave_as_wanted(start: Start, run_dir: Path) -> None:

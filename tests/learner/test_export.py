@@ -1,6 +1,7 @@
 """Export: what appears has been reloaded elsewhere and is the policy that was trained."""
 
 import json
+import platform
 import shutil
 import sys
 
@@ -128,8 +129,12 @@ def test_a_checkpoint_that_its_run_removes_meanwhile_is_exported_all_the_same(
     run_dir, tmp_path, monkeypatch
 ):
     root, read = run_dir / "checkpoints", module.read_weights
-    left = root / ".step-000000.b0.export-999999999"  # of an export that was killed
+    # Of exports that were killed: one here; of the other only its own host can know.
+    left, elsewhere = (
+        root / f".step-000000.b0.export-{host}@999999999" for host in (platform.node(), "elsewhere")
+    )
     left.mkdir()
+    elsewhere.mkdir()
 
     def removing(paths):
         for folder in complete_folders(root):
@@ -138,7 +143,7 @@ def test_a_checkpoint_that_its_run_removes_meanwhile_is_exported_all_the_same(
 
     monkeypatch.setattr(module, "read_weights", removing)
     assert export(run_dir, tmp_path / "out").step == 2
-    assert list(root.iterdir()) == []
+    assert list(root.iterdir()) == [elsewhere]
 
 
 @pytest.mark.parametrize("last", [False, True])
