@@ -38,8 +38,8 @@ change: every version is merged onto it, and its file is as large as all weights
 
 _maps: dict[tuple[Path, int, int], Tensor] = {}
 """Files by folder, inode and size, mapped while they are there: mapping costs twice the digest, and
-a publisher writes into the same pages again, which Linux shows in an old mapping, too. No other file
-gets an inode that is mapped."""
+a publisher writes into the same pages again, which Linux shows in an old mapping, too. No other
+file gets an inode that is mapped."""
 
 
 def read_verified(manifest: WeightsManifest) -> dict[str, Tensor]:
