@@ -37,10 +37,10 @@ _bases: dict[tuple[Shard, int, int], dict[str, Tensor]] = {}
 """The base of adapters that this process has verified, mapped, by its shard, inode and time of
 change: every version is merged onto it, and its file is as large as all weights."""
 
-
 _maps: dict[tuple[Path, int, int], Tensor] = {}
-"""Files by folder, inode and size, mapped while they are there: a publisher uses their pages again,
-and mapping a file costs twice its digest. No other file gets an inode that is mapped."""
+"""Files by folder, inode and size, mapped while they are there: mapping costs twice the digest, and
+a publisher writes into the same pages again, which Linux shows in an old mapping, too. No other
+file gets an inode that is mapped."""
 
 
 def read_verified(manifest: WeightsManifest) -> dict[str, Tensor]:

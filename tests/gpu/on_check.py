@@ -40,8 +40,9 @@ async def test_the_law_of_plain_draws_passes(tmp_path):
 
 async def test_what_vllm_cpu_draws_with_an_adversarys_drafts_is_found_out(tmp_path):
     drafts = check.DRAFTERS["adversary"]
-    with pytest.raises(AssertionError, match=r"not the law|NaN"):
+    with pytest.raises(AssertionError, match=r"not the law|NaN") as found:
         await check.law(check.Tiny(tmp_path), speculative_config=drafts)
+    print("measured adversary", str(found.value).splitlines()[0][:200])
 
 
 @pytest.mark.parametrize("drafter", check.DRAFTERS)
