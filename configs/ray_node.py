@@ -115,6 +115,8 @@ def end(node: Node) -> str:
             time.sleep(0.05)
         with suppress(ProcessLookupError):
             os.killpg(node.pid, signal.SIGKILL)
+        while time.monotonic() < deadline and any(_leader(p) == node.pid for p, _ in _sessions()):
+            time.sleep(0.05)
     for path in [node.folder, *(sessions - {path for _, path in _sessions()})]:
         shutil.rmtree(path, ignore_errors=True)
     return "ended" if ours else "had ended already"
