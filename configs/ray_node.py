@@ -8,13 +8,14 @@ touched: `ray stop` would end every one that this user has on the machine.
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +29,8 @@ STOP_S = 20.0
 PORTS = {"dashboard-port": 8265, "ray-client-server-port": 10001}
 """Of a head; `AGENT_PORTS` of every node. Another is taken where these are in use."""
 AGENT_PORTS = {"dashboard-agent-listen-port": 52365}
+SESSION = re.compile(r"/[^\0=,]*/session_\d[\d_-]*")
+"""Ray's folder of logs and sockets, which the nodes of a cluster on one machine share."""
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -101,6 +104,7 @@ def _wait(node: Node) -> None:
 def end(node: Node) -> str:
     """End a node and everything it started; only if it is still the process we started."""
     ours = process_start_time(node.pid) == node.started
+    sessions = {path for pid, path in _sessions() if _leader(pid) == node.pid} if ours else set()
     if ours:
         with suppress(ProcessLookupError):
             os.kill(node.pid, signal.SIGTERM)
@@ -111,8 +115,26 @@ def end(node: Node) -> str:
             time.sleep(0.05)
         with suppress(ProcessLookupError):
             os.killpg(node.pid, signal.SIGKILL)
-    shutil.rmtree(node.folder, ignore_errors=True)
+        while time.monotonic() < deadline and any(_leader(p) == node.pid for p, _ in _sessions()):
+            time.sleep(0.05)
+    for path in [node.folder, *(sessions - {path for _, path in _sessions()})]:
+        shutil.rmtree(path, ignore_errors=True)
     return "ended" if ours else "had ended already"
+
+
+def _sessions() -> Iterator[tuple[int, str]]:
+    """(pid, Ray's folder of logs and sockets) of each process that names one; of Linux alone."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            for found in SESSION.findall(path.read_text(errors="replace")):
+                yield int(path.parent.name), found
+
+
+def _leader(pid: int) -> int:
+    """Of a process's session; 0 when it is gone."""
+    with suppress(OSError):
+        return os.getsid(pid)
+    return 0
 
 
 def free_port() -> int:

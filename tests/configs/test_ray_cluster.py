@@ -153,6 +153,7 @@ def test_a_hosts_file_that_is_none_is_refused(ssh: Path, text: str) -> None:
 def test_local_nodes_are_started_seen_and_all_ended(fresh_home: Path) -> None:
     nodes = [node for _, node in ray_cluster.up_local(2, cpus=3, gpus=8).nodes]
     assert len(processes_of(nodes)) > 4
+    (session,) = {path for pid, path in ray_node._sessions() if pid in processes_of(nodes)}
     try:
         token = fresh_home / "slipstream" / "ray.token"
         assert stat.S_IMODE(token.stat().st_mode) == 0o600
@@ -161,6 +162,7 @@ def test_local_nodes_are_started_seen_and_all_ended(fresh_home: Path) -> None:
     finally:
         assert len(ray_cluster.down()) == 2
     assert processes_of(nodes) == set(), "nothing is left behind"
+    assert not Path(session).exists()
     assert ray_cluster.read() is None
     assert not token.exists()
     assert list((fresh_home / "slipstream").iterdir()) == []
