@@ -135,10 +135,10 @@ class Matrix:
             if process_state(said.pid) in ("gone", "dead"):
                 continue
             path = self.run.run_dir / "processes" / f"{name}.waits.json"
-            late: list[str] = []
-            with suppress(FileNotFoundError):
+            silent_s = 0.0
+            with suppress(FileNotFoundError):  # removed this very moment
                 silent_s = time.time() - path.stat().st_mtime
-                late += ["silence"] if silent_s > SILENT_S + LATE_S else []
+            late = ["silence"] if silent_s > SILENT_S + LATE_S else []
             late += [
                 wait.what
                 for wait in said.waits
