@@ -102,8 +102,8 @@ def limited_disk(folder: Path) -> Iterator[Disk]:
     place.mkdir()
     with image.open("wb") as file:
         file.truncate(SIZE_MB << 20)
-    _do("mkfs.ext4", "-q", "-m", "0", str(image))
-    _do("mount", "-o", "loop", str(image), str(place))
+    ask("mkfs.ext4", "-q", "-m", "0", str(image))
+    ask("mount", "-o", "loop", str(image), str(place))
     try:
         disk = Disk(place)
         try:
@@ -126,11 +126,16 @@ def jumping_clock(folder: Path) -> tuple[dict[str, str], Path]:
     """
     source, library, ahead = folder / "jump.c", folder / "jump.so", folder / "ahead"
     source.write_text(JUMP)
-    _do("cc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl")
+    ask("cc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl")
     return {"LD_PRELOAD": str(library), "JUMP_FILE": str(ahead)}, ahead
 
 
-def _do(*command: str) -> None:
+def ask(*command: str) -> None:
+    """Run a command.
+
+    Raises:
+        Refused: it is not there, or failed; with its words.
+    """
     if shutil.which(command[0]) is None:
         raise Refused(f"{command[0]}: not found")
     done = subprocess.run(command, capture_output=True, text=True, check=False)

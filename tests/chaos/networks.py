@@ -2,11 +2,10 @@
 
 import contextlib
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 
-from .disks import Refused
+from .disks import ask
 
 
 class Link:
@@ -38,12 +37,12 @@ class Link:
     def cut(self) -> None:
         """Lose every packet, in both directions: a queue that has room for none."""
         for place, end in zip(self._sides, self._ends, strict=True):
-            _do(*place, "tc", "qdisc", "replace", "dev", end, "root", "pfifo", "limit", "0")
+            ask(*place, "tc", "qdisc", "replace", "dev", end, "root", "pfifo", "limit", "0")
 
     def mend(self) -> None:
         """Let packets through."""
         for place, end in zip(self._sides, self._ends, strict=True):
-            _do(*place, "tc", "qdisc", "del", "dev", end, "root")
+            ask(*place, "tc", "qdisc", "del", "dev", end, "root")
 
     def has(self, pid: int) -> bool:
         """Whether a process is on the other side."""
@@ -56,14 +55,14 @@ class Link:
 
     def _make(self) -> None:
         near, far = self._ends
-        _do("ip", "netns", "add", self.name)
-        _do("ip", "link", "add", near, "type", "veth", "peer", "name", far)
-        _do("ip", "link", "set", far, "netns", self.name)
-        _do("ip", "addr", "add", f"{self.here}/24", "dev", near)
-        _do("ip", "link", "set", near, "up")
+        ask("ip", "netns", "add", self.name)
+        ask("ip", "link", "add", near, "type", "veth", "peer", "name", far)
+        ask("ip", "link", "set", far, "netns", self.name)
+        ask("ip", "addr", "add", f"{self.here}/24", "dev", near)
+        ask("ip", "link", "set", near, "up")
         for words in (("addr", "add", f"{self.there}/24", "dev", far), ("link", "set", far, "up"),
                       ("link", "set", "lo", "up")):  # fmt: skip
-            _do(*self.command("ip", *words))
+            ask(*self.command("ip", *words))
 
     def _remove(self) -> None:
         for words in (("link", "del", self._ends[0]), ("netns", "del", self.name)):
@@ -83,11 +82,3 @@ def joined() -> Iterator[Link]:
         yield link
     finally:
         link._remove()
-
-
-def _do(*command: str) -> None:
-    if shutil.which(command[0]) is None:
-        raise Refused(f"{command[0]}: not found")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Refused(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
