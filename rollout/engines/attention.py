@@ -104,12 +104,11 @@ class RowAttention:
         hidden_NTL = torch.arange(self._num_places) > torch.from_numpy(last_NT)[:, None]
         mask = torch.zeros(hidden_NTL.shape, dtype=cache.shape.dtype)
         mask.masked_fill_(hidden_NTL, -torch.inf)
-        by_head = mask.view(self._num_rows, 1, self._width, self._num_places).expand(
-            -1, heads, -1, -1
-        )
-        self._mask_BQL = by_head.reshape(
-            self._num_rows * cache.shape.num_heads, -1, self._num_places
-        )
+        key_heads = cache.shape.num_heads
+        copies = heads // key_heads if self._width > 1 else 1  # a mask of one query is broadcast
+        by_head = mask.view(self._num_rows, 1, self._width, self._num_places)
+        by_head = by_head.expand(-1, key_heads * copies, -1, -1)
+        self._mask_BQL = by_head.reshape(self._num_rows * key_heads, -1, self._num_places)
         self._targets = cache.places(rows, places)
 
     def __call__(self, layer: int, query_MHD: Tensor, key_MKD: Tensor, value_MKD: Tensor) -> Tensor:

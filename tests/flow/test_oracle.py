@@ -148,9 +148,17 @@ def with_the_rate_of_the_step_before(self, rate, norm):
 Policy.update = with_the_rate_of_the_step_before
 """,
 }
+REST = ("advantage", "optimizer order")
+"""In `make test-long`: 20 s each."""
 
 
-@pytest.mark.parametrize("plant", PLANTS.values(), ids=PLANTS.keys())
+@pytest.mark.parametrize(
+    "plant",
+    [
+        pytest.param(plant, id=name, marks=[pytest.mark.slow] if name in REST else [])
+        for name, plant in PLANTS.items()
+    ],
+)
 def test_a_planted_error_in_the_learner_differs_from_the_oracle(system, plant):
     system.make_inputs(torch.float64)
     system.experiment(steps=4, dtype="float64")
