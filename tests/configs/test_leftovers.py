@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,8 +31,13 @@ def start(run_dir: Path) -> Iterator[Start]:
         spec = run_dir / "processes" / f"{name}.json"
         spec.write_text("{}")
         command = [sys.executable, "-c", script, "slipstream.module", str(spec)]
-        started.append(subprocess.Popen(command))
-        return started[-1]
+        process = subprocess.Popen(command)
+        started.append(process)
+        end = time.monotonic() + 10.0
+        # Popen returns inside execve, before the kernel shows the new arguments.
+        while not Path(f"/proc/{process.pid}/cmdline").read_bytes() and time.monotonic() < end:
+            time.sleep(0.01)
+        return process
 
     yield start_one
     for process in started:
@@ -44,7 +50,7 @@ def test_who_ends_by_itself_is_waited_for(run_dir: Path, start: Start) -> None:
     assert leftovers(run_dir) == {"buffer": ends.pid}
     said: list[str] = []
     end_leftovers(run_dir, said.append)
-    assert ends.wait(1) == 0
+    assert ends.wait(10) == 0
     assert said == [f"waiting for what a killed supervisor left: buffer (pid {ends.pid})"]
 
 
@@ -56,7 +62,7 @@ def test_who_is_frozen_is_killed_and_named(
     os.kill(frozen.pid, signal.SIGSTOP)
     said: list[str] = []
     end_leftovers(run_dir, said.append)
-    assert frozen.wait(1) == -signal.SIGKILL
+    assert frozen.wait(10) == -signal.SIGKILL
     assert f"learner-1 (pid {frozen.pid})" in said[1]
 
 
