@@ -287,12 +287,13 @@ class SiblingsDrafter(LookupDrafter):
 
 _MEMORY = 0.99
 """Share of what was measured that is kept from one step to the next."""
-_FIRST_PROBE_STEPS, _LAST_PROBE_STEPS = 16, 512
+_FIRST_PROBE_STEPS, _LAST_PROBE_STEPS = 16, 128
 """Between two probes while speculation is off; doubled while they find nothing."""
 _TRIED_TOKENS = 8.0
 """Worth of time that is spent on looking before the first draft must have been right."""
 _PROBE_SHARE = 1 / 16
-"""Of the rows, that a probe drafts for."""
+"""Of the rows, that a probe drafts for, in two steps: the first look at a prompt reads what was
+written for it, once for all samples to come; the second tells what a look costs."""
 _PROBE_TIME = 1 / 200
 """Of the time since speculation went off, that its probes may take, the reading of all that was
 written for a prompt meanwhile included: the next one waits until they have."""
@@ -316,24 +317,35 @@ class DepthController:
         self._rows = self._written = 0.0
         self._steps, self._probe_every = 0, _FIRST_PROBE_STEPS
         self._asked_s, self._gained = 0.0, _TRIED_TOKENS
-        self._settled = False
+        self._looked_s = 0.0
+        """As `_asked_s`, first looks included."""
+        self._on = self._settled = False
+        self._looked = range(0)
+        """Rows of this step's first look, which says little about the price of the next ones."""
         self._off_s = self._probes_s = 0.0
 
-    def start(self, num_rows: int) -> tuple[float, int]:
-        """Of the step to come: the least acceptance worth a draft, and for how many rows."""
+    def start(self, num_rows: int) -> tuple[float, range]:
+        """Of the step to come: the least acceptance worth a draft, and for which rows."""
         self._steps += 1
         if self._settled and self._steps % _FIRST_PROBE_STEPS:
-            return 1.0, 0
-        least = self._least()
-        if least < 1.0 and self._pays():
+            return 1.0, range(0)
+        least, looked, self._looked = self._least(), self._looked, range(0)
+        was_on, self._on = self._on, least < 1.0 and self._pays()
+        if self._on:
+            if not was_on:
+                self._looked = range(num_rows)
             self._settled, self._probe_every = False, _FIRST_PROBE_STEPS
             self._off_s = self._probes_s = 0.0
-            return least, num_rows
+            return least, range(num_rows)
+        if looked:
+            return 0.0, range(num_rows)[looked.start : looked.stop]
         self._settled = True
         if self._steps % self._probe_every or self._probes_s > _PROBE_TIME * self._off_s:
-            return 1.0, 0
+            return 1.0, range(0)
         self._settled, self._probe_every = False, min(2 * self._probe_every, _LAST_PROBE_STEPS)
-        return 0.0, max(1, int(num_rows * _PROBE_SHARE))
+        first, count = self._steps % num_rows, max(1, int(num_rows * _PROBE_SHARE))
+        self._looked = range(first, min(first + count, num_rows))
+        return 0.0, self._looked
 
     @property
     def speed_up(self) -> float:
@@ -341,7 +353,8 @@ class DepthController:
         slope, (_, m, _, t, _) = self._slope(), self._sums
         if slope is None:
             return 0.0
-        return (1.0 - slope * (m - self._rows) / t) * self._written / self._rows
+        plain_s = t - slope * (m - self._rows)
+        return plain_s / (t + self._looked_s) * self._written / self._rows
 
     def trim(self, draft: Draft, least: float) -> Draft:
         """The part of a draft that is likely enough to be reached and accepted."""
@@ -354,12 +367,15 @@ class DepthController:
         return draft
 
     def saw_step(self, num_rows: int, num_tokens: int, num_written: int, seconds: float) -> None:
-        """A step fed `num_tokens`, one a row and drafts, wrote `num_written` and took so long."""
+        """A step fed `num_tokens`, one a row and drafts, wrote `num_written` and took so long, but
+        for the looking."""
         m, t = float(num_tokens), seconds
         new = (1.0, m, m * m, t, m * t)
         self._sums = [_MEMORY * old + more for old, more in zip(self._sums, new, strict=True)]
         self._rows = _MEMORY * self._rows + num_rows
         self._written = _MEMORY * self._written + num_written
+        self._asked_s, self._gained = _MEMORY * self._asked_s, _MEMORY * self._gained
+        self._looked_s *= _MEMORY
         self._off_s += seconds
 
     def saw_draft(self, classes: Sequence[int], num_accepted: int) -> None:
@@ -372,9 +388,11 @@ class DepthController:
 
     def saw_asking(self, seconds: float, num_accepted: int) -> None:
         """Looking for drafts took so long, for one step, and so many tokens were accepted."""
-        self._asked_s = _MEMORY * self._asked_s + seconds
-        self._gained = _MEMORY * self._gained + num_accepted
         self._probes_s += seconds
+        self._looked_s += seconds
+        if not self._looked:
+            self._asked_s += seconds
+            self._gained += num_accepted
 
     def _pays(self) -> bool:
         return self._gained * self._sums[3] >= self._asked_s * self._written
@@ -415,13 +433,11 @@ class Speculation:
             num_samples: of the step to come.
             ask: tells of those in some of its rows; not called where nothing is drafted.
         """
-        least, num_rows = self._controller.start(num_samples)
+        least, rows = self._controller.start(num_samples)
         drafts, self._asking_s = [NO_DRAFT] * num_samples, 0.0
-        if not num_rows:
+        if not rows:
             return drafts
         started_s = time.perf_counter()
-        first = self.forwards % num_samples if num_rows < num_samples else 0
-        rows = range(first, min(first + num_rows, num_samples))
         asked = [of._replace(limit=min(self._max_depth, of.limit)) for of in ask(rows)]
         for row, draft in zip(rows, self.drafter.propose(asked), strict=True):
             drafts[row] = self._controller.trim(draft, least)
@@ -429,7 +445,8 @@ class Speculation:
         return drafts
 
     def saw(self, drafts: Sequence[Draft], written: Sequence[int], seconds: float) -> None:
-        """How the step went: tokens written by each sample (an accepted draft's, and one more)."""
+        """How the step went: tokens written by each sample (an accepted draft's, and one more), and
+        the time it took, `propose` included."""
         num_rows = num_tokens = len(drafts)
         if self._asking_s:
             before = self.accepted
@@ -442,6 +459,7 @@ class Speculation:
                     num_tokens += len(draft.tokens)
             self._controller.saw_asking(self._asking_s, self.accepted - before)
         self.forwards += 1
+        seconds -= self._asking_s
         self._controller.saw_step(num_rows, num_tokens, sum(written), seconds)
 
 

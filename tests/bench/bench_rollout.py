@@ -50,8 +50,9 @@ from slipstream.rollout.prompts import PromptSource
 WARM_UP_PROMPT, WARM_UP_TOKENS = 64, 8
 UPDATES = 5
 """Steps between the policy that the drafter remembers and the one that is drafted for."""
-PROMPTS = {1: 4, 8: 16, 32: 32}
-"""Batch size -> prompts of an epoch: a batch of 1 takes its time."""
+PROMPTS = {"quickstart": {1: 4, 8: 16, 32: 32}, "smollm2": {1: 1, 8: 4, 32: 16}}
+"""Experiment -> batch size -> prompts of an epoch: small batches and large models take their
+time."""
 SIZES = {"tiny": {}, "9M": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8}}
 
 
@@ -174,7 +175,7 @@ def prefix(bench: Bench) -> None:
 def speculation(bench: Bench, experiment: str = "quickstart") -> None:
     """Case (d)."""
     policies, prompts, samples, most = trained(bench, experiment)
-    for rows, count in PROMPTS.items():
+    for rows, count in PROMPTS[experiment].items():
         work = [(prompt, most) for prompt in prompts[:count] for _ in range(samples)]
         second_epoch(bench, experiment, policies, work, rows)
 
@@ -188,7 +189,7 @@ def adversarial(bench: Bench) -> None:
     """Case (d): text where drafts fail."""
     folder, draw = bench.model("builtin:tiny", max_position_embeddings=512), random.Random(0)
     prompts = [[draw.randrange(3, 448) for _ in range(20)] for _ in range(2)]
-    for rows in PROMPTS:
+    for rows in (1, 8, 32):
         work = [(prompt, 400) for prompt in prompts for _ in range(rows)]
         with closing(Ours(folder, rows)) as plain, closing(drafting(folder, rows)) as ours:
             mine, peer = bench.in_turn(
@@ -221,7 +222,7 @@ def trained(bench: Bench, experiment: str) -> tuple[list[Path], list[list[int]],
                        log=bench.folder / f"{experiment}-{step}.log")  # fmt: skip
     settings = load_experiment(experiment).experiment
     source = PromptSource(settings.prompts, 0)
-    issued = [source.prompt(uid).messages for uid in range(max(PROMPTS.values()))]
+    issued = [source.prompt(uid).messages for uid in range(max(PROMPTS[experiment].values()))]
     prompts = render_prompts(load_tokenizer(policies[0]), issued)
     samples = 1 if bench.small else settings.rollout.samples_per_prompt
     return policies, prompts, samples, settings.rollout.sampling.max_new_tokens
@@ -243,6 +244,7 @@ def second_epoch(
         remembered = deepcopy(drafts.drafter)
         ours.load(policies[1], UPDATES)
         plain.load(policies[1], UPDATES)
+        plain.run(work[:rows])
         with_drafts, without = [], []
         for _ in range(bench.runs):
             drafts.drafter = deepcopy(remembered)  # nothing of the new policy, of an earlier run

@@ -39,7 +39,7 @@ class Always(DepthController):
     """Drafts for every row, whatever it costs."""
 
     def start(self, num_rows):
-        return 0.0, num_rows
+        return 0.0, range(num_rows)
 
 
 class Oracle:
@@ -249,13 +249,13 @@ def test_depth_follows_measured_cost_and_acceptance(seconds_per_token, acceptanc
         least, rows = controller.start(8)
         draft = controller.trim(Draft([1] * 6, [5] * 6), least) if rows else Draft([], [])
         accepted = 0
-        for _ in range(rows):
+        for _ in rows:
             right = int(random.geometric(1 - acceptance)) - 1 if acceptance else 0
             right = min(right, len(draft.tokens))
             controller.saw_draft(draft.classes, right)
             accepted += right
-        tokens = 8 + rows * len(draft.tokens)
-        fed += rows * len(draft.tokens) * (step >= 1000)
+        tokens = 8 + len(rows) * len(draft.tokens)
+        fed += len(rows) * len(draft.tokens) * (step >= 1000)
         took = 1.0 + seconds_per_token * tokens
         written, seconds = written + 8 + accepted, seconds + took
         controller.saw_step(8, tokens, 8 + accepted, took)
