@@ -102,8 +102,8 @@ class SpeculationConfig(Settings):
 
     drafter: Literal["off", "lookup", "siblings", "model"] = "off"
     """`lookup`: what followed the same tokens in the sample's own text; `siblings`: also what its
-    group and earlier epochs wrote for the same prompt; `model`: what `draft_model` writes. Pays where a
-    forward over more tokens costs little more: small batches, small models, GPUs."""
+    group and earlier epochs wrote for the same prompt; `model`: what `draft_model` writes. Pays
+    where a forward over more tokens costs little more: small batches, small models, GPUs."""
     draft_model: Path | None = None
     """`model`: a Hugging Face folder with the policy's tokenizer."""
     acceptance: AcceptanceRule = "coupled"
