@@ -48,6 +48,8 @@ from slipstream.rollout.engines import decoder
 from slipstream.rollout.prompts import PromptSource
 
 WARM_UP_PROMPT, WARM_UP_TOKENS = 64, 8
+ADVERSARIAL_TIMES = 7
+"""A bound of 3% wants more than a few runs of a second."""
 UPDATES = 5
 """Steps between the policy that the drafter remembers and the one that is drafted for."""
 PROMPTS = {"quickstart": {1: 4, 8: 16, 32: 32}, "smollm2": {1: 1, 8: 4, 32: 16}}
@@ -70,13 +72,13 @@ class Bench:
         return copy_of(resolve_model(name, place / "given"), place / "used", **config)
 
     def in_turn(
-        self, work: Workload, *sides: Callable[[Workload], Measured]
+        self, work: Workload, *sides: Callable[[Workload], Measured], times: int = 1
     ) -> list[list[Measured]]:
-        """Per side, one measurement a run; the same with few tokens warms it up."""
+        """Per side, `times` measurements a run; the same with few tokens warms it up."""
         short = [(p[:WARM_UP_PROMPT], min(count, WARM_UP_TOKENS)) for p, count in work]
         for side in sides:
             side(short)
-        runs = [[side(work) for side in sides] for _ in range(self.runs)]
+        runs = [[side(work) for side in sides] for _ in range(self.runs * times)]
         return [list(of_side) for of_side in zip(*runs, strict=True)]
 
     def compare(
@@ -193,9 +195,13 @@ def adversarial(bench: Bench) -> None:
         work = [(prompt, 400) for prompt in prompts for _ in range(rows)]
         with closing(Ours(folder, rows)) as plain, closing(drafting(folder, rows)) as ours:
             mine, peer = bench.in_turn(
-                work, lambda work: ours.run(work, 3.0), lambda work: plain.run(work, 3.0)
-            )
-        bench.compare(f"adversarial-b{rows}", mine, peer, "ours without speculation", 0.97)
+                work, lambda work: ours.run(work, 3.0), lambda work: plain.run(work, 3.0),
+                times=ADVERSARIAL_TIMES,
+            )  # fmt: skip
+        bench.compare(
+            f"adversarial-b{rows}", mine, peer, "ours without speculation", 0.97,
+            runs=len(mine),
+        )  # fmt: skip
 
 
 def transformers(folder: Path, *, ends: bool = False, assistant: Sequence[Path] = ()) -> Peer:
@@ -233,7 +239,8 @@ def second_epoch(
 ) -> None:
     """One epoch by the old policy, remembered; the next by the new one, with and without drafts.
     The bound is what fewer forwards are worth at most: the time of the products for so many rows
-    over that with the drafts of a step."""
+    over that with the drafts of a step; `perfect` is what drafts that were always right would be
+    worth, at the best of some depths."""
     with (
         closing(Ours(policies[0], rows, ends=True)) as plain,
         closing(drafting(policies[0], rows, ends=True)) as ours,
@@ -258,11 +265,15 @@ def second_epoch(
             theirs.run([], how="step", rows=count).seconds
             for count in (rows, rows + round(drafted / forwards))
         )
+        perfect = max(
+            (1 + depth) * alone / theirs.run([], how="step", rows=rows * (1 + depth)).seconds
+            for depth in (1, 3, 7)
+        )
         bench.compare(
             f"speculation-b{rows}", with_drafts, without, f"ours without, {experiment}", 1.5,
             forwards_ratio=fewer, forwards_aim=2.0,
             accepted=sum(m.accepted for m in with_drafts) / max(1, drafted),
-            bound=fewer * alone / along,
+            bound=fewer * alone / along, perfect=perfect,
         )  # fmt: skip
         if rows > 1:
             return
