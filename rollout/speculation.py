@@ -68,6 +68,9 @@ class Asked(NamedTuple):
 class Drafter(Protocol):
     """Proposes tokens for samples."""
 
+    reading_s: float
+    """Of the last `propose`: time for texts that it had not followed as they were written."""
+
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         """For each of some samples, tokens to come after what it has written."""
         ...
@@ -179,16 +182,24 @@ class SuffixAutomaton:
 
 
 class _Reader:
-    """A sample's place in an automaton."""
+    """A sample's place in an automaton, and what that has still to read of other samples."""
 
-    __slots__ = ("automaton", "num_read", "state")
+    __slots__ = ("automaton", "num_read", "state", "unread")
 
-    def __init__(self, automaton: SuffixAutomaton) -> None:
-        self.automaton, self.state, self.num_read = automaton, 0, 0
+    def __init__(self, automaton: SuffixAutomaton, unread: "_Unread") -> None:
+        self.automaton, self.unread = automaton, unread
+        self.state = self.num_read = 0
 
     def read(self, tokens: Sequence[int]) -> None:
         for token in tokens:
             self.state = self.automaton.append(self.state, token)
+
+
+_AT_ONCE = 16
+"""Tokens, as many as a step may write. Of an ended sample they are read at once for its siblings; a
+longer rest means that nobody drafts."""
+_Unread = list[tuple[_Reader, list[int]]]
+"""Tokens of ended samples, each with the reader that they go on from."""
 
 
 class LookupDrafter:
@@ -196,20 +207,28 @@ class LookupDrafter:
 
     def __init__(self) -> None:
         self._readers: dict[str, _Reader] = {}
+        self.reading_s = 0.0
 
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         """See `Drafter`."""
+        self.reading_s = 0.0
         return [self._continue(*of[:4]) for of in asked]
 
     def _continue(
         self, sample: str, prompt: tuple[int, ...], written: np.ndarray, limit: int
     ) -> Draft:
-        reader = self._readers.get(sample)
+        began_s, reader = time.perf_counter(), self._readers.get(sample)
+        is_new = reader is None
         if reader is None:
             reader = self._readers[sample] = self._open(prompt)
             reader.read(prompt)
-        reader.read(written[reader.num_read :].tolist())
+        unread = written[reader.num_read :].tolist()
+        is_behind = is_new or bool(reader.unread) or len(unread) > _AT_ONCE
+        self._catch_up(reader)
+        reader.read(unread)
         reader.num_read = len(written)
+        if is_behind:
+            self.reading_s += time.perf_counter() - began_s
         return reader.automaton.propose(reader.state, limit)
 
     def finish(self, sample: str, prompt: tuple[int, ...], written: np.ndarray) -> None:
@@ -221,63 +240,71 @@ class LookupDrafter:
         self._readers.pop(sample, None)
 
     def _open(self, prompt: tuple[int, ...]) -> _Reader:
-        return _Reader(SuffixAutomaton())
+        return _Reader(SuffixAutomaton(), [])
+
+    def _catch_up(self, reader: _Reader) -> None:
+        """Nobody else's text is read here."""
 
 
-_AT_ONCE = 16
-"""An ended sample's last tokens, as many as a step may write, are read at once for its siblings; a
-longer rest means that nobody drafts."""
+_READ_A_STEP = 1024
+"""Of the other ended samples' tokens, some 5 microseconds each: generation waits meanwhile."""
 
 
 class _Past:
-    """What was written for one prompt: read into the automaton, or still as tokens to be read on
-    from where a reader stands (None: from the prompt's start)."""
+    """What was written for one prompt: read into the automaton, or still to be read."""
 
     __slots__ = ("automaton", "num_tokens", "unread")
 
     def __init__(self) -> None:
-        self.automaton, self.num_tokens = SuffixAutomaton(), 0
-        self.unread: list[tuple[_Reader | None, list[int]]] = []
+        self.automaton, self.num_tokens, self.unread = SuffixAutomaton(), 0, _Unread()
 
 
 class SiblingsDrafter(LookupDrafter):
     """The same over one automaton a prompt: its own text, its siblings' so far, and what earlier
     epochs wrote for the prompt.
 
-    Finished samples are kept as tokens, and read into the automaton only when a sample of the
-    prompt is drafted for: while speculation is off, history costs next to nothing.
+    Finished samples are kept as tokens, and read into the automaton only while a sample of the
+    prompt is drafted for, the newest first: with speculation off, history costs next to nothing.
     """
 
     def __init__(self, history_tokens: int) -> None:
         """Keep at most `history_tokens`; the prompts seen longest ago are forgotten first."""
         super().__init__()
-        self._limit, self.num_tokens = history_tokens, 0
+        self._limit, self.num_tokens, self._to_read = history_tokens, 0, 0
         self._past: OrderedDict[tuple[int, ...], _Past] = OrderedDict()
 
     def finish(self, sample: str, prompt: tuple[int, ...], written: np.ndarray) -> None:
         """Remember what the sample wrote."""
         reader, past = self._readers.pop(sample, None), self._of(prompt)
-        if reader is not None and reader.automaton is not past.automaton:
-            reader = None  # what it read is forgotten
-        rest = written[reader.num_read if reader else 0 :].tolist()
-        if reader is not None and len(rest) <= _AT_ONCE:
-            reader.read(rest)
+        if reader is None or reader.automaton is not past.automaton:  # what it read is forgotten
+            past.unread.append((_Reader(past.automaton, past.unread), [*prompt, *written.tolist()]))
         else:
-            past.unread.append((reader, rest))
+            rest = written[reader.num_read :].tolist()
+            if len(rest) <= _AT_ONCE:
+                reader.read(rest)
+            else:
+                past.unread.append((reader, rest))
         past.num_tokens += len(written)
         self.num_tokens += len(written)
         while self.num_tokens > self._limit:
             self.num_tokens -= self._past.popitem(last=False)[1].num_tokens
 
+    def propose(self, asked: Sequence[Asked]) -> list[Draft]:
+        """See `Drafter`."""
+        self._to_read = _READ_A_STEP
+        return super().propose(asked)
+
     def _open(self, prompt: tuple[int, ...]) -> _Reader:
         past = self._of(prompt)
-        for reader, rest in past.unread:
-            if reader is None:
-                reader = _Reader(past.automaton)
-                reader.read(prompt)
-            reader.read(rest)
-        past.unread.clear()
-        return _Reader(past.automaton)
+        return _Reader(past.automaton, past.unread)
+
+    def _catch_up(self, reader: _Reader) -> None:
+        while reader.unread and self._to_read > 0:
+            other, tokens = reader.unread.pop()
+            other.read(tokens[: self._to_read])
+            if left := tokens[self._to_read :]:
+                reader.unread.append((other, left))
+            self._to_read -= len(tokens) - len(left)
 
     def _of(self, prompt: tuple[int, ...]) -> _Past:
         past = self._past.setdefault(prompt, _Past())
@@ -292,8 +319,7 @@ _FIRST_PROBE_STEPS, _LAST_PROBE_STEPS = 16, 128
 _TRIED_TOKENS = 8.0
 """Worth of time that is spent on looking before the first draft must have been right."""
 _PROBE_SHARE = 1 / 16
-"""Of the rows, that a probe drafts for, in two steps: the first look at a prompt reads what was
-written for it, once for all samples to come; the second tells what a look costs."""
+"""Of the rows, that a probe drafts for."""
 _PROBE_TIME = 1 / 200
 """Of the time since speculation went off, that its probes may take, the reading of all that was
 written for a prompt meanwhile included: the next one waits until they have."""
@@ -318,10 +344,8 @@ class DepthController:
         self._steps, self._probe_every = 0, _FIRST_PROBE_STEPS
         self._asked_s, self._gained = 0.0, _TRIED_TOKENS
         self._looked_s = 0.0
-        """As `_asked_s`, first looks included."""
-        self._on = self._settled = False
-        self._looked = range(0)
-        """Rows of this step's first look, which says little about the price of the next ones."""
+        """As `_asked_s`, reading included."""
+        self._settled = False
         self._off_s = self._probes_s = 0.0
 
     def start(self, num_rows: int) -> tuple[float, range]:
@@ -329,23 +353,17 @@ class DepthController:
         self._steps += 1
         if self._settled and self._steps % _FIRST_PROBE_STEPS:
             return 1.0, range(0)
-        least, looked, self._looked = self._least(), self._looked, range(0)
-        was_on, self._on = self._on, least < 1.0 and self._pays()
-        if self._on:
-            if not was_on:
-                self._looked = range(num_rows)
+        least = self._least()
+        if least < 1.0 and self._pays():
             self._settled, self._probe_every = False, _FIRST_PROBE_STEPS
             self._off_s = self._probes_s = 0.0
             return least, range(num_rows)
-        if looked:
-            return 0.0, range(num_rows)[looked.start : looked.stop]
         self._settled = True
         if self._steps % self._probe_every or self._probes_s > _PROBE_TIME * self._off_s:
             return 1.0, range(0)
         self._settled, self._probe_every = False, min(2 * self._probe_every, _LAST_PROBE_STEPS)
         first, count = self._steps % num_rows, max(1, int(num_rows * _PROBE_SHARE))
-        self._looked = range(first, min(first + count, num_rows))
-        return 0.0, self._looked
+        return 0.0, range(first, min(first + count, num_rows))
 
     @property
     def speed_up(self) -> float:
@@ -386,13 +404,13 @@ class DepthController:
         for place in classes[:num_accepted]:
             self._hits[place] += 1
 
-    def saw_asking(self, seconds: float, num_accepted: int) -> None:
-        """Looking for drafts took so long, for one step, and so many tokens were accepted."""
+    def saw_asking(self, seconds: float, reading_s: float, num_accepted: int) -> None:
+        """Looking for drafts took so long, for one step, and so many tokens were accepted. What it
+        read beforehand is no part of a look's price: it is read once for all looks to come."""
         self._probes_s += seconds
         self._looked_s += seconds
-        if not self._looked:
-            self._asked_s += seconds
-            self._gained += num_accepted
+        self._asked_s += seconds - reading_s
+        self._gained += num_accepted
 
     def _pays(self) -> bool:
         return self._gained * self._sums[3] >= self._asked_s * self._written
@@ -457,7 +475,8 @@ class Speculation:
                     self.drafted += len(draft.tokens)
                     self.accepted += right
                     num_tokens += len(draft.tokens)
-            self._controller.saw_asking(self._asking_s, self.accepted - before)
+            reading_s = self.drafter.reading_s
+            self._controller.saw_asking(self._asking_s, reading_s, self.accepted - before)
         self.forwards += 1
         seconds -= self._asking_s
         self._controller.saw_step(num_rows, num_tokens, sum(written), seconds)

@@ -45,6 +45,8 @@ class Always(DepthController):
 class Oracle:
     """Knows what will be written, but for each third token; or, without that, guesses at random."""
 
+    reading_s = 0.0
+
     def __init__(self, texts=None):
         self.texts, self.random = texts or {}, np.random.default_rng(0)
 
@@ -264,6 +266,26 @@ def test_depth_follows_measured_cost_and_acceptance(seconds_per_token, acceptanc
     assert controller.speed_up == pytest.approx(written / seconds / without, rel=0.1)
 
 
+def test_a_long_past_is_read_piece_by_piece_and_its_reading_is_told_apart_from_the_look():
+    """8 texts of 1,000 tokens are read in 8 looks, the newest first; nothing is left out."""
+    drafter, random = SiblingsDrafter(1_000_000), np.random.default_rng(0)
+    texts = [random.integers(0, 400, 1000) for _ in range(8)]
+    for name, text in enumerate(texts):
+        drafter.finish(str(name), (1, 2), text)
+    read = []
+    for _ in range(9):
+        drafter.propose([Asked("new", (1, 2), texts[-1][:5], 12, SamplingParams(), 0)])
+        read.append((sum(len(rest) for _, rest in drafter._past[1, 2].unread), drafter.reading_s))
+    waiting, seconds = zip(*read, strict=True)
+    assert all(a - b <= 1024 for a, b in itertools.pairwise((8 * 1002, *waiting)))
+    assert waiting[-2:] == (0, 0)
+    assert min(seconds[:-1]) > 0 == seconds[-1]
+    for text in texts:  # a context of three tokens out of 400 has been seen nowhere else
+        asked = Asked("other", (1, 2), text[:40], 12, SamplingParams(), 0)
+        assert drafter.propose([asked])[0].tokens == text[40:52].tolist()
+        drafter.forget("other")
+
+
 def test_drafts_that_are_never_right_are_not_looked_for_even_where_they_cost_nothing_to_verify():
     """Looking takes a twentieth of a step, and a forward costs the same however many it is fed."""
     controller, looked = DepthController(), 0
@@ -272,7 +294,7 @@ def test_drafts_that_are_never_right_are_not_looked_for_even_where_they_cost_not
         draft = controller.trim(Draft([1] * 6, [5] * 6), least) if rows else Draft([], [])
         if rows:
             looked += step >= 1000
-            controller.saw_asking(0.05, 0)
+            controller.saw_asking(0.05, 0.0, 0)
         if draft.tokens:
             controller.saw_draft(draft.classes, 0)
         controller.saw_step(1, 1 + len(draft.tokens), 1, 1.0 + 1e-6 * len(draft.tokens))
