@@ -80,8 +80,9 @@ async def test_bfloat16_weights_sample_from_their_own_law_near_the_trained_one(t
     assert rounded.mean() < gaps.mean()
 
 
-SMOLLM2_SAMPLES = 440
+SMOLLM2_SAMPLES = 480
 SMOLLM2_TOKENS = 128
+COMPARED_TOKENS = 50_000
 NEAR_TIE = 1e-4
 
 
@@ -108,9 +109,9 @@ async def test_smollm2_with_speculation_differs_only_at_near_ties(tiny, tmp_path
     plain, engine = tiny.engine(folder, **settings), tiny.engine(folder, **settings)
     await asyncio.gather(plain.load(manifest), engine.load(manifest))
     random = np.random.default_rng(0)
-    few = [random.integers(1000, 40_000, size=random.integers(4, 40)) for _ in range(55)]
+    few = [random.integers(1000, 40_000, size=random.integers(4, 40)) for _ in range(60)]
     requests = [
-        tiny.request(few[i % 55], i, max_new_tokens=SMOLLM2_TOKENS, temperature=float(i % 2),
+        tiny.request(few[i % 60], i, max_new_tokens=SMOLLM2_TOKENS, temperature=float(i % 2),
                      logit_bias=((0, -1e9), (2, -1e9))) for i in range(SMOLLM2_SAMPLES)
     ]  # fmt: skip
     expected = await tiny.outputs(plain, requests)
@@ -136,6 +137,6 @@ async def test_smollm2_with_speculation_differs_only_at_near_ties(tiny, tmp_path
     record_property("tokens compared", compared)
     record_property("accepted", speculation.accepted / speculation.drafted)
     record_property("differences (sample, place, margin)", differences)
-    assert compared >= 0.9 * SMOLLM2_SAMPLES * SMOLLM2_TOKENS
+    assert compared >= COMPARED_TOKENS
     assert speculation.accepted > compared / 10
     assert all(near < NEAR_TIE for _, _, near in differences)
