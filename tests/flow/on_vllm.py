@@ -197,8 +197,9 @@ def test_smollm2_keeps_the_law_in_flight_and_through_a_kill(system):
     system.experiment(steps=5, dtype="float32", max_concurrent=16, checkpoint_every=2)
     supervisor = system.start(
         "run", "experiment.toml", *ON_VLLM, *SMOLLM2, "mode=async", "buffer.max_staleness_steps=2",
-        "rollout.sampling.max_new_tokens=128", "rollout.samples_per_prompt=2",
-        "learner.prompts_per_step=2", "--output", "run", "--no-export",
+        # A step of one group, shorter than a sample takes: samples are in flight as weights arrive.
+        "rollout.sampling.max_new_tokens=200", "rollout.samples_per_prompt=2",
+        "learner.prompts_per_step=1", "--output", "run", "--no-export",
     )  # fmt: skip
     run_dir = system.folder / "run"
     wait_for_step(run_dir, supervisor, 3)
