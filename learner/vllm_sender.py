@@ -141,7 +141,7 @@ class Client(VLLMWeightSyncClient):
 
     def __init__(self, line: Line) -> None:
         """Nothing is sent yet; `trainer` is the engine that calls, once there is one."""
-        self._line = line
+        self.line = line
         self.trainer: Any = None
         self.manifest: WeightsManifest | None = None
 
@@ -154,18 +154,14 @@ class Client(VLLMWeightSyncClient):
             TrainingFailed: the engine says that it cannot.
         """
         try:
-            self._line.write({"call": name, "argument": argument})
-            error = self._line.read()["error"]
+            self.line.write({"call": name, "argument": argument})
+            error = self.line.read()["error"]
         except (OSError, ValueError) as lost:
             abort(self)
             raise PeerLost(f"{name}: the engine is lost: {lost}") from lost
         if error:
             abort(self)
             raise TrainingFailed(f"{name}: {error}")
-
-    def wait(self) -> None:
-        """Have the engine wait for its turn."""
-        self._line.write({"waiting": True})
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Once a core."""
@@ -280,7 +276,7 @@ class Sender:
     def _turn(self, client: Client) -> Iterator[None]:
         """Inside, nothing is sent to others."""
         while not self._sending.acquire(timeout=_TURN_S):
-            client.wait()
+            client.line.write({"waiting": True})  # for its turn
         try:
             yield
         finally:
