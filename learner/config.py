@@ -229,7 +229,7 @@ class LearnerConfig(Settings):
     """How far apart log-probabilities of engine and learner may be, in nats, over the tokens of one
     version: the largest difference, the mean one, the estimated KL. A step outside looks for the
     cause and says so (`certificate` in metrics.jsonl). What is not given goes by what engines
-    compute in (`dtype`, `rollout.weights`): 1e-3, 1e-4 and 1e-6 in float32; 1.25, 0.01 and
+    compute in (`dtype`, `rollout.weights`): 1e-3, 1e-4 and 1e-6 in float32; 1.3, 0.01 and
     1e-3 in bfloat16."""
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

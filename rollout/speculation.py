@@ -181,25 +181,35 @@ class SuffixAutomaton:
         return copy
 
 
+class _Past:
+    """What was written for one prompt: read into the automaton, or still to be read."""
+
+    __slots__ = ("after_prompt", "automaton", "num_tokens", "unread")
+
+    def __init__(self) -> None:
+        self.automaton, self.num_tokens = SuffixAutomaton(), 0
+        self.after_prompt = -1
+        """State after the prompt; -1: it is not read."""
+        self.unread: list[tuple[_Reader | None, list[int]]] = []
+        """Tokens of ended samples, each with the reader that they go on from; None: the prompt."""
+
+
 class _Reader:
-    """A sample's place in an automaton, and what that has still to read of other samples."""
+    """A sample's place in the automaton of its prompt."""
 
-    __slots__ = ("automaton", "num_read", "state", "unread")
+    __slots__ = ("num_read", "past", "state")
 
-    def __init__(self, automaton: SuffixAutomaton, unread: "_Unread") -> None:
-        self.automaton, self.unread = automaton, unread
-        self.state = self.num_read = 0
+    def __init__(self, past: _Past) -> None:
+        self.past, self.state, self.num_read = past, past.after_prompt, 0
 
     def read(self, tokens: Sequence[int]) -> None:
         for token in tokens:
-            self.state = self.automaton.append(self.state, token)
+            self.state = self.past.automaton.append(self.state, token)
 
 
 _AT_ONCE = 16
-"""Tokens, as many as a step may write. Of an ended sample they are read at once for its siblings; a
-longer rest means that nobody drafts."""
-_Unread = list[tuple[_Reader, list[int]]]
-"""Tokens of ended samples, each with the reader that they go on from."""
+"""Tokens, more than a step mostly writes. So many of an ended sample are read at once for its
+siblings; a longer rest means that nobody drafts."""
 
 
 class LookupDrafter:
@@ -218,18 +228,18 @@ class LookupDrafter:
         self, sample: str, prompt: tuple[int, ...], written: np.ndarray, limit: int
     ) -> Draft:
         began_s, reader = time.perf_counter(), self._readers.get(sample)
-        is_new = reader is None
         if reader is None:
             reader = self._readers[sample] = self._open(prompt)
-            reader.read(prompt)
         unread = written[reader.num_read :].tolist()
-        is_behind = is_new or bool(reader.unread) or len(unread) > _AT_ONCE
-        self._catch_up(reader)
-        reader.read(unread)
+        if len(unread) <= _AT_ONCE:  # reading them is part of every look, as is a new prompt
+            reader.read(unread)
+            began_s = time.perf_counter()
+        else:
+            reader.read(unread)
         reader.num_read = len(written)
-        if is_behind:
-            self.reading_s += time.perf_counter() - began_s
-        return reader.automaton.propose(reader.state, limit)
+        self._catch_up(reader.past)
+        self.reading_s += time.perf_counter() - began_s
+        return reader.past.automaton.propose(reader.state, limit)
 
     def finish(self, sample: str, prompt: tuple[int, ...], written: np.ndarray) -> None:
         """Forget the sample."""
@@ -240,23 +250,24 @@ class LookupDrafter:
         self._readers.pop(sample, None)
 
     def _open(self, prompt: tuple[int, ...]) -> _Reader:
-        return _Reader(SuffixAutomaton(), [])
+        return _begin(_Past(), prompt)
 
-    def _catch_up(self, reader: _Reader) -> None:
+    def _catch_up(self, past: _Past) -> None:
         """Nobody else's text is read here."""
 
 
+def _begin(past: _Past, prompt: tuple[int, ...]) -> _Reader:
+    if past.after_prompt < 0:
+        past.after_prompt = 0
+        reader = _Reader(past)
+        reader.read(prompt)
+        past.after_prompt = reader.state
+    return _Reader(past)
+
+
 _READ_A_STEP = 1024
-"""Of the other ended samples' tokens, some 5 microseconds each: generation waits meanwhile."""
-
-
-class _Past:
-    """What was written for one prompt: read into the automaton, or still to be read."""
-
-    __slots__ = ("automaton", "num_tokens", "unread")
-
-    def __init__(self) -> None:
-        self.automaton, self.num_tokens, self.unread = SuffixAutomaton(), 0, _Unread()
+"""Of other samples' tokens, some 5 microseconds each: generation waits meanwhile. A sample's own
+text is read whole."""
 
 
 class SiblingsDrafter(LookupDrafter):
@@ -276,8 +287,8 @@ class SiblingsDrafter(LookupDrafter):
     def finish(self, sample: str, prompt: tuple[int, ...], written: np.ndarray) -> None:
         """Remember what the sample wrote."""
         reader, past = self._readers.pop(sample, None), self._of(prompt)
-        if reader is None or reader.automaton is not past.automaton:  # what it read is forgotten
-            past.unread.append((_Reader(past.automaton, past.unread), [*prompt, *written.tolist()]))
+        if reader is None or reader.past is not past:  # what it read is forgotten
+            past.unread.append((None, written.tolist()))
         else:
             rest = written[reader.num_read :].tolist()
             if len(rest) <= _AT_ONCE:
@@ -295,15 +306,15 @@ class SiblingsDrafter(LookupDrafter):
         return super().propose(asked)
 
     def _open(self, prompt: tuple[int, ...]) -> _Reader:
-        past = self._of(prompt)
-        return _Reader(past.automaton, past.unread)
+        return _begin(self._of(prompt), prompt)
 
-    def _catch_up(self, reader: _Reader) -> None:
-        while reader.unread and self._to_read > 0:
-            other, tokens = reader.unread.pop()
+    def _catch_up(self, past: _Past) -> None:
+        while past.unread and self._to_read > 0:
+            other, tokens = past.unread.pop()
+            other = other or _Reader(past)
             other.read(tokens[: self._to_read])
             if left := tokens[self._to_read :]:
-                reader.unread.append((other, left))
+                past.unread.append((other, left))
             self._to_read -= len(tokens) - len(left)
 
     def _of(self, prompt: tuple[int, ...]) -> _Past:
@@ -314,15 +325,15 @@ class SiblingsDrafter(LookupDrafter):
 
 _MEMORY = 0.99
 """Share of what was measured that is kept from one step to the next."""
-_FIRST_PROBE_STEPS, _LAST_PROBE_STEPS = 16, 128
-"""Between two probes while speculation is off; doubled while they find nothing."""
+_FIRST_PROBE_STEPS, _LAST_PROBE_STEPS = 16, 64
+"""Between two probes while speculation is off; doubled after each."""
 _TRIED_TOKENS = 8.0
-"""Worth of time that is spent on looking before the first draft must have been right."""
+"""Worth of time for looking, to begin with; it fades as all that was measured does."""
 _PROBE_SHARE = 1 / 16
 """Of the rows, that a probe drafts for."""
 _PROBE_TIME = 1 / 200
-"""Of the time since speculation went off, that its probes may take, the reading of all that was
-written for a prompt meanwhile included: the next one waits until they have."""
+"""Of the time since speculation went off, that its probes may take, reading included: the next one
+waits until they have."""
 
 
 class DepthController:
@@ -362,7 +373,8 @@ class DepthController:
         if self._steps % self._probe_every or self._probes_s > _PROBE_TIME * self._off_s:
             return 1.0, range(0)
         self._settled, self._probe_every = False, min(2 * self._probe_every, _LAST_PROBE_STEPS)
-        first, count = self._steps % num_rows, max(1, int(num_rows * _PROBE_SHARE))
+        first = self._steps // _FIRST_PROBE_STEPS % num_rows
+        count = max(1, int(num_rows * _PROBE_SHARE))
         return 0.0, range(first, min(first + count, num_rows))
 
     @property
@@ -413,11 +425,15 @@ class DepthController:
         self._gained += num_accepted
 
     def _pays(self) -> bool:
-        return self._gained * self._sums[3] >= self._asked_s * self._written
+        """More tokens a second than without drafts: without what was gained, what looking took, and
+        what the drafts cost in the forward."""
+        (_, m, _, t, _), slope = self._sums, self._slope() or 0.0
+        cost_s = self._asked_s + slope * (m - self._rows)
+        return self._gained * (t + self._asked_s) >= cost_s * self._written
 
     def _least(self) -> float:
         """b r; 1 while the slope is not known."""
-        slope, t = self._slope(), self._sums[3]
+        slope, t = self._slope(), self._sums[3] + self._asked_s
         return 1.0 if slope is None else min(1.0, slope * self._written / t)
 
     def _slope(self) -> float | None:

@@ -248,13 +248,14 @@ def second_epoch(
         ours.run(work)
         drafts = ours.engine._decoder.speculation
         assert drafts is not None
-        remembered = deepcopy(drafts.drafter)
+        remembered = deepcopy(drafts)
         ours.load(policies[1], UPDATES)
         plain.load(policies[1], UPDATES)
         plain.run(work[:rows])
         with_drafts, without = [], []
         for _ in range(bench.runs):
-            drafts.drafter = deepcopy(remembered)  # nothing of the new policy, of an earlier run
+            # Nothing of an earlier run of the new policy: neither its texts nor what they cost.
+            ours.engine._decoder.speculation = deepcopy(remembered)
             plain.epoch = ours.epoch  # the same seeds: the same texts
             with_drafts.append(ours.run(work))
             without.append(plain.run(work))
