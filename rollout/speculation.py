@@ -231,12 +231,10 @@ class LookupDrafter:
         if reader is None:
             reader = self._readers[sample] = self._open(prompt)
         unread = written[reader.num_read :].tolist()
-        if len(unread) <= _AT_ONCE:  # reading them is part of every look, as is a new prompt
-            reader.read(unread)
-            began_s = time.perf_counter()
-        else:
-            reader.read(unread)
+        reader.read(unread)
         reader.num_read = len(written)
+        if len(unread) <= _AT_ONCE:  # reading them is part of every look, as is a new prompt
+            began_s = time.perf_counter()
         self._catch_up(reader.past)
         self.reading_s += time.perf_counter() - began_s
         return reader.past.automaton.propose(reader.state, limit)

@@ -45,7 +45,7 @@ class DraftModel:
             )
         self._rule, self._context = rule, int(model.config.max_position_embeddings)
         self._samples: dict[str, PromptKeys] = {}
-        self.reading_s = 0.0
+        self.reading_s = 0.0  # not told apart: a sample's first fill counts as its look's price
 
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         """See `Drafter`: one forward of all samples for each token of depth."""

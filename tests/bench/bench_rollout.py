@@ -191,7 +191,7 @@ def adversarial(bench: Bench) -> None:
     """Case (d): text where drafts fail."""
     folder, draw = bench.model("builtin:tiny", max_position_embeddings=512), random.Random(0)
     prompts = [[draw.randrange(3, 448) for _ in range(20)] for _ in range(2)]
-    for rows in (1, 8, 32):
+    for rows in PROMPTS["quickstart"]:
         work = [(prompt, 400) for prompt in prompts for _ in range(rows)]
         with closing(Ours(folder, rows)) as plain, closing(drafting(folder, rows)) as ours:
             mine, peer = bench.in_turn(
