@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...buffer.records import FinishReason, Version
 from ...kernels.models import end_token_ids
 from ..config import KvPolicy, RatioLaw
+from ..drafters import NO_DRAFT, Asked, Draft
 from ..engine import GenerationOutput, GenerationRequest
 from ..sampling import ACCEPT_STREAM, Draws, sample, uniform, verify
-from ..speculation import NO_DRAFT, Asked, Draft, Speculation
+from ..speculation import Speculation
 from .forward import PolicyForward
 from .kv_cache import PromptKeys, RaggedCache
 from .memory import Memory
@@ -221,9 +222,9 @@ class Decoder:
         """One for each slot."""
         if self.speculation is None:
             return [NO_DRAFT] * self._slots.count
-        return self.speculation.propose(self._slots.count, self._asked)
+        return self.speculation.propose(self._slots.used["num_written"], self._asked)
 
-    def _asked(self, slots: range) -> list[Asked]:
+    def _asked(self, slots: Sequence[int]) -> list[Asked]:
         """Some samples, as a drafter is told of them; drafts are short where memory is."""
         used = self._slots.used
         room = np.minimum(used["budget"] - used["num_written"] - 1, self._memory.drafts())

@@ -10,14 +10,14 @@ from ...buffer.errors import ConfigError
 from ...buffer.records import SamplingParams
 from ...kernels.models import ModelError, load_policy, policy_weights
 from ..config import AcceptanceRule
+from ..drafters import Asked, Draft, class_of
 from ..sampling import DRAFT_STREAM, RowLaws, probabilities, sample, uniform
-from ..speculation import Asked, Draft, class_of
 from .forward import PolicyForward
 from .kv_cache import PromptKeys
 
 
 class DraftModel:
-    """Writes on for each sample with a model of its own; implements `speculation.Drafter`.
+    """Writes on for each sample with a model of its own; implements `drafters.Drafter`.
 
     Under `coupled` a place's token is drawn with the very uniform that the policy will draw with:
     where both laws are close, so are most tokens, and the output stays that without speculation.

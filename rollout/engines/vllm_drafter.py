@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ..speculation import SuffixAutomaton
+from ..drafters import SuffixAutomaton
 
 HISTORY_TOKENS = 200_000
 """Then all is forgotten, at some 1 kB each."""

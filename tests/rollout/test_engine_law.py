@@ -10,8 +10,8 @@ from slipstream.buffer.records import SamplingParams
 from slipstream.configs.models import resolve_model
 from slipstream.kernels.models import load_policy
 from slipstream.rollout.config import EvalConfig, SamplingConfig
+from slipstream.rollout.drafters import SiblingsDrafter
 from slipstream.rollout.sampling import RowLaws, probabilities, uniform
-from slipstream.rollout.speculation import SiblingsDrafter
 
 from .test_native_engine import prompts
 from .test_speculation import speculate

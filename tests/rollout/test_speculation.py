@@ -11,18 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slipstream.buffer.records import SamplingParams
 from slipstream.rollout.config import SpeculationConfig
-from slipstream.rollout.engines import decoder
-from slipstream.rollout.engines.draft_model import DraftModel
-from slipstream.rollout.sampling import RowLaws, probabilities, verify
-from slipstream.rollout.speculation import (
+from slipstream.rollout.drafters import (
     Asked,
-    DepthController,
     Draft,
     LookupDrafter,
     SiblingsDrafter,
-    Speculation,
     SuffixAutomaton,
 )
+from slipstream.rollout.engines import decoder
+from slipstream.rollout.engines.draft_model import DraftModel
+from slipstream.rollout.sampling import RowLaws, probabilities, verify
+from slipstream.rollout.speculation import DepthController, Speculation
 
 from .test_native_engine import prompts
 
@@ -38,8 +37,8 @@ LAWS = (
 class Always(DepthController):
     """Drafts for every row, whatever it costs."""
 
-    def start(self, num_rows):
-        return 0.0, range(num_rows)
+    def start(self, written_B):
+        return 0.0, range(len(written_B))
 
 
 class Oracle:
@@ -248,7 +247,7 @@ def test_depth_follows_measured_cost_and_acceptance(seconds_per_token, acceptanc
     controller, random = DepthController(), np.random.default_rng(0)
     fed, written, seconds = 0, 0, 0.0
     for step in range(3000):
-        least, rows = controller.start(8)
+        least, rows = controller.start(np.full(8, 100))
         draft = controller.trim(Draft([1] * 6, [5] * 6), least) if rows else Draft([], [])
         accepted = 0
         for _ in rows:
@@ -302,7 +301,7 @@ def test_drafts_are_made_while_they_bring_more_than_looking_costs(asked, reading
     The speed-up counts all that was spent."""
     controller, fed, took_s, written = DepthController(), 0, 0.0, 0
     for step in range(3000):
-        least, rows = controller.start(1)
+        least, rows = controller.start(np.full(1, 100))
         draft = controller.trim(Draft([1] * 6, [5] * 6), least) if rows else Draft([], [])
         right, seconds = min(4, len(draft.tokens)), 1.0 + 1e-4 * len(draft.tokens)
         if draft.tokens:
@@ -322,7 +321,7 @@ def test_drafts_that_are_never_right_are_not_looked_for_even_where_they_cost_not
     """Looking takes a twentieth of a step, and a forward costs the same however many it is fed."""
     controller, looked = DepthController(), 0
     for step in range(3000):
-        least, rows = controller.start(1)
+        least, rows = controller.start(np.full(1, 100))
         draft = controller.trim(Draft([1] * 6, [5] * 6), least) if rows else Draft([], [])
         if rows:
             looked += step >= 1000
@@ -331,6 +330,47 @@ def test_drafts_that_are_never_right_are_not_looked_for_even_where_they_cost_not
             controller.saw_draft(draft.classes, 0)
         controller.saw_step(1, 1 + len(draft.tokens), 1, 1.0 + 1e-6 * len(draft.tokens))
     assert looked < 2000 * 0.02
+
+
+def play(controller, written_B, acceptance, *, look_s=0.05, slope_s=0.01, random=None):
+    """One step of 1 s and more by token; returns its rows that drafted, and what drafting took."""
+    least, rows = controller.start(written_B)
+    fed = accepted = 0
+    for _ in rows:
+        draft = controller.trim(Draft([1] * 6, [5] * 6), least).tokens
+        right = int(random.geometric(1 - acceptance)) - 1 if acceptance else 0
+        controller.saw_draft([5] * len(draft), min(right, len(draft)))
+        fed, accepted = fed + len(draft), accepted + min(right, len(draft))
+    if rows:
+        controller.saw_asking(look_s, 0.0, accepted)
+    num_rows = len(written_B)
+    took_s = 1.0 + slope_s * (num_rows + fed)
+    controller.saw_step(num_rows, num_rows + fed, num_rows + accepted, took_s)
+    return rows, bool(rows) * look_s + slope_s * fed
+
+
+def test_prompts_with_a_past_are_drafted_for_from_the_first_step_of_their_samples_on():
+    """Off for 1,000 steps, as drafts were never right; then samples begin whose drafts are."""
+    controller, random = DepthController(), np.random.default_rng(0)
+    for _ in range(1000):
+        play(controller, np.full(32, 100), 0.0)
+    probed, _ = play(controller, np.where(np.arange(32) < 24, 100, 1), 0.9, random=random)
+    assert set(probed) <= set(range(24, 32)), "of those that begin"
+    after = [play(controller, np.full(32, 2), 0.9, random=random)[0] for _ in range(20)]
+    assert after == [range(32)] * 20
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("slope_s", [0.001, 0.03])
+def test_probes_keep_to_their_share_of_the_time_however_often_samples_begin(rows, slope_s):
+    controller, spent_s, took_s, probes = DepthController(), 0.0, 0.0, 0
+    for step in range(3000):
+        looked, seconds = play(controller, np.full(rows, 1), 0.0, slope_s=slope_s)
+        if step >= 1000:
+            spent_s, took_s = spent_s + seconds, took_s + 1.0 + slope_s * rows
+            probes += bool(looked)
+    assert spent_s <= 0.01 * took_s + 1.0 + slope_s * rows
+    assert probes > 20, "a change would be seen"
 
 
 def chi_square_z(counts, probabilities):
