@@ -332,7 +332,7 @@ def test_drafts_that_are_never_right_are_not_looked_for_even_where_they_cost_not
     assert looked < 2000 * 0.02
 
 
-def play(controller, written_B, acceptance, *, look_s=0.05, slope_s=0.01, random=None):
+def play(controller, written_B, acceptance, random, *, look_s=0.05, slope_s=0.01):
     """One step of 1 s and more by token; returns its rows that drafted, and what drafting took."""
     least, rows = controller.start(written_B)
     fed = accepted = 0
@@ -353,19 +353,20 @@ def test_prompts_with_a_past_are_drafted_for_from_the_first_step_of_their_sample
     """Off for 1,000 steps, as drafts were never right; then samples begin whose drafts are."""
     controller, random = DepthController(), np.random.default_rng(0)
     for _ in range(1000):
-        play(controller, np.full(32, 100), 0.0)
-    probed, _ = play(controller, np.where(np.arange(32) < 24, 100, 1), 0.9, random=random)
+        play(controller, np.full(32, 100), 0.0, random)
+    probed, _ = play(controller, np.where(np.arange(32) < 24, 100, 1), 0.9, random)
     assert set(probed) <= set(range(24, 32)), "of those that begin"
-    after = [play(controller, np.full(32, 2), 0.9, random=random)[0] for _ in range(20)]
+    after = [play(controller, np.full(32, 2), 0.9, random)[0] for _ in range(20)]
     assert after == [range(32)] * 20
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64])
 @pytest.mark.parametrize("slope_s", [0.001, 0.03])
 def test_probes_keep_to_their_share_of_the_time_however_often_samples_begin(rows, slope_s):
-    controller, spent_s, took_s, probes = DepthController(), 0.0, 0.0, 0
+    controller, random = DepthController(), np.random.default_rng(0)
+    spent_s, took_s, probes = 0.0, 0.0, 0
     for step in range(3000):
-        looked, seconds = play(controller, np.full(rows, 1), 0.0, slope_s=slope_s)
+        looked, seconds = play(controller, np.full(rows, 1), 0.0, random, slope_s=slope_s)
         if step >= 1000:
             spent_s, took_s = spent_s + seconds, took_s + 1.0 + slope_s * rows
             probes += bool(looked)
