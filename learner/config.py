@@ -391,6 +391,8 @@ class LearnerSpec(Settings):
     rank: int = 0
     ranks: int = 1
     """How many processes like this share the learner's work."""
+    shares_device: bool = False
+    """Whether an engine is on the same device."""
     branch: int
     branch_parents: dict[int, tuple[int, int]] = {}
     resume_from: tuple[int, int] | None = None
