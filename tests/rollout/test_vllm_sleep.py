@@ -30,7 +30,7 @@ async def test_a_sample_that_arrives_while_the_core_falls_asleep_finds_it_awake(
     await asyncio.sleep(0)
     arrived = asyncio.create_task(sleeper.wake(core))
     await asyncio.sleep(0.01)
-    assert not falling.done() and not arrived.done()
+    assert [falling.done(), arrived.done()] == [False, False]
     core.may.set()
     await asyncio.gather(falling, arrived)
     assert (core.told, sleeper.asleep) == ([("sleep", 1, "keep"), "wake"], False)
