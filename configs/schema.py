@@ -314,6 +314,13 @@ def _check_sleep(experiment: Experiment) -> Iterator[str]:
             f"{experiment.buffer.max_staleness_steps:g} lets engines write on while it trains; set "
             "it to 0, or remove sleep"
         )
+    if experiment.learner.device != "cuda":
+        yield f'{key} leaves a GPU to the learner: set learner.device = "cuda"'
+    if experiment.eval.enabled:
+        yield (
+            f"{key} takes turns with the learner, and evaluations are generated while it trains; "
+            "set eval.enabled = false (`slipstream eval` scores checkpoints), or remove sleep"
+        )
     if experiment.learner.stream:
         yield (
             f"{key} takes turns with the learner, and learner.stream = true trains groups while "

@@ -219,10 +219,12 @@ class VllmEngine:
         until_s = time.monotonic() + self._settings.step_timeout_s
         while not task.done() and not self._dead and time.monotonic() < until_s:
             await asyncio.wait({task}, timeout=_DEATH_POLL_S)
-        if not task.done() or task.exception():
-            task.cancel()
-            self._failure = "no answer to sleep or wake_up"
+        if task.done() and not task.exception():
+            return
+        if not self._dead:
+            self._failure = repr(task.exception()) if task.done() else "no answer to sleep or wake"
             self._kill()
+        task.cancel()
 
     async def load(self, manifest: WeightsManifest) -> None:
         """Verify weights aside, then swap them in at a token boundary, without draining.
@@ -286,6 +288,8 @@ class VllmEngine:
         if self._dead:
             await self._restart()
         await self._sleeper.wake(self._llm)
+        if self._dead:
+            return False
         swap = asyncio.create_task(self._swap(self._llm, manifest, files))
         heard_s, patience_s = time.monotonic(), self._settings.step_timeout_s + moving_s(manifest)
         try:
@@ -401,14 +405,15 @@ class VllmEngine:
             return unstarted(request, reason)
         if len(self._tasks) == 1 or not self._counts.running:
             self._counts.touch()  # the clock of an engine that had nothing to do
-        await self._sleeper.wake(self._llm)
-        serving = self.serving
-        if serving is None:
-            return unstarted(request)
-        salt = name_of(serving) if self._kv == "keep" else None
-        prompt = tokens_input(list(request.prompt_token_ids), cache_salt=salt)
         arrived_s, last = time.time(), None
         try:
+            await self._sleeper.wake(self._llm)
+            self._counts.touch()
+            serving = self.serving
+            if serving is None:
+                return unstarted(request)
+            salt = name_of(serving) if self._kv == "keep" else None
+            prompt = tokens_input(list(request.prompt_token_ids), cache_salt=salt)
             async for output in self._llm.generate(
                 prompt, self._samples.params(request), request.request_id
             ):

@@ -207,6 +207,7 @@ async def sleep(tiny: Tiny) -> dict[str, Any]:
     from tests.rollout import on_vllm
 
     with pytest.MonkeyPatch.context() as patch:
+        empty = free_bytes()
         async with running(tiny, sleep=True) as engine:
             awake = free_bytes()
             await engine.load(tiny.publish(tiny.policy(tiny.root / "llama", 1), 1))
@@ -214,7 +215,7 @@ async def sleep(tiny: Tiny) -> dict[str, Any]:
             await on_vllm.test_an_engine_sleeps_before_it_hands_out_its_last_sample_and_wakes(
                 tiny, engine, None, patch
             )
-    assert freed > 0 or not torch.cuda.is_available(), "nothing was given back"
+    assert 2 * freed >= empty - awake, "less was given back than kept"
     return {"freed_bytes": freed}
 
 

@@ -455,8 +455,10 @@ async def test_an_engine_sleeps_before_it_hands_out_its_last_sample_and_wakes(
 
     if fault:
         os.kill(engine.core_pids[0], signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
-        lost = (await asyncio.wait_for(tiny.outputs(engine, requests[:1]), 30))["0"]
-        assert (lost.finish_reason, engine.state) == ("abort", "COLD")
+        many = [tiny.request([5, 6], i, max_new_tokens=20) for i in range(12)]
+        lost = await asyncio.wait_for(tiny.outputs(engine, many), 30)
+        assert Counter(output.finish_reason for output in lost.values()) == {"abort": 12}
+        assert engine.state == "COLD"
     second = tiny.policy(tiny.root / "llama", 4)
     await engine.load(tiny.publish(second, 901 if fault is None else 902 + (fault == "killed")))
     output = (await tiny.outputs(engine, requests[:1]))["0"]
