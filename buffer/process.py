@@ -44,7 +44,9 @@ def run_process(name: str, run_dir: Path, coroutine: Coroutine[Any, Any, Any]) -
     folder.mkdir(parents=True, exist_ok=True)
     error_file = folder / f"{name}.error.json"
     error_file.unlink(missing_ok=True)
-    (folder / f"{name}.pid").write_text(f"{os.getpid()}\n")
+    written = folder / f"{name}.pid.partial"
+    written.write_text(f"{os.getpid()}\n")
+    written.replace(folder / f"{name}.pid")  # of the process before, until then
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

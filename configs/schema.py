@@ -298,7 +298,34 @@ def check_engine(experiment: Experiment) -> Iterator[str]:
             "processors, and none on GPUs until `make gpu-check` has proved it there; it is for "
             "greedy evaluations: set eval.temperature = 0, or remove it"
         )
+    if rollout.vllm.sleep:
+        yield from _check_sleep(experiment)
     yield from _check_weights(experiment)
+
+
+def _check_sleep(experiment: Experiment) -> Iterator[str]:
+    """Yield why no learner would have the memory of an engine that sleeps."""
+    key = "rollout.vllm.sleep = true"
+    if experiment.cluster.placement != "shared":
+        yield f'{key} leaves a device to the learner on it: set cluster.placement = "shared"'
+    if experiment.buffer.max_staleness_steps != 0:
+        yield (
+            f"{key} takes turns with the learner, and buffer.max_staleness_steps = "
+            f"{experiment.buffer.max_staleness_steps:g} lets engines write on while it trains; set "
+            "it to 0, or remove sleep"
+        )
+    if experiment.learner.device != "cuda":
+        yield f'{key} leaves a GPU to the learner: set learner.device = "cuda"'
+    if experiment.eval.enabled:
+        yield (
+            f"{key} takes turns with the learner, and evaluations are generated while it trains; "
+            "set eval.enabled = false (`slipstream eval` scores checkpoints), or remove sleep"
+        )
+    if experiment.learner.stream:
+        yield (
+            f"{key} takes turns with the learner, and learner.stream = true trains groups while "
+            "others are written; remove one of them"
+        )
 
 
 def _check_weights(experiment: Experiment) -> Iterator[str]:

@@ -391,6 +391,8 @@ class LearnerSpec(Settings):
     rank: int = 0
     ranks: int = 1
     """How many processes like this share the learner's work."""
+    takes_turns: bool = False
+    """Whether the engine on the same device sleeps while this one trains."""
     branch: int
     branch_parents: dict[int, tuple[int, int]] = {}
     resume_from: tuple[int, int] | None = None

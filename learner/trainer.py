@@ -347,6 +347,8 @@ class Trainer:
             if self.ranks.first:
                 result.metrics["certificate"] = self._certificate(result, groups)
             self._hold(self.policy, batch.step)
+        if self.spec.takes_turns:
+            torch.cuda.empty_cache()  # what activations took is for the engine that wakes
         self.journal_sequence = batch.journal_sequence
         return result
 

@@ -260,6 +260,10 @@ class VllmConfig(Settings):
     beside the learner, which takes 0.25 GiB of its device, or the largest tensor (`nccl`: twice),
     besides CUDA's own: `nccl` to other devices, `ipc` within the one that learner and engine share.
     The network is trusted: vLLM's rendezvous is neither encrypted nor authenticated."""
+    sleep: bool = False
+    """An engine without samples gives the memory of weights and KV back (vLLM's sleep mode), before
+    it hands out the last: with S = 0 the learner on the same device trains alone. Each step it
+    wakes and sleeps twice, and with episodes whenever all of them wait for their environments."""
     step_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     """An engine that finishes no step of its samples, or no change of weights, for so long is
     killed and started again."""

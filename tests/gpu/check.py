@@ -202,6 +202,28 @@ async def guarantees(tiny: Tiny) -> None:
                 )
 
 
+async def sleep(tiny: Tiny) -> dict[str, Any]:
+    """Memory that an engine without samples leaves to the learner on its device."""
+    from tests.rollout import on_vllm
+
+    with pytest.MonkeyPatch.context() as patch:
+        empty = free_bytes()
+        async with running(tiny, sleep=True) as engine:
+            awake = free_bytes()
+            await engine.load(tiny.publish(tiny.policy(tiny.root / "llama", 1), 1))
+            freed = free_bytes() - awake
+            await on_vllm.test_an_engine_sleeps_before_it_hands_out_its_last_sample_and_wakes(
+                tiny, engine, None, patch
+            )
+    assert 2 * freed >= empty - awake, "less was given back than kept"
+    return {"freed_bytes": freed}
+
+
+def free_bytes() -> int:
+    """Of the device; 0 without one."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+
+
 async def law(tiny: Tiny, **settings: Any) -> dict[str, Any]:
     """100,000 draws against a known law; which model runner made them."""
     from tests.rollout import on_vllm
@@ -278,6 +300,7 @@ def checks() -> Iterator[tuple[str, Callable[[Path], Any]]]:
     yield "kernels", lambda _: kernels()
     yield "memory", lambda _: memory()
     yield "log-probs, parity, swap", lambda root: guarantees(Tiny(root))
+    yield "sleep", lambda root: sleep(Tiny(root))
     yield "law", lambda root: law(Tiny(root))
     for config in DRAFTERS.values():
         yield law_check(config), lambda root, c=config: law(Tiny(root), speculative_config=c)

@@ -82,6 +82,10 @@ async def test_the_guarantees_hold(tmp_path):
     await check.guarantees(check.Tiny(tmp_path))
 
 
+async def test_an_engine_sleeps_and_says_what_that_leaves_to_the_learner(tmp_path):
+    assert await check.sleep(check.Tiny(tmp_path)) == {"freed_bytes": 0}
+
+
 async def test_weights_go_through_the_device(tmp_path, with_standin):
     with_standin(DEVICE)
     await check.ipc(check.Tiny(tmp_path), "nccl_standin")

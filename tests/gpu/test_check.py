@@ -71,7 +71,7 @@ def test_the_run_is_an_experiment_that_can_be_started(tmp_path):
 
 def test_every_check_has_a_name_of_its_own_and_every_drafter_a_law():
     names = [name for name, _ in check.checks()]
-    assert len(set(names)) == len(names) == 9
+    assert len(set(names)) == len(names) == 10
     assert {law_check(config) for config in check.DRAFTERS.values()} <= set(names)
 
 

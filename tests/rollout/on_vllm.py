@@ -424,6 +424,50 @@ async def test_a_dead_or_silent_core_gives_its_samples_back_and_serves_only_afte
     np.testing.assert_allclose(output.behaviour_logprobs, reference, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("fault", [None, "killed", "stopped"])
+async def test_an_engine_sleeps_before_it_hands_out_its_last_sample_and_wakes(
+    tiny, engine, fault, monkeypatch
+):
+    """Also after its core was lost while asleep: one that does not wake in time is replaced."""
+    changes = {"sleep": True, "step_timeout_s": 6.0}
+    monkeypatch.setattr(engine, "_settings", engine._settings.model_copy(update=changes))
+    model = tiny.policy(tiny.root / "llama", 3)
+    manifest = tiny.publish(model, 900)
+    await engine.load(manifest)
+    assert await engine._llm.is_sleeping(), "nobody has asked for a sample"
+    requests = [
+        tiny.request([5, 6], i, max_new_tokens=20 * (i + 1), stop_token_ids=()) for i in range(3)
+    ]
+    asleep = []
+    async for output in engine.generate(requests):
+        reference = tiny.logprobs(model, [5, 6], output.token_ids)
+        np.testing.assert_allclose(output.behaviour_logprobs, reference, rtol=0, atol=1e-4)
+        asleep.append(await engine._llm.is_sleeping())
+    assert asleep == [False, False, True]
+    assert engine.serving == manifest.version
+    dropped = engine.generate([tiny.request([9], 9, max_new_tokens=240)])
+    waiting = asyncio.create_task(anext(dropped))
+    await wait_for_tokens(engine, 1)
+    assert not await engine._llm.is_sleeping()
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert await engine._llm.is_sleeping(), "a sample that is dropped was the last, too"
+
+    if fault:
+        os.kill(engine.core_pids[0], signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
+        many = [tiny.request([5, 6], i, max_new_tokens=20) for i in range(12)]
+        lost = await asyncio.wait_for(tiny.outputs(engine, many), 30)
+        assert Counter(output.finish_reason for output in lost.values()) == {"abort": 12}
+        assert engine.state == "COLD"
+    second = tiny.policy(tiny.root / "llama", 4)
+    await engine.load(tiny.publish(second, 901 if fault is None else 902 + (fault == "killed")))
+    output = (await tiny.outputs(engine, requests[:1]))["0"]
+    reference = tiny.logprobs(second, [5, 6], output.token_ids)
+    np.testing.assert_allclose(output.behaviour_logprobs, reference, rtol=0, atol=1e-4)
+    monkeypatch.undo()
+    await engine._sleeper.wake(engine._llm)
+
+
 async def test_a_core_that_dies_under_new_weights_is_replaced_by_one_that_gets_them(tiny, engine):
     await engine.load(tiny.publish(tiny.policy(tiny.root / "llama", 1), 850))
     model = tiny.policy(tiny.root / "llama", 2)

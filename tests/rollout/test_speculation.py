@@ -333,7 +333,8 @@ def test_drafts_that_are_never_right_are_not_looked_for_even_where_they_cost_not
 
 
 def play(controller, written_B, acceptance, random, *, look_s=0.05, slope_s=0.01):
-    """One step of 1 s and more by token; returns its rows that drafted, and what drafting took."""
+    """One step of 1 s and more by token; returns its rows that drafted, what drafting took, and the
+    tokens it gained."""
     least, rows = controller.start(written_B)
     fed = accepted = 0
     for _ in rows:
@@ -346,15 +347,15 @@ def play(controller, written_B, acceptance, random, *, look_s=0.05, slope_s=0.01
     num_rows = len(written_B)
     took_s = 1.0 + slope_s * (num_rows + fed)
     controller.saw_step(num_rows, num_rows + fed, num_rows + accepted, took_s)
-    return rows, bool(rows) * look_s + slope_s * fed
+    return rows, bool(rows) * look_s + slope_s * fed, accepted
 
 
-def test_prompts_with_a_past_are_drafted_for_from_the_first_step_of_their_samples_on():
+def test_prompts_with_a_past_are_drafted_for_once_a_sample_of_theirs_has_been_looked_at():
     """Off for 1,000 steps, as drafts were never right; then samples begin whose drafts are."""
     controller, random = DepthController(), np.random.default_rng(0)
     for _ in range(1000):
         play(controller, np.full(32, 100), 0.0, random)
-    probed, _ = play(controller, np.where(np.arange(32) < 24, 100, 1), 0.9, random)
+    probed, *_ = play(controller, np.where(np.arange(32) < 24, 100, 1), 0.9, random)
     assert set(probed) <= set(range(24, 32)), "of those that begin"
     after = [play(controller, np.full(32, 2), 0.9, random)[0] for _ in range(20)]
     assert after == [range(32)] * 20
@@ -362,16 +363,30 @@ def test_prompts_with_a_past_are_drafted_for_from_the_first_step_of_their_sample
 
 @pytest.mark.parametrize("rows", [1, 8, 64])
 @pytest.mark.parametrize("slope_s", [0.001, 0.03])
-def test_probes_keep_to_their_share_of_the_time_however_often_samples_begin(rows, slope_s):
+@pytest.mark.parametrize("acceptance", [0.0, 0.3])
+def test_looking_whether_drafts_pay_loses_no_more_than_its_share(rows, slope_s, acceptance):
+    """However often samples begin, and whether drafts are never right or sometimes look as if they
+    would pay: three in ten do not, where looking costs half a step."""
     controller, random = DepthController(), np.random.default_rng(0)
-    spent_s, took_s, probes = 0.0, 0.0, 0
-    for step in range(3000):
-        looked, seconds = play(controller, np.full(rows, 1), 0.0, random, slope_s=slope_s)
+    lost_s, took_s, looks = 0.0, 0.0, 0
+    step_s = 1.0 + slope_s * rows
+    for step in range(6000):
+        looked, seconds, gained = play(
+            controller, np.full(rows, 1), acceptance, random, look_s=step_s / 2, slope_s=slope_s
+        )
         if step >= 1000:
-            spent_s, took_s = spent_s + seconds, took_s + 1.0 + slope_s * rows
-            probes += bool(looked)
-    assert spent_s <= 0.01 * took_s + 1.0 + slope_s * rows
-    assert probes > 20, "a change would be seen"
+            lost_s += seconds - gained * step_s / rows
+            took_s, looks = took_s + step_s + seconds, looks + bool(looked)
+    assert lost_s <= 0.01 * took_s + 2 * step_s
+    assert looks > 50, "a change would be seen"
+
+
+def test_samples_in_flight_are_looked_at_however_many_begin():
+    """What repeats itself, does so later in a text."""
+    controller, random, written = DepthController(), np.random.default_rng(0), np.full(32, 1)
+    written[0] = 100
+    looked = [play(controller, written, 0.0, random)[0] for _ in range(3000)]
+    assert sum(0 in rows for rows in looked) > 1
 
 
 def chi_square_z(counts, probabilities):

@@ -18,11 +18,11 @@ KNOWN = (32, 64)
 @pytest.mark.parametrize(
     ("file", "which", "passed"),
     [
-        ("rollout/on_vllm.py", "test", 23),
+        ("rollout/on_vllm.py", "test", 26),
         ("rollout/on_vllm_transfer.py", "test", 16),
         ("flow/on_vllm.py", "not bf16", 13),
         ("flow/on_vllm.py", "bf16", 1),
-        ("gpu/on_check.py", "test", 9),
+        ("gpu/on_check.py", "test", 10),
     ],
     ids=["engine", "transfer", "runs", "bf16", "gpu-check"],
 )
