@@ -140,15 +140,13 @@ class DepthController:
 
     def saw_draft(self, classes: Sequence[int], num_accepted: int) -> None:
         """Of a draft, so many tokens were right; the one after them was wrong, if there is one."""
-        tried, probes = classes[: num_accepted + 1], self._drafts == "probe"
-        memory = _PROBE_MEMORY if probes else _MEMORY
-        for place in tried:
+        memory = _PROBE_MEMORY if self._drafts == "probe" else _MEMORY
+        for place in classes[: num_accepted + 1]:
             self._hits[place] *= memory
             self._tries[place] = memory * self._tries[place] + 1
         for place in classes[:num_accepted]:
             self._hits[place] += 1
-        # A probe's drafts are not trimmed: `least` would leave out most of what is never reached.
-        self._fed += len(tried if probes else classes)
+        self._fed += len(classes)
 
     def saw_asking(self, seconds: float, reading_s: float, num_accepted: int) -> None:
         """Looking for drafts took so long, for one step, and so many tokens were accepted. What it
