@@ -42,7 +42,7 @@ _PROBE_STEPS = 64
 """Between two probes of samples in flight, while speculation is off."""
 _PROBE_SHARE = 1 / 16
 """Of the rows, that a probe drafts for."""
-_PROBE_TIME = 1 / 100
+_PROBE_TIME = 1 / 200
 """Of the time while speculation is off, that probes may take, all they cost included. What is not
 used is saved up to the time of one step."""
 

@@ -300,7 +300,7 @@ def test_drafts_are_made_while_they_bring_more_than_looking_costs(asked, reading
     1.5 s are worth it, and so they are when most of 8 s is for what is read once; 5 in 9 s are not.
     The speed-up counts all that was spent."""
     controller, fed, took_s, written = DepthController(), 0, 0.0, 0
-    for step in range(3000):
+    for step in range(4000):
         least, rows = controller.start(np.full(1, 100))
         draft = controller.trim(Draft([1] * 6, [5] * 6), least) if rows else Draft([], [])
         right, seconds = min(4, len(draft.tokens)), 1.0 + 1e-4 * len(draft.tokens)
@@ -309,7 +309,7 @@ def test_drafts_are_made_while_they_bring_more_than_looking_costs(asked, reading
         if rows:
             controller.saw_asking(asked, reading, right)
         controller.saw_step(1, 1 + len(draft.tokens), 1 + right, seconds)
-        if step >= 1000:
+        if step >= 2000:
             fed += bool(draft.tokens)
             took_s, written = took_s + seconds + (asked if rows else 0.0), written + 1 + right
     assert fed > 1800 if drafts else fed < 60
@@ -377,8 +377,8 @@ def test_looking_whether_drafts_pay_loses_no_more_than_its_share(rows, slope_s, 
         if step >= 1000:
             lost_s += seconds - gained * step_s / rows
             took_s, looks = took_s + step_s + seconds, looks + bool(looked)
-    assert lost_s <= 0.01 * took_s + 2 * step_s
-    assert looks > 50, "a change would be seen"
+    assert lost_s <= took_s / 200 + 2 * step_s
+    assert looks > 25, "a change would be seen"
 
 
 def test_samples_in_flight_are_looked_at_however_many_begin():
