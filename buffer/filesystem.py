@@ -76,3 +76,14 @@ def naming_a_full_disk(path: Path) -> Iterator[None]:
             f"{path} cannot grow: {error}. Everything acknowledged is kept; make room and "
             "`slipstream resume` the run"
         ) from error
+
+
+def put_text(path: Path, text: str) -> None:
+    """Write a small file that others read meanwhile: they find the one before, or all of this one.
+
+    Raises:
+        OSError: it cannot be written; the one before stays.
+    """
+    partial = path.with_suffix(".tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from . import waits
 from .errors import SlipstreamError
+from .filesystem import put_text
 
 PARENT_VARIABLE = "SLIPSTREAM_PARENT_PID"
 PARENT_POLL_S = 0.5
@@ -44,9 +45,7 @@ def run_process(name: str, run_dir: Path, coroutine: Coroutine[Any, Any, Any]) -
     folder.mkdir(parents=True, exist_ok=True)
     error_file = folder / f"{name}.error.json"
     error_file.unlink(missing_ok=True)
-    written = folder / f"{name}.pid.partial"
-    written.write_text(f"{os.getpid()}\n")
-    written.replace(folder / f"{name}.pid")  # of the process before, until then
+    put_text(folder / f"{name}.pid", f"{os.getpid()}\n")
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -86,9 +85,7 @@ def _record(error: Exception, error_file: Path) -> int:
     }
     with contextlib.suppress(OSError):  # a full disk: then the exit code is all that is left
         print(text, file=sys.stderr, flush=True)
-        temporary = error_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        temporary.replace(error_file)
+        put_text(error_file, json.dumps(record, indent=2) + "\n")
     return exit_code
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import msgspec
 
+from .filesystem import put_text
 from .records import Record
 
 PUBLISH_S = 1.0
@@ -128,11 +129,9 @@ def publish_for_ever(path: Path) -> None:
     """Start the thread that writes the file once a second."""
 
     def publish() -> None:
-        temporary = path.with_suffix(".tmp")
         for beat in itertools.count():
             with suppress(OSError):  # a full disk: silence says that something is wrong
-                temporary.write_bytes(msgspec.json.encode(published(beat, time.monotonic())))
-                temporary.replace(path)
+                put_text(path, msgspec.json.encode(published(beat, time.monotonic())).decode())
             time.sleep(PUBLISH_S)
 
     threading.Thread(target=publish, name="waits", daemon=True).start()

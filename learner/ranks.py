@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 
 from ..buffer.codec import Frame
 from ..buffer.errors import ConfigError, PeerLost
+from ..buffer.filesystem import put_text
 
 LOOPBACK = "127.0.0.1"
 MEET_S = 300.0
@@ -265,9 +266,7 @@ def _open_store(size: int, address: str, meeting: Path) -> Any:
         address, port, size, is_master=True, wait_for_workers=False,
         timeout=timedelta(seconds=MEET_S), master_listen_fd=listener.detach(),
     )  # fmt: skip
-    draft = meeting.with_suffix(".tmp")
-    draft.write_text(f"{address} {port}\n")
-    draft.replace(meeting)
+    put_text(meeting, f"{address} {port}\n")
     return store
 
 

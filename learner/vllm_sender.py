@@ -48,6 +48,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from ..buffer.errors import PeerLost, SlipstreamError, TrainingFailed
+from ..buffer.filesystem import put_text
 from ..buffer.mailbox import confirm, moving_s, verify
 from ..buffer.process import run_process
 from ..buffer.records import WeightsManifest
@@ -285,9 +286,7 @@ class Sender:
     def _note(self) -> None:
         """Tell the learner which version each engine has: it stays until they have the last."""
         with self._noting:
-            draft = self.spec.served_file.with_suffix(".tmp")
-            draft.write_text(json.dumps(list(self._served.values())))
-            draft.replace(self.spec.served_file)
+            put_text(self.spec.served_file, json.dumps(list(self._served.values())))
 
 
 async def main(spec: SenderSpec) -> None:

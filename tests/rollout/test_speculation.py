@@ -317,21 +317,6 @@ def test_drafts_are_made_while_they_bring_more_than_looking_costs(asked, reading
         assert controller.speed_up == pytest.approx(written / took_s, rel=0.15)
 
 
-def test_drafts_that_are_never_right_are_not_looked_for_even_where_they_cost_nothing_to_verify():
-    """Looking takes a twentieth of a step, and a forward costs the same however many it is fed."""
-    controller, looked = DepthController(), 0
-    for step in range(3000):
-        least, rows = controller.start(np.full(1, 100))
-        draft = controller.trim(Draft([1] * 6, [5] * 6), least) if rows else Draft([], [])
-        if rows:
-            looked += step >= 1000
-            controller.saw_asking(0.05, 0.0, 0)
-        if draft.tokens:
-            controller.saw_draft(draft.classes, 0)
-        controller.saw_step(1, 1 + len(draft.tokens), 1, 1.0 + 1e-6 * len(draft.tokens))
-    assert looked < 2000 * 0.02
-
-
 def play(controller, written_B, acceptance, random, *, look_s=0.05, slope_s=0.01):
     """One step of 1 s and more by token; returns its rows that drafted, what drafting took, and the
     tokens it gained."""
@@ -362,7 +347,7 @@ def test_prompts_with_a_past_are_drafted_for_once_a_sample_of_theirs_has_been_lo
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64])
-@pytest.mark.parametrize("slope_s", [0.001, 0.03])
+@pytest.mark.parametrize("slope_s", [1e-6, 0.001, 0.03])
 @pytest.mark.parametrize("acceptance", [0.0, 0.3])
 def test_looking_whether_drafts_pay_loses_no_more_than_its_share(rows, slope_s, acceptance):
     """However often samples begin, and whether drafts are never right or sometimes look as if they
