@@ -1,5 +1,6 @@
 """Where the processes of a run go on a Ray cluster, and in words what it lacks for them."""
 
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,9 @@ from .schema import Experiment
 from .specs import learner_names
 
 PLACE_DEADLINE_S = 60.0
+RELEASE_S, REPLACE_S = 10.0, 60.0
+"""What a start waits for room: until Ray has noticed that the run before ended; until a node that
+was lost with the branch before is replaced, when not even one worker fits."""
 LOOK_S = 0.5
 
 Bundle = dict[str, float]
@@ -76,36 +80,71 @@ def _ask(config: ClusterConfig, key: str, experiment: Experiment) -> str:
     return f"{ranks}, {workers} rollout workers of {each[1]:g}"
 
 
+def _fewest(experiment: Experiment) -> Experiment:
+    """The same with as few workers as a run can go on with: one, or one beside each rank."""
+    config, workers = experiment.cluster, experiment.rollout.workers
+    fewest = min(workers, config.learner_ranks if config.placement == "shared" else 1)
+    rollout = experiment.rollout.model_copy(update={"workers": fewest})
+    return experiment.model_copy(update={"rollout": rollout})
+
+
+def _room(asked: list[Bundle], nodes: list[Bundle]) -> int:
+    """How many bundles like the first fit on nodes with so much free."""
+    ask = asked[0] if asked else {}
+    if not ask:
+        return sys.maxsize
+    return sum(
+        int(min((node.get(key, 0) + 1e-6) / amount for key, amount in ask.items()))
+        for node in nodes
+    )
+
+
 class Placement:
     """The reserved bundles of a run: the learner's packed, the workers' spread.
 
     The learner's group comes first: it takes whole nodes, and engines fill what is left. A worker
-    that joins later has a bundle of its own, which waits for room, and is given back with it.
+    that joins later, or for which a run that began has no room any more, has a bundle of its own,
+    which waits for room, and is given back with it.
     """
 
-    def __init__(self, experiment: Experiment, patience_s: float = 0.0) -> None:
+    def __init__(
+        self, experiment: Experiment, patience_s: float = 0.0, *, began: bool = False
+    ) -> None:
         """Reserve.
 
         Args:
             experiment: says how much.
-            patience_s: for what a process that has just ended holds, or a node that is replaced.
+            patience_s: for what a process that has just ended holds.
+            began: the run goes on with fewer workers, rather than not at all.
         Raises:
             ConfigError: what is asked is not there, in words.
         """
         self._experiment, self._config = experiment, experiment.cluster
         self._groups: list[PlacementGroup] = []
-        end = time.monotonic() + patience_s
-        while problem := shortage(experiment, free_resources()):
-            if time.monotonic() >= end:
-                raise ConfigError(problem)
-            time.sleep(LOOK_S)
-        learner, workers = bundles(experiment)
-        self._learner = self._reserve(learner, "PACK", "the learner's ranks")
-        spread = "SPREAD" if self._config.spread else "PACK"
-        self._workers = self._reserve(workers, spread, "rollout workers") if workers else None
         self._later: dict[str, PlacementGroup] = {}
         self.only_at = ""
         """The address that all must be at, because the run's sockets reach no further."""
+        problem = self._lacking(experiment, patience_s)
+        if problem and began:
+            problem = self._lacking(_fewest(experiment), REPLACE_S)
+        if problem:
+            raise ConfigError(problem)
+        learner, workers = bundles(experiment)
+        self._sharing = experiment.rollout.workers - len(workers)
+        """How many of the workers live in bundles of the learner's."""
+        self._learner = self._reserve(learner, "PACK", "the learner's ranks")
+        if began:
+            fewest = len(bundles(_fewest(experiment))[1])
+            workers = workers[: max(fewest, _room(workers[:1], free_resources()))]
+        spread = "SPREAD" if self._config.spread else "PACK"
+        self._workers = self._reserve(workers, spread, "rollout workers") if workers else None
+
+    def _lacking(self, experiment: Experiment, patience_s: float) -> str:
+        """What the cluster lacks after waiting for so long; empty once it fits."""
+        end = time.monotonic() + patience_s
+        while (problem := shortage(experiment, free_resources())) and time.monotonic() < end:
+            time.sleep(LOOK_S)
+        return problem
 
     def _reserve(self, bundles: list[Bundle], strategy: str, what: str) -> PlacementGroup:
         empty_allowed = [bundle or {"CPU": 0.001} for bundle in bundles]  # Ray refuses empty ones
@@ -126,11 +165,10 @@ class Placement:
             index = int(name.partition("-")[2] or 0)
             return self._learner, index, _bundle(config.learner_cpus, config.learner_gpus)
         ask, number = _bundle(config.worker_cpus, config.worker_gpus), int(name.partition("-")[2])
-        sharing = config.learner_ranks if config.placement == "shared" else 0
-        if number < sharing:
+        if number < self._sharing:
             return self._learner, number, ask
-        if self._workers is not None and number - sharing < self._workers.bundle_count:
-            return self._workers, number - sharing, ask
+        if self._workers is not None and number - self._sharing < self._workers.bundle_count:
+            return self._workers, number - self._sharing, ask
         if name not in self._later:
             place = {f"node:{self.only_at}": 0.001} if self.only_at else {}
             self._later[name] = placement_group([(ask or {"CPU": 0.001}) | place], strategy="PACK")
@@ -163,15 +201,15 @@ class Placement:
         return remote.remote()
 
     def check_nodes(self, run_dir: Path) -> list[dict[str, Any]]:
-        """Compare every node that a process will be on with the head, before anything starts.
+        """Compare every node that is reserved with the head, before anything starts.
 
         Returns:
-            The facts of each learner rank and worker, in order.
+            The facts of each learner rank and worker that has its place, in order.
         Raises:
             ConfigError: versions differ, or the run folder is not visible there.
         """
-        workers = range(self._experiment.rollout.workers)
-        names = [*learner_names(self._experiment), *(f"worker-{n}" for n in workers)]
+        placed = self._sharing + (self._workers.bundle_count if self._workers else 0)
+        names = [*learner_names(self._experiment), *(f"worker-{n}" for n in range(placed))]
         actors = [self.actor(name) for name in names]
         try:
             facts = [answer(actor.facts.remote(str(run_dir)), 120.0) for actor in actors]

@@ -27,7 +27,7 @@ from ray.util import get_node_ip_address
 from ..buffer.curve import SECRET, new_keys
 from ..buffer.errors import ConfigError
 from .child import Child
-from .placement import Placement
+from .placement import RELEASE_S, Placement
 from .policy import kind_of
 from .ray_child import RayChild
 from .ray_cluster import resolve
@@ -37,9 +37,6 @@ from .secrecy import named_variables
 from .specs import Launch, ProcessPlan, user_module_path
 
 CONNECT_S = 5.0
-RELEASE_S, REPLACE_S = 10.0, 60.0
-"""What a start waits for room: until Ray has noticed that the run before ended; until a node that
-was lost with the branch before is replaced."""
 
 Start = Callable[[ProcessPlan], Child]
 
@@ -55,7 +52,7 @@ def ray_launcher(
     """
     connect(launch.experiment.cluster.address, launch.run_dir, with_code=True)
     try:
-        placement = Placement(launch.experiment, REPLACE_S if launch.branch else RELEASE_S)
+        placement = Placement(launch.experiment, RELEASE_S, began=launch.branch > 0)
         try:
             facts = placement.check_nodes(launch.run_dir)
             here = get_node_ip_address()

@@ -226,6 +226,30 @@ def test_a_worker_for_which_there_is_no_room_starts_when_a_node_joins_and_gives_
     wait_for(lambda: not live_groups(), 10)
 
 
+def test_a_run_that_began_goes_on_with_the_workers_for_which_there_is_room(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    cluster.add_node(num_cpus=2)
+    cluster.wait_for_nodes()
+    connect(cluster.address or "", tmp_path)
+    asked = experiment(2, worker_cpus=1.5)  # and 1 for the learner: 4 are there, in two pieces
+    placement = Placement(asked, began=True)
+    assert len(placement.check_nodes(tmp_path)) == 2, "the learner, and one worker"
+    argv = [sys.executable, "-c", "print('up', flush=True); import time; time.sleep(600)"]
+    late = RayChild(
+        "worker-1", tmp_path, placement.actor("worker-1"), (argv, str(tmp_path), 1, {}),
+        gone=lambda: placement.free("worker-1"),
+    )  # fmt: skip
+    assert late.poll() is None
+    assert not late.placed()
+    with pytest.raises(ConfigError, match="asks for 4 processors"):
+        Placement(asked)
+    cluster.add_node(num_cpus=2)
+    wait_for(lambda: late.placed() and "up" in late.log_tail(), 30)
+    late.kill()
+    placement.remove()
+
+
 def test_a_worker_waits_on_a_node_that_cannot_take_part_and_a_rank_ends_with_its_words(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

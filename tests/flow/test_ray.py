@@ -130,10 +130,15 @@ def test_a_run_goes_on_when_a_worker_its_node_and_the_learner_are_lost(
     wait_for(run, lambda: len((folder / "metrics.jsonl").read_text().splitlines()) >= lost + 4)
     cluster.remove_node(node_of(cluster, folder, "worker-1"), allow_graceful=False)
     step_reached(max(losses(folder)) + 5)  # with one worker
+    os.kill(pid(folder, "learner"), signal.SIGKILL)  # now there is no room for the other
+    wait_for(run, lambda: len(run_file(folder)["branches"]) == 3)
+    lost = len((folder / "metrics.jsonl").read_text().splitlines())
+    wait_for(run, lambda: len((folder / "metrics.jsonl").read_text().splitlines()) >= lost + 4)
     cluster.add_node(num_cpus=2)
     assert "audit: ok" in run.ended()
     assert max(losses(folder)) == 60
-    assert [b["status"] for b in run_file(folder)["branches"]] == ["failed", "finished"]
+    branches = run_file(folder)["branches"]
+    assert [b["status"] for b in branches] == ["failed", "failed", "finished"]
 
 
 def pid(folder: Path, name: str) -> int:
