@@ -143,11 +143,20 @@ def _seeds(text: str) -> list[int]:
 
 
 @app.command()
-def resume(run: RunArgument, export: ExportOption = True) -> None:
+def resume(
+    run: RunArgument,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="rollout.workers, launcher or cluster.KEY, to change it."
+        ),
+    ] = None,
+    export: ExportOption = True,
+) -> None:
     """Continue a run from its last checkpoint, on a new branch."""
     from . import launch
 
-    raise typer.Exit(launch.resume(run, export=export).exit_code)
+    raise typer.Exit(launch.resume(run, overrides or (), export=export).exit_code)
 
 
 @app.command()

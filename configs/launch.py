@@ -32,6 +32,7 @@ from .result import RunResult
 from .run_dir import (
     SUBFOLDERS,
     Branch,
+    change_experiment,
     create_run_dir,
     read_experiment,
     read_run,
@@ -161,11 +162,22 @@ def _prepare(experiment: Experiment, run_dir: Path, console: Console) -> Launch:
     return dataclasses.replace(launch, run=run, model_dir=model_dir)
 
 
-def resume(run_dir: Path, *, console: Console | None = None, export: bool = True) -> RunResult:
+def resume(
+    run_dir: Path,
+    overrides: Sequence[str] = (),
+    *,
+    console: Console | None = None,
+    export: bool = True,
+) -> RunResult:
     """Continue a run from its newest checkpoint, on a new branch.
 
+    Args:
+        run_dir: the run folder.
+        overrides: `rollout.workers=12`; only keys that do not decide what is trained.
+        console: where displays go; standard output when not given.
+        export: whether the final policy is exported.
     Raises:
-        ConfigError: it is no run, is running, or has nothing left to do.
+        ConfigError: it is no run, is running, has nothing left to do, or may not be changed so.
     """
     console, run_dir = console or Console(), run_dir.expanduser().absolute()
     read_run(run_dir)  # a folder that is no run is refused before anything is written into it
@@ -173,15 +185,15 @@ def resume(run_dir: Path, *, console: Console | None = None, export: bool = True
         (run_dir / name).mkdir(exist_ok=True)
     with supervising(run_dir):
         end_leftovers(run_dir, lambda line: console.print(line, highlight=False))
-        launch = _reopen(run_dir, console)
+        launch = _reopen(run_dir, console, overrides)
         return run_branches(launch, console, lambda: _reopen(run_dir, console), export=export)
 
 
-def _reopen(run_dir: Path, console: Console) -> Launch:
+def _reopen(run_dir: Path, console: Console, overrides: Sequence[str] = ()) -> Launch:
     """Open the next branch of a run that ended.
 
     Raises:
-        ConfigError: it is finished, or its model is gone.
+        ConfigError: it is finished, may not be changed so, or its model is gone.
     """
     run_file = read_run(run_dir)
     if run_file.status == "finished":
@@ -189,7 +201,7 @@ def _reopen(run_dir: Path, console: Console) -> Launch:
             f"{run_dir} is finished; `slipstream run {run_dir}/resolved.toml learner.steps=...` "
             "starts a longer one"
         )
-    experiment = read_experiment(run_dir)
+    experiment = change_experiment(run_dir, overrides) if overrides else read_experiment(run_dir)
     if (run_dir / "model" / "config.json").exists():  # also when the folder was moved, or is a copy
         run_file = update_run(run_dir, model_dir=str(run_dir / "model"))
     check_folder(Path(run_file.model_dir), experiment.model)

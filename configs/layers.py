@@ -101,11 +101,20 @@ def override_layer(overrides: Sequence[str], source: str = "command line") -> La
     """
     table: Table = {}
     for override in overrides:
-        key, equals, value = override.removeprefix("--").partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"override {override!r} must look like learner.steps=5")
-        toml.put(table, key.strip(), override_value(value.strip()), f"override {override!r}")
+        toml.put(table, *split_override(override), f"override {override!r}")
     return Layer(table, source)
+
+
+def split_override(override: str) -> tuple[str, Any]:
+    """Key and value of `a.b=value`.
+
+    Raises:
+        ConfigError: there is no `=`.
+    """
+    key, equals, value = override.removeprefix("--").partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r} must look like learner.steps=5")
+    return key.strip(), override_value(value.strip())
 
 
 def override_value(text: str) -> Any:

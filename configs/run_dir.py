@@ -10,10 +10,11 @@ logs/ processes/ tensorboard/ export/
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +22,10 @@ from typing import Any, Literal
 import msgspec
 
 from ..buffer.errors import ConfigError
+from ..buffer.filesystem import put_text
 from . import toml
-from .load import SECTIONS, Loaded
+from .layers import split_override
+from .load import SECTIONS, Loaded, validate
 from .plan import plan_text
 from .result import Result
 from .schema import Experiment
@@ -30,6 +33,9 @@ from .schema import Experiment
 RunStatus = Literal["running", "finished", "failed", "interrupted"]
 
 SUBFOLDERS = ("logs", "processes", "checkpoints", "segments")
+
+CHANGEABLE = re.compile(r"launcher|rollout\.workers|cluster\.\w+")
+"""Keys that say where and by how many processes the same is trained."""
 
 OWNER_ONLY = 0o700
 """Rollouts and weights may be private, and runs are often kept on shared machines."""
@@ -92,9 +98,7 @@ def create_run_dir(
         for name in SUBFOLDERS:
             (run_dir / name).mkdir()
         (run_dir / "experiment.toml").write_text(loaded.source_text)
-        (run_dir / "resolved.json").write_text(experiment.model_dump_json(indent=2) + "\n")
-        table = experiment.model_dump(mode="json")
-        (run_dir / "resolved.toml").write_text(toml.document(table, list(SECTIONS)))
+        _write_resolved(run_dir, experiment)
         (run_dir / "plan.txt").write_text(plan)
         for name, write in (files or {}).items():
             write(run_dir / name)
@@ -105,6 +109,12 @@ def create_run_dir(
         ) from None
     write_run(run_dir, _new_run_file(loaded, run_dir))
     return run_dir
+
+
+def _write_resolved(run_dir: Path, experiment: Experiment) -> None:
+    table = experiment.model_dump(mode="json")
+    put_text(run_dir / "resolved.toml", toml.document(table, list(SECTIONS)))
+    put_text(run_dir / "resolved.json", experiment.model_dump_json(indent=2) + "\n")
 
 
 def _free_folder(output: Path | None, default: Path) -> Path:
@@ -178,6 +188,29 @@ def read_experiment(run_dir: Path) -> Experiment:
         raise ConfigError(f"{run_dir} is not a run folder: it has no resolved.json") from None
     except ValueError as error:
         raise ConfigError(f"{path} does not fit this version of slipstream: {error}") from None
+
+
+def change_experiment(run_dir: Path, overrides: Sequence[str]) -> Experiment:
+    """The run's experiment with some values changed, for this and every later start.
+
+    Raises:
+        ConfigError: a value is wrong, or its key decides what is trained.
+    """
+    table, origins = read_experiment(run_dir).model_dump(mode="json"), {}
+    for override in overrides:
+        key, value = split_override(override)
+        if not CHANGEABLE.fullmatch(key):
+            raise ConfigError(
+                f"{key} cannot change when a run is resumed: it may decide what is trained, and "
+                "the steps so far were trained as it was. What can: rollout.workers, launcher and "
+                f"cluster.KEY; `slipstream run {run_dir}/resolved.toml {override}` starts another "
+                "run"
+            )
+        toml.put(table, key, value, f"override {override!r}")
+        origins[key] = "command line"
+    experiment = validate(table, origins)
+    _write_resolved(run_dir, experiment)
+    return experiment
 
 
 def write_run(run_dir: Path, run: RunFile) -> None:

@@ -115,7 +115,10 @@ def request(run_dir: Path, workers: int) -> str:
     if not 1 <= workers <= MAX_WORKERS:
         raise ConfigError(f"--rollout-workers {workers} must lie in 1 to {MAX_WORKERS}")
     if running_supervisor(run_dir) is None:
-        raise ConfigError(f"{run_dir} is not running; resume it with rollout.workers={workers}")
+        raise ConfigError(
+            f"{run_dir} is not running; `slipstream resume {run_dir} rollout.workers={workers}` "
+            "continues it with so many"
+        )
     new = _path(run_dir).with_suffix(f".{os.getpid()}.new")
     try:
         new.write_text(json.dumps({"rollout_workers": workers}))

@@ -29,6 +29,7 @@ from slipstream.configs.result import Audited, Exported, RunResult, summarise, v
 from slipstream.configs.run_dir import (
     create_run_dir,
     end_branch,
+    read_experiment,
     read_run,
     write_run,
 )
@@ -275,6 +276,46 @@ def test_resume_refuses_a_run_that_is_finished_or_running(tmp_path: Path, status
         pytest.raises(ConfigError, match=f"is {status}"),
     ):
         launch.resume(run_dir, console=quiet())
+
+
+def test_what_a_resume_changes_is_in_the_runs_config_from_then_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = create_run_dir(load(tmp_path), None)
+    end_branch(run_dir, "interrupted", "", None)
+    launched: list[Launch] = []
+    monkeypatch.setattr(launch, "check_folder", lambda *_: None)
+    monkeypatch.setattr(launch, "run_branches", lambda told, *_, **__: launched.append(told))
+    changes = ["rollout.workers=3", "launcher=ray", "cluster.stall_s=60.0"]
+    launch.resume(run_dir, changes, console=quiet())
+    assert launched[0].experiment == load_table(
+        load(tmp_path).experiment.model_dump(mode="json"), changes
+    ).experiment  # fmt: skip
+    assert read_experiment(run_dir) == launched[0].experiment
+    assert load_experiment(run_dir / "resolved.toml").experiment == launched[0].experiment
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "learner.steps=9",
+            r"learner\.steps cannot change .* rollout\.workers, launcher and clust",
+        ),
+        ("rollout.workers_=9", "cannot change when a run is resumed"),
+        ("rollout.workers=0", r"rollout\.workers \(command line\) is 0"),
+        ("cluster.stall=9", r"unknown key cluster\.stall \(command line\).*did you mean"),
+        ("launcher", "must look like"),
+    ],
+)
+def test_what_decides_what_is_trained_or_makes_no_sense_is_refused_on_resume_and_nothing_changes(
+    tmp_path: Path, override: str, words: str
+) -> None:
+    run_dir = create_run_dir(load(tmp_path), None)
+    with pytest.raises(ConfigError, match=words):
+        launch.resume(run_dir, ["cluster.restarts=9", override], console=quiet())
+    assert read_experiment(run_dir) == load(tmp_path).experiment
+    assert len(read_run(run_dir).branches) == 1
 
 
 def test_stop_refuses_a_run_that_is_not_running(tmp_path: Path) -> None:

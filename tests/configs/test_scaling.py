@@ -68,7 +68,9 @@ def test_what_was_asked_for_is_wanted_and_the_newest_request_counts(run_dir: Pat
 
 
 def test_a_run_that_does_not_run_or_a_senseless_number_is_refused(run_dir: Path) -> None:
-    with pytest.raises(ConfigError, match=r"not running; resume it with rollout\.workers=3"):
+    with pytest.raises(
+        ConfigError, match=r"not running; `slipstream resume .* rollout\.workers=3`"
+    ):
         request(run_dir, 3)
     with pytest.raises(ConfigError, match="must lie in 1 to"), supervising(run_dir):
         request(run_dir, 0)
