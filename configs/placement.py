@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ..buffer.errors import ConfigError
 from .cluster import ClusterConfig
 from .ray_child import ProcessActor, answer, unfit, versions
-from .schema import Experiment
+from .schema import Experiment, with_workers
 from .specs import learner_names
 
 PLACE_DEADLINE_S = 60.0
@@ -84,8 +84,7 @@ def _fewest(experiment: Experiment) -> Experiment:
     """The same with as few workers as a run can go on with: one, or one beside each rank."""
     config, workers = experiment.cluster, experiment.rollout.workers
     fewest = min(workers, config.learner_ranks if config.placement == "shared" else 1)
-    rollout = experiment.rollout.model_copy(update={"workers": fewest})
-    return experiment.model_copy(update={"rollout": rollout})
+    return with_workers(experiment, fewest)
 
 
 def _room(asked: list[Bundle], nodes: list[Bundle]) -> int:

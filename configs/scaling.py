@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +74,6 @@ class Scaling:
 
     def __init__(self, run_dir: Path, config: ClusterConfig) -> None:
         self._path, self._config = _path(run_dir), config
-        self._path.unlink(missing_ok=True)  # what was asked of an earlier branch
         self._read: tuple[int, int] | None = None
         self._asked: int | None = None
         self._changed_s = time.monotonic()
@@ -86,7 +86,7 @@ class Scaling:
             return self._automatic(now, measure)
         if (stamp := (stat.st_mtime_ns, stat.st_ino)) != self._read:
             self._read = stamp
-            self._asked = int(json.loads(self._path.read_text())["rollout_workers"])
+            self._asked = asked(self._path.parents[1])
         return now if self._asked is None else self._asked
 
     def _automatic(self, now: int, measure: Callable[[], Balance | None]) -> int:
@@ -99,6 +99,18 @@ class Scaling:
         if wanted != now:
             self._changed_s = time.monotonic()
         return wanted
+
+
+def asked(run_dir: Path) -> int | None:
+    """How many workers `slipstream scale` asked for since the run was started or resumed."""
+    with suppress(FileNotFoundError):
+        return int(json.loads(_path(run_dir).read_text())["rollout_workers"])
+    return None
+
+
+def forget(run_dir: Path) -> None:
+    """Discard what was asked of a run before it was started or resumed."""
+    _path(run_dir).unlink(missing_ok=True)
 
 
 def request(run_dir: Path, workers: int) -> str:

@@ -103,6 +103,12 @@ class Experiment(Settings):
         return self
 
 
+def with_workers(experiment: Experiment, workers: int) -> Experiment:
+    """The same with another number of rollout workers."""
+    rollout = experiment.rollout.model_copy(update={"workers": workers})
+    return experiment.model_copy(update={"rollout": rollout})
+
+
 def check_batch(experiment: Experiment) -> Iterator[str]:
     """Yield what is wrong with P, G and U."""
     learner, rollout = experiment.learner, experiment.rollout

@@ -21,8 +21,8 @@ from .ray_cluster import use_our_token
 from .reporter import Reporter
 from .result import Audited, Result, RunResult, summarise
 from .run_dir import end_branch, read_run
-from .scaling import Balance, Scaling, balance
-from .schema import Experiment
+from .scaling import Balance, Scaling, asked, balance, forget
+from .schema import Experiment, with_workers
 from .scratch import Scratch, scratch
 from .sizes import DTYPE_BYTES, model_size
 from .specs import Launch, ProcessPlan, process_names, process_plan
@@ -65,6 +65,7 @@ def _session(
 ) -> RunResult:
     """Do the work under a display, conclude, and leave run.json telling how it ended."""
     stop, went_back, saved = StopRequests(), 0, _saved(launch)
+    forget(launch.run_dir)
     try:
         with stop.listening():
             while True:
@@ -79,7 +80,7 @@ def _session(
                 went_back, saved = went_back + 1, _saved(launch)
                 _say(console, launch, f"{outcome.process}: {outcome.reason}")
                 end_branch(launch.run_dir, "failed", f"{outcome.process}: {outcome.reason}", None)
-                launch = reopen()
+                launch = _as_scaled(reopen())
     except BaseException as error:
         # Our own mistake, a tracker's or a full disk: the children are gone, and run.json must say
         # so, where it can be written.
@@ -100,6 +101,13 @@ def _session(
     )
     print_closing(done, console, tensorboard=launch.experiment.track.tensorboard)
     return done
+
+
+def _as_scaled(launch: Launch) -> Launch:
+    """The same with as many rollout workers as `slipstream scale` asked for meanwhile."""
+    if (workers := asked(launch.run_dir)) is None:
+        return launch
+    return dataclasses.replace(launch, experiment=with_workers(launch.experiment, workers))
 
 
 def _given_up(outcome: Outcome, went_back: int) -> Outcome:

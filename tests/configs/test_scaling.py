@@ -1,18 +1,22 @@
 """How many workers a run should have: measured, asked for, bounded."""
 
+import io
 import os
 from pathlib import Path
 
 import msgspec
 import pytest
+from rich.console import Console
 from slipstream.buffer.errors import ConfigError
 from slipstream.buffer.messages import Stats
-from slipstream.configs import scaling
+from slipstream.configs import scaling, session
 from slipstream.configs.claim import supervising
 from slipstream.configs.cluster import ClusterConfig
 from slipstream.configs.load import load_table
-from slipstream.configs.run_dir import create_run_dir
+from slipstream.configs.run_dir import create_run_dir, read_experiment, read_run
 from slipstream.configs.scaling import Balance, Scaling, balance, request
+from slipstream.configs.specs import Launch, process_names
+from slipstream.configs.supervisor import Outcome
 
 STATS = Stats(counts={}, dropped={}, newest=None, lags={}, oldest_inflight_s=0, capacity_groups=0,
               workers={}, waits=[])  # fmt: skip
@@ -65,6 +69,30 @@ def test_what_was_asked_for_is_wanted_and_the_newest_request_counts(run_dir: Pat
         assert wanted.wanted(2, lambda: None) == 5
         request(run_dir, 3)
         assert wanted.wanted(5, lambda: None) == 3
+
+
+def test_a_run_that_goes_back_keeps_the_number_asked_for_and_one_that_is_resumed_does_not(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Launch(
+        experiment=read_experiment(run_dir), run=read_run(run_dir), run_dir=run_dir,
+        model_dir=run_dir,
+    )  # fmt: skip
+    first = told.experiment.rollout.workers
+    started: list[int] = []
+
+    def work(launch: Launch, *_: object) -> Outcome:
+        started.append(process_names(launch.experiment).index("feeder") - 2)
+        if len(started) == 1:
+            request(run_dir, 5)
+            return Outcome(status="failed", process="learner", reason="died", go_back=True)
+        return Outcome(status="interrupted")
+
+    monkeypatch.setattr(session, "_supervise", work)
+    with supervising(run_dir):
+        for _ in range(2):
+            session.run_branches(told, Console(file=io.StringIO()), lambda: told, export=False)
+    assert started == [first, 5, first]
 
 
 def test_a_run_that_does_not_run_or_a_senseless_number_is_refused(run_dir: Path) -> None:
