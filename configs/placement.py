@@ -2,13 +2,19 @@
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..buffer.errors import ConfigError
@@ -22,6 +28,8 @@ RELEASE_S, REPLACE_S = 10.0, 60.0
 """What a start waits for room: until Ray has noticed that the run before ended; until a node that
 was lost with the branch before is replaced, when not even one worker fits."""
 LOOK_S = 0.5
+FACTS_S = 120.0
+"""So long no further actor answers: its node fetches our code and starts Python meanwhile."""
 
 Bundle = dict[str, float]
 
@@ -107,7 +115,12 @@ class Placement:
     """
 
     def __init__(
-        self, experiment: Experiment, patience_s: float = 0.0, *, began: bool = False
+        self,
+        experiment: Experiment,
+        patience_s: float = 0.0,
+        *,
+        began: bool = False,
+        waits: Callable[[str], None] = lambda what: None,
     ) -> None:
         """Reserve.
 
@@ -115,10 +128,11 @@ class Placement:
             experiment: says how much.
             patience_s: for what a process that has just ended holds.
             began: the run goes on with fewer workers, rather than not at all.
+            waits: told again and again what is waited for; raises to give up.
         Raises:
             ConfigError: what is asked is not there, in words.
         """
-        self._experiment, self._config = experiment, experiment.cluster
+        self._experiment, self._config, self._waits = experiment, experiment.cluster, waits
         self._groups: list[PlacementGroup] = []
         self._later: dict[str, PlacementGroup] = {}
         self.only_at = ""
@@ -131,17 +145,22 @@ class Placement:
         learner, workers = bundles(experiment)
         self._sharing = experiment.rollout.workers - len(workers)
         """How many of the workers live in bundles of the learner's."""
-        self._learner = self._reserve(learner, "PACK", "the learner's ranks")
-        if began:
-            fewest = len(bundles(_fewest(experiment))[1])
-            workers = workers[: max(fewest, _room(workers[:1], free_resources()))]
-        spread = "SPREAD" if self._config.spread else "PACK"
-        self._workers = self._reserve(workers, spread, "rollout workers") if workers else None
+        try:
+            self._learner = self._reserve(learner, "PACK", "the learner's ranks")
+            if began:
+                fewest = len(bundles(_fewest(experiment))[1])
+                workers = workers[: max(fewest, _room(workers[:1], free_resources()))]
+            spread = "SPREAD" if self._config.spread else "PACK"
+            self._workers = self._reserve(workers, spread, "rollout workers") if workers else None
+        except BaseException:
+            self.remove()
+            raise
 
     def _lacking(self, experiment: Experiment, patience_s: float) -> str:
         """What the cluster lacks after waiting for so long; empty once it fits."""
         end = time.monotonic() + patience_s
         while (problem := shortage(experiment, free_resources())) and time.monotonic() < end:
+            self._waits(f"room on the Ray cluster: {problem}")
             time.sleep(LOOK_S)
         return problem
 
@@ -149,12 +168,14 @@ class Placement:
         empty_allowed = [bundle or {"CPU": 0.001} for bundle in bundles]  # Ray refuses empty ones
         group = placement_group(empty_allowed, strategy=strategy)
         self._groups.append(group)
-        if not group.wait(PLACE_DEADLINE_S):
-            self.remove()
-            raise ConfigError(
-                f"Ray could not place {what} within {PLACE_DEADLINE_S:.0f} s: {bundles}; the free "
-                f"resources are in pieces: {free_resources()}"
-            )
+        end = time.monotonic() + PLACE_DEADLINE_S
+        while not group.wait(1):  # whole seconds
+            self._waits(f"Ray to place {what}: {bundles}")
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"Ray could not place {what} within {PLACE_DEADLINE_S:.0f} s: {bundles}; the "
+                    f"free resources are in pieces: {free_resources()}"
+                )
         return group
 
     def bundle(self, name: str) -> tuple[PlacementGroup, int, Bundle]:
@@ -205,13 +226,15 @@ class Placement:
         Returns:
             The facts of each learner rank and worker that has its place, in order.
         Raises:
-            ConfigError: versions differ, or the run folder is not visible there.
+            ConfigError: versions differ, the run folder is not visible there, or a node is silent.
         """
         placed = self._sharing + (self._workers.bundle_count if self._workers else 0)
         names = [*learner_names(self._experiment), *(f"worker-{n}" for n in range(placed))]
         actors = [self.actor(name) for name in names]
         try:
-            facts = [answer(actor.facts.remote(str(run_dir)), 120.0) for actor in actors]
+            asked = {a.facts.remote(str(run_dir)): n for a, n in zip(actors, names, strict=True)}
+            self._await_all(asked)
+            facts = [answer(reference) for reference in asked]
         finally:
             for actor in actors:
                 ray.kill(actor)
@@ -219,6 +242,28 @@ class Placement:
             if problem := unfit(each, versions(), str(run_dir)):
                 raise ConfigError(problem)
         return facts
+
+    def _await_all(self, asked: dict[Any, str]) -> None:
+        """Wait for the answers of the actors of so named processes."""
+        end, before = time.monotonic() + FACTS_S, len(asked)
+        while silent := ray.wait([*asked], num_returns=len(asked), timeout=LOOK_S)[1]:
+            if len(silent) < before:
+                end, before = time.monotonic() + FACTS_S, len(silent)
+            names = [asked[reference] for reference in silent]
+            what = ", ".join(f"{name} on node {self._node(name)}" for name in names)
+            self._waits(f"the Ray actors of {what}")
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"the Ray actors of {what} have not answered for {FACTS_S:.0f} s; mend those "
+                    "nodes, or remove them from the cluster"
+                )
+
+    def _node(self, name: str) -> str:
+        """The address of the node where a process has its place."""
+        group, index, _ = self.bundle(name)
+        held = placement_group_table(group)["bundles_to_node_id"][index]
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        return f"{addresses.get(held, 'unknown')} ({held[:8]})"
 
     def remove(self) -> None:
         """Give everything back."""

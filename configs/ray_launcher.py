@@ -43,16 +43,20 @@ Start = Callable[[ProcessPlan], Child]
 
 @contextmanager
 def ray_launcher(
-    launch: Launch, bytes_per_version: int
+    launch: Launch, bytes_per_version: int, waits: Callable[[str], None]
 ) -> Iterator[tuple[Scratch, Callable[[ProcessPlan], Child]]]:
     """Connect, check, reserve; then start processes as told, and leave nothing behind.
 
+    Args:
+        launch: the run.
+        bytes_per_version: of its weights.
+        waits: see `Placement`.
     Raises:
         ConfigError: the cluster cannot be reached, lacks something, or its nodes differ.
     """
     connect(launch.experiment.cluster.address, launch.run_dir, with_code=True)
     try:
-        placement = Placement(launch.experiment, RELEASE_S, began=launch.branch > 0)
+        placement = Placement(launch.experiment, RELEASE_S, began=launch.branch > 0, waits=waits)
         try:
             facts = placement.check_nodes(launch.run_dir)
             here = get_node_ip_address()

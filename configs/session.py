@@ -26,9 +26,12 @@ from .schema import Experiment, with_workers
 from .scratch import Scratch, scratch
 from .sizes import DTYPE_BYTES, model_size
 from .specs import Launch, ProcessPlan, process_names, process_plan
-from .supervisor import POLL_S, Deadlines, Outcome, StopRequests, Supervisor, outcome_of
+from .supervisor import POLL_S, Deadlines, Outcome, Stopped, StopRequests, Supervisor, outcome_of
 
 EXIT_CODES = {"finished": 0, "interrupted": 130}
+
+SILENT_S = 5.0
+"""A launcher that waits longer says what for."""
 
 UNKNOWN_MODEL_BYTES = 2 * 2**30
 """Assumed for a model whose config does not tell its size; decides only tmpfs or disk."""
@@ -170,13 +173,13 @@ def check_launcher(experiment: Experiment) -> None:
 
 
 @contextmanager
-def _launcher(launch: Launch) -> Iterator[tuple[Scratch, Start]]:
+def _launcher(launch: Launch, waits: Callable[[str], None]) -> Iterator[tuple[Scratch, Start]]:
     """Where the run's processes meet, and who starts them."""
     if launch.experiment.launcher == "ray":
         check_launcher(launch.experiment)
         from .ray_launcher import ray_launcher
 
-        with ray_launcher(launch, _version_bytes(launch)) as both:
+        with ray_launcher(launch, _version_bytes(launch), waits) as both:
             yield both
         return
     working_dir = Path(launch.run.working_dir)
@@ -188,8 +191,15 @@ def _launcher(launch: Launch) -> Iterator[tuple[Scratch, Start]]:
 
 def _supervise(launch: Launch, reporter: Reporter, stop: StopRequests) -> Outcome:
     """Start the processes and follow them; afterwards none is left."""
+    try:
+        return _start_and_follow(launch, reporter, stop)
+    except Stopped:
+        return Outcome(status="interrupted", reason="stopped on request")
+
+
+def _start_and_follow(launch: Launch, reporter: Reporter, stop: StopRequests) -> Outcome:
     children: dict[str, Child] = {}
-    with _launcher(launch) as (places, start):
+    with _launcher(launch, _Waits(launch, reporter, stop)) as (places, start):
         around = _Around(launch, reporter, places, start)
         try:
             for name in process_names(launch.experiment):
@@ -203,6 +213,22 @@ def _supervise(launch: Launch, reporter: Reporter, stop: StopRequests) -> Outcom
             around.observer.stop()
             if (measured := around.measure()) is not None:
                 _say(reporter.console, launch, measured.line(around.workers))
+
+
+class _Waits:
+    """Told what a launcher waits for: says so after `SILENT_S`, and once more when it changes."""
+
+    def __init__(self, launch: Launch, reporter: Reporter, stop: StopRequests) -> None:
+        self._launch, self._reporter, self._stop = launch, reporter, stop
+        self._from_s, self._said = time.monotonic() + SILENT_S, ""
+
+    def __call__(self, what: str) -> None:
+        if self._stop.count:
+            raise Stopped
+        self._reporter.tick("placing")
+        if what != self._said and time.monotonic() > self._from_s:
+            self._said = what
+            _say(self._reporter.console, self._launch, f"waits for {what}")
 
 
 class _Around:

@@ -66,6 +66,10 @@ def outcome_of(child: Child, why: str = "", *, go_back: bool = False) -> Outcome
     )
 
 
+class Stopped(Exception):
+    """The user asked to stop before there was anything to end."""
+
+
 class StopRequests:
     """Counts how often the user asked to stop: once saves and ends, twice kills."""
 

@@ -14,6 +14,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 from slipstream.buffer.errors import ConfigError
+from slipstream.configs import placement as placement_module
 from slipstream.configs import ray_child
 from slipstream.configs.load import load_table
 from slipstream.configs.placement import Placement, bundles, shortage
@@ -25,7 +26,7 @@ from slipstream.configs.run_dir import create_run_dir, read_run
 from slipstream.configs.schema import Experiment
 from slipstream.configs.scratch import Scratch, host_dir
 from slipstream.configs.specs import Launch
-from slipstream.configs.supervisor import outcome_of
+from slipstream.configs.supervisor import Stopped, outcome_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray leaves sockets to the garbage collector
 
@@ -247,6 +248,35 @@ def test_a_run_that_began_goes_on_with_the_workers_for_which_there_is_room(
     cluster.add_node(num_cpus=2)
     wait_for(lambda: late.placed() and "up" in late.log_tail(), 30)
     late.kill()
+    placement.remove()
+
+
+def test_whoever_waits_for_the_cluster_is_told_what_for_and_can_give_up(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = cluster.add_node(num_cpus=2)
+    cluster.wait_for_nodes()
+    connect(cluster.address or "", tmp_path)
+    told: list[str] = []
+
+    def waits(what: str) -> None:
+        told.append(what)
+        raise Stopped
+
+    for asked in (experiment(9), experiment(2, worker_cpus=1.5)):  # too much; in pieces
+        with pytest.raises(Stopped):
+            Placement(asked, 60.0, waits=waits)
+    assert told[0].startswith("room on the Ray cluster: the run asks for 10 processors")
+    assert told[1].startswith("Ray to place rollout workers")
+    wait_for(lambda: not live_groups(), 10)
+
+    placement = Placement(experiment(1, worker_cpus=2, learner_cpus=2), 10.0)
+    raylet = node.all_processes["raylet"][0].process
+    raylet.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(placement_module, "FACTS_S", 5.0)
+    with pytest.raises(ConfigError, match=r"actors of \S+ on node [\d.]+ \(\w{8}\) have not answ"):
+        placement.check_nodes(tmp_path)
+    raylet.send_signal(signal.SIGCONT)
     placement.remove()
 
 
