@@ -123,7 +123,7 @@ def published_by(folder: Path) -> Iterator[tuple[str, Published]]:
 def dump_stacks(child: Child) -> str:
     """Have a hung process's stacks written, and say where: py-spy's, or its own to its log."""
     path = child.log_path.with_suffix(".stacks.txt")
-    spy = shutil.which("py-spy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
+    spy = find_spy()
     said = read_published(child.run_dir / "processes" / f"{child.name}.waits.json")
     if spy is not None and (said is None or said.host in ("", platform.node())):
         command = [spy, "dump", "--nonblocking", "--pid", str(child.pid)]
@@ -141,6 +141,11 @@ def dump_stacks(child: Child) -> str:
     if child.log_path.stat().st_size == before:
         return "no stacks: it does not even handle signals (py-spy, when installed, needs none)"
     return f"stacks in {child.log_path}"
+
+
+def find_spy() -> str | None:
+    """Where py-spy is, when it is installed."""
+    return shutil.which("py-spy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
 
 
 def report(run: Path | None, address: str, folder: Path) -> tuple[bool, list[str]]:
