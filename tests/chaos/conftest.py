@@ -227,6 +227,8 @@ def disk(run: Run) -> Iterator[Disk | None]:
         try:
             made = stack.enter_context(limited_disk(run.folder))
             run.run_dir = made.place / "run"
+            if made.refused:
+                run.record_property("refused", made.refused)
         except Refused as error:
             run.record_property("refused", str(error))
         yield made

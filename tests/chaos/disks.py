@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +62,12 @@ class Disk:
         self._filler = place / "filler"
         device = place.stat().st_dev
         self._device = f"{os.major(device)}:{os.minor(device)}"
+        self.refused = ""
+        """Why it can be filled, but not slowed down."""
+        try:
+            self.mend()  # of a device of this number before
+        except Refused as error:
+            self.refused = str(error)
 
     def fill(self) -> None:
         """Leave no block free."""
@@ -77,8 +84,22 @@ class Disk:
         self._filler.unlink(missing_ok=True)
 
     def slow(self) -> None:
-        """Write no faster than `SLOW_BYTES_PER_S`."""
+        """Write no faster than `SLOW_BYTES_PER_S`.
+
+        Raises:
+            Refused: the sandbox lets nobody slow it down.
+        """
         self._limit(SLOW_BYTES_PER_S)
+
+    def seconds_of(self, num_bytes: int) -> float:
+        """How long it takes until so many bytes are safely written."""
+        began_s, probe = time.monotonic(), self.place / "probe"
+        with probe.open("wb") as file:
+            file.write(os.urandom(num_bytes))
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink()
+        return time.monotonic() - began_s
 
     def mend(self) -> None:
         """As fast as ever."""
@@ -96,7 +117,7 @@ def limited_disk(folder: Path) -> Iterator[Disk]:
     """A disk of its own, gone at the end.
 
     Raises:
-        Refused: the sandbox lets nobody mount one, or slow it down.
+        Refused: the sandbox lets nobody mount one.
     """
     image, place = folder / "disk.img", folder / "disk"
     place.mkdir()
@@ -107,7 +128,6 @@ def limited_disk(folder: Path) -> Iterator[Disk]:
     try:
         disk = Disk(place)
         try:
-            disk.mend()
             yield disk
         finally:
             with contextlib.suppress(Refused):

@@ -20,7 +20,7 @@ from slipstream.configs.audit import audit_run
 from slipstream.configs.doctor import SILENT_S, SLACK_S, process_state, published_by
 
 from .conftest import Run, wait_until
-from .disks import Disk
+from .disks import SLOW_BYTES_PER_S, Disk
 
 MOMENT_S = 1.0
 """A fault comes at a random moment within so long."""
@@ -28,12 +28,15 @@ STEPS_AFTER = 3
 """What may be READY when a process dies is two steps' worth: with the third, all work again."""
 LATE_S = 30.0
 """The doctor acts after a deadline and its slack; on a busy machine so much later still."""
-STALL_S = 300.0
-"""`cluster.stall_s`."""
+STALL_S = 45.0
+"""`cluster.stall_s`: below a run's deadline; a busy machine loads a model in less."""
+SLOW_BYTES = 1 << 20
+"""Written to a slow disk, to feel that it is."""
 FULL = "No space left|disk is full|disk I/O|cannot grow"
 
 SETTINGS = (
     "cluster.restarts=100",
+    f"cluster.stall_s={STALL_S:g}",
     "cluster.learner_ranks=2",
     "learner.steps=100000",
     "reward.processes=1",
@@ -55,6 +58,13 @@ class Fault(NamedTuple):
         return f"{self.how}: {self.victim}" if self.victim else self.how
 
 
+def on_a_disk(disk: Disk | None, *faults: Fault) -> list[Fault]:
+    """Those of the faults that the sandbox lets us do to it."""
+    if disk is None:
+        return []
+    return [fault for fault in faults if not (fault.how == "slow disk" and disk.refused)]
+
+
 class Matrix:
     """A run that is harmed; use as a context around its life."""
 
@@ -64,6 +74,7 @@ class Matrix:
         seed: int,
         *,
         launcher: str = "local",
+        stall_s: float = STALL_S,
         disk: Disk | None = None,
         clock: Path | None = None,
     ) -> None:
@@ -73,11 +84,12 @@ class Matrix:
             run: it.
             seed: of the moments.
             launcher: for the record.
+            stall_s: its `cluster.stall_s`.
             disk: what its folder is on, when that can be filled and slowed.
             clock: the file whose presence puts its clock ahead.
         """
         self.run, self.choice, self.launcher = run, random.Random(seed), launcher
-        self.disk, self.clock = disk, clock
+        self.stall_s, self.disk, self.clock = stall_s, disk, clock
         self._ways: dict[str, Callable[[str], Replaced]] = {
             "kill -9": self._kill,
             "SIGSTOP": self._stop,
@@ -143,7 +155,7 @@ class Matrix:
                 wait.what
                 for wait in said.waits
                 if name != "buffer"  # publishes the waits of others
-                and wait.waited_s > (wait.deadline_s or STALL_S) + SLACK_S + LATE_S
+                and wait.waited_s > (wait.deadline_s or self.stall_s) + SLACK_S + LATE_S
             ]
             told = f"{name} (pid {said.pid})"
             assert not late or told in self.run.output.read_text(), f"{told} waits unsaid: {late}"
@@ -190,6 +202,8 @@ class Matrix:
     def _slow_disk(self, victim: str) -> Replaced:
         assert self.disk is not None
         self.disk.slow()
+        seconds = self.disk.seconds_of(SLOW_BYTES)
+        assert seconds > 0.5 * SLOW_BYTES / SLOW_BYTES_PER_S, f"it is not slow: {seconds:.2f} s"
         time.sleep(self.choice.uniform(2.0, 6.0))
         self.disk.mend()
         return lambda: True

@@ -11,7 +11,7 @@ import pytest
 
 from .conftest import PYTHON, START_DEADLINE_S, Run, wait_until
 from .disks import Disk
-from .faults import SETTINGS, Fault, Matrix
+from .faults import SETTINGS, STALL_S, Fault, Matrix, on_a_disk
 
 VLLM_PYTHON = Path(__file__).parents[2] / ".venvs" / "vllm" / "bin" / "python"
 
@@ -22,7 +22,7 @@ ONCE = [
 ]
 OFTEN = [Fault("kill -9", victim) for victim in ("worker-0", "reward", "buffer", "feeder")]
 """These are replaced in seconds: twice each in addition, so that there are 200 faults in all."""
-ON_A_DISK = [Fault("slow disk", ""), Fault("full disk", "")]
+ON_A_DISK = (Fault("slow disk", ""), Fault("full disk", ""))
 CLOCK = [Fault("clock jump", "")] * 2
 """A day ahead, and back."""
 
@@ -37,7 +37,7 @@ def test_a_run_survives_what_other_tests_do_not_do_to_it(
             Fault("kill -9", "reward"),
             *(CLOCK if clock else ()),
             Fault("SIGSTOP", "supervisor"),
-            *(ON_A_DISK if disk else ()),
+            *on_a_disk(disk, *ON_A_DISK),
             Fault("SIGSTOP", "reward"),
             Fault("kill -9", "learner-1"),
         ):
@@ -49,7 +49,7 @@ def test_a_run_survives_what_other_tests_do_not_do_to_it(
 def test_a_run_survives_every_fault_at_seeded_moments(
     run: Run, disk: Disk | None, clock: Path | None, seed: int
 ) -> None:
-    faults = [*ONCE, *OFTEN * 2, *(ON_A_DISK if disk else ()), *(CLOCK if clock else ())]
+    faults = [*ONCE, *OFTEN * 2, *on_a_disk(disk, *ON_A_DISK), *(CLOCK if clock else ())]
     random.Random(seed).shuffle(faults)
     run.find_quickly()
     run.begin(*SETTINGS)
@@ -67,7 +67,7 @@ def test_a_run_survives_whatever_happens_to_vllms_core(run: Run) -> None:
         "cluster.restarts=100", "learner.steps=100000", "reward.processes=1",
         "rollout.engine=vllm", "rollout.vllm.kv_cache_gib=0.1", "rollout.vllm.step_timeout_s=20",
     )  # fmt: skip
-    with Matrix(run, 0) as matrix:
+    with Matrix(run, 0, stall_s=300.0) as matrix:  # a core takes long to start
         for fault in [Fault("kill -9", "core")] * 5 + [Fault("SIGSTOP", "core")] * 5:
             matrix.harm(fault)
 
@@ -76,7 +76,7 @@ def test_a_run_survives_whatever_happens_to_vllms_core(run: Run) -> None:
 def test_a_clock_that_jumps_a_day_and_back_changes_nothing(run: Run, clock: Path | None) -> None:
     if clock is None:
         pytest.skip("no C compiler")
-    run.begin("learner.steps=100000")
+    run.begin("learner.steps=100000", f"cluster.stall_s={STALL_S:g}")
     with Matrix(run, 0, clock=clock) as matrix:
         for fault in CLOCK * 2:
             matrix.harm(fault)

@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 
 from .conftest import Run, wait_until
 from .disks import Disk
-from .faults import SETTINGS, Fault, Matrix, Replaced
+from .faults import SETTINGS, Fault, Matrix, Replaced, on_a_disk
 from .networks import Link
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -120,7 +120,7 @@ def test_a_run_under_ray_survives_every_fault_at_seeded_moments(
         run.start("resume", str(run.run_dir), "--no-export")
         return lambda: run.pid("learner") != old
 
-    kinds = FAULTS + ([Fault("slow disk", "")] if disk else [])
+    kinds = FAULTS + on_a_disk(disk, Fault("slow disk", ""))
     with Matrix(run, 0, launcher="ray", disk=disk) as matrix:
         matrix.add("kill -9 of the raylet", lose_node)
         matrix.add("kill -9 of everything", lose_head)
