@@ -26,6 +26,8 @@ from .filesystem import put_text
 from .records import Record
 
 PUBLISH_S = 1.0
+PEERS = "the other learner ranks"
+"""What a rank waits for while the others do their share: it is not the one that hangs."""
 PULSE_S = 0.5
 
 

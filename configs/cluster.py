@@ -18,9 +18,9 @@ class ClusterConfig(Settings):
     to its checkpoint without reaching a new one. 0: any failure ends the run, with the command that
     resumes it."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
-    """A training step, a weight load or an engine that shows no progress for so long is taken for
-    hung: the chain of waits and the stacks are printed and its process is restarted. Longer than
-    your longest training step."""
+    """A training step, a model or weights being loaded, or an engine that shows no progress for so
+    long is taken for hung: the chain of waits and the stacks are printed and its process is
+    restarted. Longer than your longest training step, and than reading your model."""
     min_workers: Annotated[int, Field(ge=0)] = 0
     """With `max_workers`: bounds within which rollout workers are added while the learner waits for
     them, and removed while they wait for the learner. 0: their number stays as it is."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..buffer.errors import ConfigError
-from ..buffer.waits import Published, chain, read_published
+from ..buffer.waits import PEERS, Published, chain, read_published
 from .child import Child
 from .claim import running_supervisor
 from .closing import resume_line
@@ -94,8 +94,10 @@ def _diagnosis(said: Published, name: str, stall_s: float) -> str:
         return f"its event loop has not turned for {said.loop_silent_s:.0f} s"
     if name == "buffer":  # what it publishes are the waits of others
         return ""
+    # Who waits for its peers is judged after they are: the rank that hangs does not.
+    slack_s = SLACK_S * (1 + any(wait.what == PEERS for wait in said.waits))
     for wait in said.waits:
-        if wait.waited_s > (wait.deadline_s or stall_s) + SLACK_S:
+        if wait.waited_s > (wait.deadline_s or stall_s) + slack_s:
             return f"{wait.owner} has waited {wait.waited_s:.0f} s for {wait.what}"
     return ""
 

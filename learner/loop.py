@@ -40,8 +40,9 @@ from ..buffer.records import Version, WeightsManifest
 from ..buffer.waits import waiting
 from .checkpoint import crash_point
 from .config import LearnerSpec
+from .ranks import process_name
 from .step import StepResult
-from .trainer import Trainer, append_line
+from .trainer import WRITE_S, Trainer, append_line
 
 R = TypeVar("R")
 
@@ -96,13 +97,28 @@ def follow(trainer: Trainer) -> None:
             what, frames = trainer.ranks.hear()
             if what == "add":
                 part = codec.decode(frames, Part)
-                trainer.add(part.step, part.groups)
+                with _at_work(trainer):
+                    trainer.add(part.step, part.groups)
             elif what == "train":
-                trainer.train(codec.decode(frames, Batch))
+                batch = codec.decode(frames, Batch)
+                with _at_work(trainer):
+                    trainer.train(batch)
             elif what == "snapshot":
-                saving.submit(trainer.snapshot())  # what stops it, rank 0 reports
+                with _at_work(trainer):
+                    write = trainer.snapshot()
+                saving.submit(_saved, trainer, write)  # what stops it, rank 0 reports
             else:
                 return
+
+
+def _at_work(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
+    what = f"its training thread at step {trainer.held.step + 1}"
+    return waiting(trainer.ranks.name, what)
+
+
+def _saved(trainer: Trainer, write: Callable[[], object]) -> None:
+    with waiting(trainer.ranks.name, "its checkpoint to be written", WRITE_S):
+        write()
 
 
 async def _to_the_end(work: Awaitable[None]) -> None:
@@ -265,7 +281,7 @@ class LearnerLoop:
         self._writing = asyncio.create_task(self._write(write, self.trainer.held))
 
     async def _write(self, write: Callable[[], object], version: Version) -> None:
-        await asyncio.to_thread(write)
+        await asyncio.to_thread(_saved, self.trainer, write)
         async with self._patience():
             await self.client.checkpoint_saved(version, self.trainer.resumable_step)
         crash_point("checkpoint.acknowledged")
@@ -335,11 +351,10 @@ class LearnerLoop:
 
     async def _in_thread(self, work: Callable[[], R]) -> R:
         """Run blocking work in the one training thread."""
-        with waiting("learner", f"its training thread at step {self.trainer.held.step + 1}"):
+        with _at_work(self.trainer):
             return await asyncio.get_running_loop().run_in_executor(self.pool, work)
 
 
 if __name__ == "__main__":
     arguments = LearnerSpec.model_validate_json(Path(sys.argv[1]).read_text())
-    process = f"learner-{arguments.rank}" if arguments.rank else "learner"
-    run_process(process, arguments.run_dir, main(arguments))
+    run_process(process_name(arguments.rank), arguments.run_dir, main(arguments))

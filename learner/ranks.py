@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 from ..buffer.codec import Frame
 from ..buffer.errors import ConfigError, PeerLost
 from ..buffer.filesystem import put_text
+from ..buffer.waits import PEERS, waiting
 
 LOOPBACK = "127.0.0.1"
 MEET_S = 300.0
@@ -98,6 +99,11 @@ class Ranks:
         return ranks
 
     @property
+    def name(self) -> str:
+        """Of this rank's process."""
+        return process_name(self.rank)
+
+    @property
     def first(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
@@ -108,7 +114,7 @@ class Ranks:
             return
         head = msgspec.msgpack.encode((what, [memoryview(frame).nbytes for frame in frames]))
         sizes = torch.tensor([len(head), sum(memoryview(f).nbytes for f in frames)])
-        with self.watched():
+        with self._together():
             dist.broadcast(sizes, 0, group=self._control)
             dist.broadcast(_as_tensor(b"".join([head, *frames])), 0, group=self._control)
 
@@ -119,7 +125,8 @@ class Ranks:
             PeerLost: it is gone.
         """
         sizes = torch.zeros(2, dtype=torch.int64)
-        with self.watched():
+        idle = waiting(self.name, "what learner rank 0 does next", NO_DEADLINE.total_seconds())
+        with idle, self.watched():
             dist.broadcast(sizes, 0, group=self._control)
             num_head, num_body = sizes.tolist()
             message = torch.empty(num_head + num_body, dtype=torch.uint8)
@@ -139,7 +146,7 @@ class Ranks:
         group = self._saving if saving else self._control
         mine = _as_tensor(json.dumps(value).encode())
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with self.watched():
+        with self.watched() if saving else self._together():
             dist.all_gather(sizes, torch.tensor([len(mine)]), group=group)
             room = torch.zeros(int(max(sizes)), dtype=torch.uint8)
             room[: len(mine)] = mine
@@ -153,13 +160,19 @@ class Ranks:
         if self.size == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
-        with self.watched():
+        with self._together():
             dist.all_reduce(sums, group=self._control)
         return sums.tolist()
 
     def any(self, mine: bool) -> bool:
         """Whether it holds on any rank; all get the same answer."""
         return self.total([mine])[0] > 0
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """`watched`, and known to the doctor as a wait for the others."""
+        with waiting(self.name, PEERS), self.watched():
+            yield
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -178,6 +191,11 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def process_name(rank: int) -> str:
+    """Of a learner's process, as the supervisor knows it."""
+    return f"learner-{rank}" if rank else "learner"
 
 
 def shard(model: PreTrainedModel, ranks: Ranks) -> None:

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..buffer.errors import ConfigError, TrainingFailed
+from ..buffer.waits import progressed
 from ..kernels.models import render_prompts
 from .batch import Rows, moved
 from .config import OptimizerConfig, SftConfig
@@ -31,6 +32,8 @@ FINAL_RATE = 0.1
 """The learning rate falls linearly to this share of itself."""
 
 LOG_EVERY_UPDATES = 10
+WARM_START = "its warm start"
+"""What the learner waits for meanwhile; each update is progress."""
 MAX_GRAD_NORM = 1.0
 
 
@@ -125,6 +128,7 @@ def run_sft(
             break
         warm = min(1.0, update / max(1, config.warmup_steps))
         rate = config.learning_rate * warm * (1 - (1 - FINAL_RATE) * (update - 1) / len(plan))
+        progressed(WARM_START)
         losses.append(_update(policy, batch, rate, update, micro_batch_tokens))
         tokens += sum(len(example.token_ids) for example in batch)
         if update % LOG_EVERY_UPDATES == 0 or update in (1, len(plan)):

@@ -24,6 +24,7 @@ from ..buffer.messages import Batch, Part
 from ..buffer.process import PARENT_VARIABLE
 from ..buffer.records import TrajectoryGroup, Version, WeightsManifest
 from ..buffer.staleness import LivePath
+from ..buffer.waits import waiting
 from ..buffer.weight_fetch import use
 from ..buffer.weight_files import Outbox, Written, digest_file
 from ..buffer.weight_holder import Holder, own_endpoint
@@ -54,13 +55,15 @@ from .checkpoint import (
 from .config import LearnerSpec
 from .objective import find_surrogate
 from .policy import Policy, pieces, probe, weights_digest
-from .ranks import Ranks, compile_layers, shard
-from .sft import read_examples, run_sft
+from .ranks import MEET_S, Ranks, compile_layers, process_name, shard
+from .sft import WARM_START, read_examples, run_sft
 from .step import StepResult, StreamedStep, train_step
 
 _HELD = ".held"
 """Of a file of weights that is not published yet."""
 _COPY_BYTES = 1 << 24
+WRITE_S = 1800.0
+"""Of the writing of a checkpoint: a slow disk is not a dead one, and training goes on beside."""
 SENDER_END_S = 10.0
 """How long a killed sender may take to give its device back before the learner ends anyway."""
 
@@ -111,9 +114,12 @@ class Trainer:
         """
         spec = self.spec
         compute_on(spec.config.threads)
-        find_surrogate(spec.config.objective.surrogate)
         meeting = spec.run_dir / "processes" / f"learner.b{spec.branch}.meet"
-        self.ranks = Ranks.join(spec.rank, spec.ranks, meeting, spec.endpoint, spec.config.device)
+        with waiting(process_name(spec.rank), "all learner ranks to come", MEET_S):
+            find_surrogate(spec.config.objective.surrogate)
+            self.ranks = Ranks.join(
+                spec.rank, spec.ranks, meeting, spec.endpoint, spec.config.device
+            )
         try:
             with self.ranks.watched():
                 if spec.resume_from is None:
@@ -127,33 +133,41 @@ class Trainer:
     def _checkpoint(self, wanted: tuple[int, int]) -> Checkpoint:
         """One of this run's, after one rank looked at every byte of it."""
         folder = self.root / folder_name(Version(branch=wanted[0], step=wanted[1]))
-        if self.ranks.first:
-            find_checkpoint(self.root, wanted)
-        self.ranks.exchange(None)
+        with self._waiting(f"{folder} to be checked"):
+            if self.ranks.first:
+                find_checkpoint(self.root, wanted)
+            self.ranks.exchange(None)
         return read_checkpoint(folder, checked=True)
+
+    def _waiting(
+        self, what: str, deadline_s: float = 0.0
+    ) -> contextlib.AbstractContextManager[None]:
+        return waiting(self.ranks.name, what, deadline_s)
 
     def _begin(self, stop: threading.Event) -> None:
         """Load, warm-start, and save as step 0; without a checkpoint when stopped half-way."""
         spec = self.spec
         model = self._load_model()
         if spec.sft is not None and spec.sft_file is not None:
-            examples = read_examples(spec.sft_file, load_tokenizer(spec.model_dir))
-            compute_on(spec.sft.threads)
             log = spec.run_dir / "sft_metrics.jsonl"
-            run_sft(
-                model,
-                examples,
-                spec.sft,
-                seed=spec.seed,
-                micro_batch_tokens=spec.config.micro_batch_tokens,
-                ranks=self.ranks,
-                report=lambda row: append_line(log, row) if self.ranks.first else None,
-                stop=stop,
-            )
+            with self._waiting(WARM_START):
+                examples = read_examples(spec.sft_file, load_tokenizer(spec.model_dir))
+                compute_on(spec.sft.threads)
+                run_sft(
+                    model,
+                    examples,
+                    spec.sft,
+                    seed=spec.seed,
+                    micro_batch_tokens=spec.config.micro_batch_tokens,
+                    ranks=self.ranks,
+                    report=lambda row: append_line(log, row) if self.ranks.first else None,
+                    stop=stop,
+                )
             compute_on(spec.config.threads)
-        self._hold(self._policy(model), step=0)
-        if not self.ranks.any(stop.is_set()):
-            self.save()
+        with self._waiting("its first version to be saved", WRITE_S):
+            self._hold(self._policy(model), step=0)
+            if not self.ranks.any(stop.is_set()):
+                self.save()
         self.reference = self._load_reference()
 
     def _resume(self, checkpoint: Checkpoint) -> None:
@@ -164,6 +178,14 @@ class Trainer:
                 f"dtype = {spec.dtype}, but the run was started with {checkpoint.info['dtype']}"
             )
         policy = self._policy(self._load_model())
+        with self._waiting(f"{checkpoint.folder} to be loaded"):
+            self._restore(policy, checkpoint)
+        self.journal_sequence = checkpoint.journal_sequence
+        self.saved = True
+        self.reference = self._load_reference()
+
+    def _restore(self, policy: Policy, checkpoint: Checkpoint) -> None:
+        """Put a checkpoint into the policy, and hold it."""
         stored, adapters = shards.stored_in(checkpoint.folder), lora.adapter_state(policy.model)
         own = adapters or policy_weights(policy.model)
         weights = {n: shards.room_for(stored[n], own[n]) for n in own if n in stored}
@@ -173,9 +195,6 @@ class Trainer:
             lora.load_adapters(policy.model, weights)
         policy.restore(weights, state)
         self._hold(policy, step=checkpoint.version.step)
-        self.journal_sequence = checkpoint.journal_sequence
-        self.saved = True
-        self.reference = self._load_reference()
 
     def _policy(self, model: PreTrainedModel) -> Policy:
         objective = self.spec.config.objective
@@ -190,7 +209,7 @@ class Trainer:
             ConfigError: its layers cannot be streamed, checkpointed or packed.
         """
         spec = self.spec
-        model = load_policy(spec.model_dir, spec.dtype, spec.seed)
+        model = self._load_policy()
         if spec.config.lora.rank:
             lora.add_adapters(model, spec.config.lora, spec.seed)
         kind = spec.config.activations
@@ -209,6 +228,11 @@ class Trainer:
             compile_layers(model)
         shard(model, self.ranks)
         return model
+
+    def _load_policy(self) -> PreTrainedModel:
+        spec = self.spec
+        with self._waiting(f"the model in {spec.model_dir} to be loaded"):
+            return load_policy(spec.model_dir, spec.dtype, spec.seed)
 
     def _hold(self, policy: Policy, step: int) -> None:
         self.policy, self.saved = policy, False
@@ -281,12 +305,13 @@ class Trainer:
             raise ConfigError(
                 f"learner.objective.kl_coefficient needs the run's first checkpoint in {self.root}"
             )
-        model = load_policy(self.spec.model_dir, self.spec.dtype, self.spec.seed)
-        shard(model, self.ranks)
-        folder = read_checkpoint(first[-1], checked=not self.ranks.first).folder
-        weights = {n: torch.empty_like(w) for n, w in policy_weights(model).items()}
-        shards.load_into(folder, weights)
-        assign_weights(model, weights)
+        model = self._load_policy()
+        with self._waiting("its reference policy to be loaded"):
+            shard(model, self.ranks)
+            folder = read_checkpoint(first[-1], checked=not self.ranks.first).folder
+            weights = {n: torch.empty_like(w) for n, w in policy_weights(model).items()}
+            shards.load_into(folder, weights)
+            assign_weights(model, weights)
         return model.requires_grad_(False)
 
     @property

@@ -42,6 +42,8 @@ EVALUATION_POLL_S = 20.0
 VERSION_POLL_S = 10.0
 HEARTBEAT_S = 2.0
 """Or a quarter of the lease, when that is shorter."""
+START_S = 1800.0
+"""vLLM compiles for many minutes, the first time."""
 LOAD_ATTEMPTS = 5
 """Weights may be retired while we read them; the newest that cannot be read so often is corrupt."""
 
@@ -360,7 +362,8 @@ async def work(spec: WorkerSpec) -> None:
             endpoint = own_endpoint(spec.endpoint, spec.name)
             inbox = Inbox(spec.fetched_dir, endpoint, always=spec.fetch_always)
         await client.connect()
-        engine, _ = await asyncio.gather(asyncio.to_thread(make_engine, spec), rewards.start())
+        with waiting(spec.name, "its engine and reward processes to start", START_S):
+            engine, _ = await asyncio.gather(asyncio.to_thread(make_engine, spec), rewards.start())
         await Worker(spec, engine, rewards, client, inbox).run()
     finally:
         if engine is not None:

@@ -61,6 +61,16 @@ def train(self, batch):
     return real(self, batch)
 Trainer.train = train
 """
+RANK_HANGS = """
+from slipstream.learner import trainer
+real = trainer.load_policy
+def load(*arguments):
+    if sys.orig_argv[-1].endswith("learner-1.json"):
+        open(FLAG, "w").close()
+        time.sleep(3600)
+    return real(*arguments)
+trainer.load_policy = load
+"""
 WORKER, LEARNER = "rollout.worker", "learner.loop"
 
 
@@ -76,9 +86,15 @@ WORKER, LEARNER = "rollout.worker", "learner.loop"
             "has waited .* for the engine of worker-0|got no batch within",
         ),
         (LEARNER, STEP_HANGS, (), "learner has waited .* for its training thread at step 4"),
+        (
+            LEARNER,
+            RANK_HANGS,
+            ("cluster.learner_ranks=2", "cluster.stall_s=15"),
+            "learner-1 has waited .* for the model in .* to be loaded; stacks",
+        ),
     ],
     ids=["weights that never load", "a worker that returns nothing", "a sample that never ends",
-         "a training step that hangs"],
+         "a training step that hangs", "a rank that never has its model"],
 )  # fmt: skip
 def test_who_hangs_is_found_and_restarted_and_the_run_finishes(
     run: Run, module: str, body: str, settings: tuple[str, ...], told: str
@@ -92,6 +108,7 @@ def test_who_hangs_is_found_and_restarted_and_the_run_finishes(
     output = finishes(run, "cluster.stall_s=5", *settings)
     assert Path(flag).exists()
     assert run.matches(told), output
+    assert not run.matches("for the other learner ranks"), output
 
 
 def test_a_reward_that_hangs_fails_its_samples_and_nothing_else(run: Run) -> None:
