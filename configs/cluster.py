@@ -14,9 +14,9 @@ class ClusterConfig(Settings):
     """`[cluster]`: resources and placement of the processes, restarts and deadlines."""
 
     restarts: Annotated[int, Field(ge=0)] = 3
-    """How often each kind of process is restarted within ten minutes, and how often a run goes back
-    to its checkpoint without reaching a new one. 0: any failure ends the run, with the command that
-    resumes it."""
+    """How often each kind of process is restarted within ten minutes or without progress of the
+    run, and how often a run goes back to its checkpoint without reaching a new one. 0: any failure
+    ends the run, with the command that resumes it."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
     """A training step, a model or weights being loaded, or an engine that shows no progress for so
     long is taken for hung: the chain of waits and the stacks are printed and its process is

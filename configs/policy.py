@@ -2,8 +2,9 @@
 
     kind(process) x failure(how it ended) -> Rule(action, words)
 
-Each action may be taken `cluster.restarts` times within `WINDOW_S`; then the run ends, with the
-words of the last failure and the command that resumes it.
+Each action may be taken `cluster.restarts` times within `WINDOW_S`, and as often without progress
+of the run, however long that takes; then the run ends, with the words of the last failure and the
+command that resumes it.
 """
 
 import errno
@@ -11,6 +12,7 @@ import os
 import shutil
 import time
 from collections import deque
+from collections.abc import Hashable
 from typing import Literal, NamedTuple
 
 from .child import Child
@@ -99,34 +101,39 @@ class Budget:
 
     def __init__(self, allowed: int) -> None:
         self.allowed = allowed
-        self._times: dict[str, deque[float]] = {}
+        self._times: dict[str, deque[tuple[float, Hashable]]] = {}
+        """what -> when, and how far the run was then."""
         self._nodes: dict[tuple[str, str], float] = {}
         """(what, node) -> when its loss was counted."""
 
-    def spend(self, what: str, node: str = "") -> bool:
-        """Note one action now; False when there were too many within the window.
+    def spend(self, what: str, progress: Hashable, node: str = "") -> bool:
+        """Note one action now; False when there were too many within the window, or too many since
+        the run made progress: what takes longer than the window to fail must not go on for ever.
 
         Args:
             what: the kind of process.
+            progress: how far the run is; another value is progress.
             node: with which it was lost; all that is lost with it is one failure.
         """
         now, times = time.monotonic(), self._times.setdefault(what, deque())
         if node and now - self._nodes.get((what, node), -SAME_NODE_S) < SAME_NODE_S:
             return True
-        while times and now - times[0] > WINDOW_S:
+        while times and now - times[0][0] > WINDOW_S and times[0][1] != progress:
             times.popleft()
         if len(times) >= self.allowed:
             return False
-        times.append(now)
+        times.append((now, progress))
         self._nodes[what, node] = now
         return True
 
     def used(self, what: str) -> int:
-        """How many are in the window."""
+        """How many count."""
         return len(self._times.get(what, ()))
 
     def exhausted(self, what: str) -> str:
         """Why nothing more is done, to go before what happened last."""
         if not self.allowed:
             return ""
-        return f"{self.allowed} {what} restarts in {WINDOW_S:.0f} s (cluster.restarts), then: "
+        old = time.monotonic() - self._times[what][0][0] > WINDOW_S
+        where = "without progress of the run" if old else f"in {WINDOW_S:.0f} s"
+        return f"{self.allowed} {what} restarts {where} (cluster.restarts), then: "

@@ -42,9 +42,12 @@ class Progress:
     sft: Row = field(default_factory=dict)
     """The newest line of the warm start."""
     stats: Stats | None = None
+    lines: int = 0
+    """Reported so far: steps, evaluations, updates of the warm start."""
 
     def fold(self, event: Event) -> None:
         """Take one reported line in."""
+        self.lines += 1
         if event.kind == "sft":
             self.sft = event.row
         else:
@@ -65,6 +68,14 @@ class Progress:
     def waits(self) -> list[str]:
         """Who holds the run up, in the buffer's words; empty when all goes its usual way."""
         return [line for line in self.stats.waits if _holds_up(line)] if self.stats else []
+
+    @property
+    def reached(self) -> tuple[int, int]:
+        """How far the run is: lines reported, and groups whose samples are all there, since a step
+        of a large model may take longer than workers live on borrowed nodes."""
+        counts = self.stats.counts if self.stats else {}
+        complete = sum(n for word, n in counts.items() if word not in ("WAITING", "INFLIGHT"))
+        return self.lines, complete
 
     @property
     def violations(self) -> int:

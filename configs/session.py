@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -252,6 +252,9 @@ class _Around:
 
     def measure(self) -> Balance | None:
         return balance(self._reporter.progress.rows, self.observer.latest, self.workers)
+
+    def progress(self) -> Hashable:
+        return self._reporter.progress.reached
 
     def wanted_workers(self, now: int) -> int:
         self.workers = now

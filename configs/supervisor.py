@@ -12,7 +12,7 @@ and workers, then the buffer; each with a deadline, then SIGKILL.
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -133,6 +133,10 @@ class Surroundings(Protocol):
         """How many rollout workers there should be."""
         ...
 
+    def progress(self) -> Hashable:
+        """How far the run is: another value whenever it has got further."""
+        ...
+
     def lost(self, name: str, /) -> None:
         """Tell the buffer that a process went with its node; returns at once."""
 
@@ -163,7 +167,7 @@ class Supervisor:
             children: by name; all are ended when `run` returns, those started later included.
             around: starts processes, shows what happens.
             stop: who asked to stop, and how often.
-            restarts: of each kind of process, within ten minutes.
+            restarts: of each kind of process, within ten minutes or without progress.
             deadlines: how long each way of ending may take.
         """
         self._children, self._around, self._stop = children, around, stop
@@ -260,7 +264,7 @@ class Supervisor:
             raise _Ended(outcome_of(child, why, go_back=True))
         if rule.action != "restart":
             raise _Ended(outcome_of(child, why))
-        if not self._budget.spend(kind, child.place):
+        if not self._budget.spend(kind, self._around.progress(), child.place):
             raise _Ended(outcome_of(child, self._budget.exhausted(kind) + (why or child.why())))
         if child.place:
             self._around.lost(child.name)

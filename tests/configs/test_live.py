@@ -87,6 +87,20 @@ def test_the_panel_fits_any_terminal(progress: Progress, width: int) -> None:
     assert all(len(line) <= width for line in rendered(progress, width).splitlines())
 
 
+def test_a_line_and_a_complete_group_are_progress_and_work_in_flight_is_none(
+    progress: Progress,
+) -> None:
+    reached = progress.reached
+    counts = STATS.counts | {"WAITING": 60, "INFLIGHT": 16}
+    progress.stats = msgspec.structs.replace(STATS, counts=counts)
+    assert progress.reached == reached
+    counts = counts | {"INFLIGHT": 15, "READY": 10}
+    progress.stats = msgspec.structs.replace(STATS, counts=counts)
+    complete = progress.reached
+    progress.fold(Event(kind="evaluation", row=evaluation_row(42, 0.7)))
+    assert len({reached, complete, progress.reached}) == 3
+
+
 def test_the_panel_can_be_drawn_before_anything_happened() -> None:
     assert "step 0/10" in rendered(Progress(name="x", total_steps=10, bound=0))
 

@@ -64,7 +64,7 @@ class Around:
         self.workers: int | None = None
         self.doctor = Doctor(run_dir, stall_s=2.0)
         self.close_run, self.say = self.closed.append, self.said.append
-        self.lost = self.gone.append
+        self.lost, self.progress = self.gone.append, int
         self.stalled, self.chain = self.doctor.look, self.doctor.chain
 
     def start(self, name: str) -> Child:
@@ -162,6 +162,27 @@ def test_a_killed_process_is_restarted_as_often_as_allowed_and_then_ends_the_run
     assert f"{kind} restart 1 of 2" in around.said[0]
     assert "was killed by SIGKILL" in around.said[0]
     assert all(child.poll() is not None for child in children.values())
+
+
+@pytest.mark.parametrize(("progresses", "restarts"), [(False, 2), (True, 8)])
+def test_failures_further_apart_than_the_window_are_given_up_unless_the_run_gets_further(
+    monkeypatch: pytest.MonkeyPatch, progresses: bool, restarts: int
+) -> None:
+    now_s = [0.0]
+    monkeypatch.setattr(policy.time, "monotonic", lambda: now_s[0])
+    budget, allowed = policy.Budget(2), 0
+    for step in range(8):
+        allowed += budget.spend("feeder", step if progresses else 0)
+        now_s[0] += policy.WINDOW_S * 1.5
+    assert allowed == restarts
+    assert progresses or budget.exhausted("feeder").startswith(
+        "2 feeder restarts without progress of the run (cluster.restarts), then: "
+    )
+
+
+def test_a_run_that_gets_further_is_given_up_when_failures_come_fast() -> None:
+    budget = policy.Budget(2)
+    assert [budget.spend("worker", step) for step in range(3)] == [True, True, False]
 
 
 def test_a_killed_learner_takes_the_run_back_to_its_checkpoint(start: Start) -> None:
