@@ -57,6 +57,7 @@ async def evaluate(spec: EvaluateSpec, told: TextIO) -> None:
             rewards,
             collected,
             spec.seed,
+            spec.name,
             player,
         )
         try:

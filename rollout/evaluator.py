@@ -4,11 +4,13 @@ Apart from the training engine, because that one changes its weights whenever ne
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 import msgspec
 
+from ..buffer import waits
 from ..buffer.errors import Refused
 from ..buffer.messages import EvaluationClaim
 from ..buffer.records import Message, Score, WeightsManifest
@@ -37,6 +39,7 @@ class Evaluator:
         rewards: scores the completions.
         client: gets the results.
         seed: of the run.
+        name: of the worker, for those who wait.
         player: plays the samples as episodes, when there is an environment.
         local: brings a manifest's files here, when they are not seen from here.
     """
@@ -48,15 +51,17 @@ class Evaluator:
         rewards: RewardPool,
         client: Results,
         seed: int,
+        name: str,
         player: Player | None = None,
         local: Callable[[WeightsManifest], Awaitable[WeightsManifest]] | None = None,
     ) -> None:
         self._local = local
         self._make_engine, self._render = make_engine, render
         self._rewards, self._client, self._seed = rewards, client, seed
-        self._player = player
+        self._player, self._name = player, name
         self._claims: asyncio.Queue[EvaluationClaim] = asyncio.Queue()
         self._engine: Engine | None = None
+        self._generated = 0
 
     def put(self, claims: Sequence[EvaluationClaim]) -> None:
         """Queue claims."""
@@ -84,6 +89,19 @@ class Evaluator:
         finally:
             await self.close()
 
+    def beat(self) -> None:
+        """Let who waits for the engine know whether it wrote anything since the last time."""
+        if self._engine is None:
+            return
+        written = self._engine.stats().generated_tokens
+        if written > self._generated:
+            waits.progressed(self._engine_words)
+        self._generated = written
+
+    @property
+    def _engine_words(self) -> str:
+        return f"the evaluation engine of {self._name}"
+
     async def close(self) -> None:
         """End the engine."""
         if self._engine is not None:
@@ -94,7 +112,8 @@ class Evaluator:
         if self._engine is None:
             self._engine = await asyncio.to_thread(self._make_engine)
         manifest = claims[0].manifest
-        await self._engine.load(await self._local(manifest) if self._local else manifest)
+        with waits.waiting(self._name, f"its evaluation engine to load {manifest.version}"):
+            await self._engine.load(await self._local(manifest) if self._local else manifest)
         samples = {
             name: (claim, index, request)
             for claim in claims
@@ -102,6 +121,8 @@ class Evaluator:
                 claim, self._render(claim.prompt.messages), self._seed
             ).items()
         }
+        for claim, index, _ in samples.values():
+            self._wait(claim, index, self._engine_words)
         lost: list[EvaluationClaim] = []
         async with asyncio.TaskGroup() as tasks:
             if self._player is not None:
@@ -114,6 +135,13 @@ class Evaluator:
                     tasks.create_task(self._hand_in(claim, index, output, lost))
         if lost:  # the engine died, and is started again to load
             await self.evaluate(lost)
+
+    def _wait(self, claim: EvaluationClaim, index: int, *what: str) -> None:
+        """Register what a sample waits for; nothing: it has ended."""
+        uid, now_s = claim.prompt.uid, time.monotonic()
+        owner = f"held-out prompt {uid} sample {index}"
+        each = (waits.Wait(owner=owner, what=words, since_s=now_s) for words in what)
+        waits.put((claim.job_id, uid, index), *each)
 
     async def _play(
         self,
@@ -141,6 +169,7 @@ class Evaluator:
     ) -> None:
         """Score a sample and hand it in; add it to `lost` when the engine's death cut it off."""
         if output.finish_reason == "abort" and not output.error:
+            self._wait(claim, index)
             lost.append(msgspec.structs.replace(claim, indices=(index,)))
             return
         if episode is not None and episode.score is not None:
@@ -149,12 +178,15 @@ class Evaluator:
             score = Score(value=None, status="infrastructure_failed", reason=output.error)
         else:
             completion = episode.completion if episode else completion_of(output)
+            self._wait(claim, index, reward := f"reward {self._rewards.describe()}")
             score = await self._rewards.score(completion, claim.prompt)
+            waits.progressed(reward)  # the others are behind it in one queue
         await self._finish(claim, index, output.text, len(output.token_ids), score)
 
     async def _finish(
         self, claim: EvaluationClaim, index: int, text: str, num_tokens: int, score: Score
     ) -> None:
+        self._wait(claim, index)
         try:
             await self._client.finish_evaluation(
                 job_id=claim.job_id,

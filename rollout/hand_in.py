@@ -85,9 +85,11 @@ class HandIn:
     ) -> None:
         self._errors_in_a_row = 0
         if episode is None or episode.score is None:
-            self._wait(claim, index, output.request_id, f"reward {self._rewards.describe()}")
+            reward = f"reward {self._rewards.describe()}"
+            self._wait(claim, index, output.request_id, reward)
             completion = episode.completion if episode else completion_of(output)
             score = await self._rewards.score(completion, claim.ticket.prompt)
+            waits.progressed(reward)  # the others are behind it in one queue
         else:
             score = episode.score
             self._rewards.note(score)

@@ -76,6 +76,7 @@ class Worker:
             rewards,
             client,
             spec.seed,
+            spec.name,
             self._player,
             self._local,
         )
@@ -279,6 +280,7 @@ class Worker:
             self._room.set()
             if stats.generated_tokens > written:
                 progressed(f"the engine of {self._spec.name}")
+            self._evaluator.beat()
             await self._client.heartbeat(
                 self._engine.serving,
                 {

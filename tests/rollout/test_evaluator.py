@@ -1,11 +1,23 @@
 """Held-out samples are scored whole, whatever becomes of the engine meanwhile."""
 
+import asyncio
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from slipstream.buffer import waits
 from slipstream.buffer.messages import EvaluationClaim
-from slipstream.buffer.records import Message, Prompt, SamplingParams, Score
+from slipstream.buffer.records import (
+    Message,
+    Prompt,
+    SamplingParams,
+    Score,
+    Version,
+    WeightsManifest,
+)
 from slipstream.kernels.models import load_tokenizer, render_prompt
 from slipstream.rollout.config import EnvironmentConfig
 from slipstream.rollout.engines.outputs import unstarted
@@ -49,6 +61,58 @@ class Mortal:
                 yield output
 
 
+def registered():
+    """(owner without the sample's number, what) of the waits there are."""
+    return {
+        (wait.owner.rpartition(" ")[0] if "sample" in wait.owner else wait.owner, wait.what)
+        for wait in waits.published(0, 0.0).waits
+    }
+
+
+async def test_a_sample_that_the_engine_loses_is_waited_for_since_its_last_token():
+    class Loses:
+        """Writes a token now and then, and never ends."""
+
+        written, loading = 0, None
+
+        def stats(self):
+            return SimpleNamespace(generated_tokens=self.written)
+
+        async def load(self, manifest):
+            self.loading = registered()
+
+        async def generate(self, requests):
+            await asyncio.Event().wait()
+            yield
+
+        async def close(self):
+            pass
+
+    engine, nobody = Loses(), cast(Any, None)
+    evaluator = Evaluator(
+        lambda: cast(Any, engine), lambda messages: [3], nobody, nobody, seed=3, name="worker-0"
+    )
+    prompt = Prompt(uid=1, source_id="t/1", task="t", messages=())
+    manifest = WeightsManifest(version=Version(branch=0, step=4), shards=())
+    claim = EvaluationClaim(
+        job_id="e", manifest=manifest, prompt=prompt, indices=(0,), sampling=SamplingParams()
+    )
+    task = asyncio.create_task(evaluator.evaluate([claim]))
+    while engine.loading is None or not registered():
+        await asyncio.sleep(0.01)
+    assert engine.loading == {("worker-0", "its evaluation engine to load 0.4")}
+    assert registered() == {("held-out prompt 1 sample", "the evaluation engine of worker-0")}
+    ages = []
+    for engine.written in (0, 5, 5):
+        await asyncio.sleep(0.2)
+        evaluator.beat()
+        ages.append(waits.published(0, time.monotonic()).waits[0].waited_s)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    waits.put(("e", 1, 0))
+    assert ages[0] >= 0.2 > ages[1] < ages[2]
+
+
 @pytest.mark.parametrize("plays", [True, False])
 async def test_samples_that_an_engines_death_cut_off_are_generated_anew(tiny, tmp_path, plays):
     folder = tmp_path / "tiny"
@@ -63,8 +127,12 @@ async def test_samples_that_an_engines_death_cut_off_are_generated_anew(tiny, tm
             results.append((index, score.value))
 
     class Ones:
+        def describe(self):
+            return "ones, pid 1"
+
         async def score(self, completion, prompt):
             assert completion.finish_reason != "abort"
+            assert ("held-out prompt 1 sample", "reward ones, pid 1") in registered()
             return Score(value=3.0)
 
     evaluator = Evaluator(
@@ -73,6 +141,7 @@ async def test_samples_that_an_engines_death_cut_off_are_generated_anew(tiny, tm
         Ones(),  # type: ignore
         Collected(),
         seed=3,
+        name="worker-0",
         player=Player(config, tokenizer) if plays else None,
     )
     prompt = Prompt(uid=1, source_id="t/1", task="t", messages=(Message(role="user", content="a"),))
@@ -82,5 +151,6 @@ async def test_samples_that_an_engines_death_cut_off_are_generated_anew(tiny, tm
         sampling=SamplingParams(max_new_tokens=60),
     )  # fmt: skip
     await evaluator.evaluate([claim])
+    assert not registered()
     assert engine.loads == 2
     assert sorted(results) == [(index, 3.0) for index in range(4)]
