@@ -77,6 +77,11 @@ class Child:
         self._exit_code: int | None = None
         # A message of an earlier branch must not be taken for the reason of this one's end.
         self._error_path.unlink(missing_ok=True)
+        self.forget()
+
+    def forget(self) -> None:
+        """Remove what it published, so that nobody takes one that left for one that hangs."""
+        (self.run_dir / "processes" / f"{self.name}.waits.json").unlink(missing_ok=True)
 
     @property
     def waits_for(self) -> str:

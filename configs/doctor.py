@@ -26,7 +26,7 @@ from .claim import running_supervisor
 from .closing import resume_line
 from .engines import TRIPLE, engines, version
 from .ray_cluster import use_our_token
-from .run_dir import read_run
+from .run_dir import read_experiment, read_run
 
 SILENT_S = 20.0
 """A process writes its waits every second; below the 30 s after which its peers give it up."""
@@ -71,6 +71,8 @@ class Doctor:
     def _examine(self, child: Child, now: float) -> str:
         if child.poll() is not None or not child.pid:  # ended, or waits for a place on a cluster
             self._beats.pop(child.name, None)
+            if child.poll() == 0:  # of one that failed a report may still tell the last waits
+                child.forget()
             return ""
         said = read_published(self._folder / f"{child.name}.waits.json")
         beat = said.beat if said is not None and said.pid == child.pid else -1
@@ -176,6 +178,7 @@ def run_report(run_dir: Path) -> tuple[bool, list[str]]:
     """
     run_dir = run_dir.expanduser().absolute()
     run, folder = read_run(run_dir), run_dir / "processes"
+    stall_s = read_experiment(run_dir).cluster.stall_s
     alive = running_supervisor(run_dir) is not None
     said = dict(published_by(folder))
     lines = [f"{run_dir.name} is {'running' if alive else f'not running ({run.status})'}"]
@@ -186,7 +189,7 @@ def run_report(run_dir: Path) -> tuple[bool, list[str]]:
         silent_s = time.time() - (folder / f"{name}.waits.json").stat().st_mtime
         state = process_state(each.pid, each.host) if alive else "ended"
         frozen = alive and state != "gone" and silent_s > SILENT_S
-        why = "silent" if frozen else _diagnosis(each, name, 300.0) if alive else ""
+        why = "silent" if frozen else _diagnosis(each, name, stall_s) if alive else ""
         ok = ok and not why
         oldest = max(each.waits, key=lambda wait: wait.waited_s, default=None)
         doing = (

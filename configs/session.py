@@ -199,6 +199,8 @@ def _supervise(launch: Launch, reporter: Reporter, stop: StopRequests) -> Outcom
 
 def _start_and_follow(launch: Launch, reporter: Reporter, stop: StopRequests) -> Outcome:
     children: dict[str, Child] = {}
+    for said in (launch.run_dir / "processes").glob("*.waits.json"):
+        said.unlink(missing_ok=True)  # of the branch before: more workers, perhaps
     with _launcher(launch, _Waits(launch, reporter, stop)) as (places, start):
         around = _Around(launch, reporter, places, start)
         try:

@@ -61,6 +61,19 @@ def test_of_a_live_run_who_hangs_is_named(run_dir: Path) -> None:
     assert "group 7 sample 3 has waited 412 s for the engine of worker-0" in stalled
 
 
+@pytest.mark.parametrize("stall_s", [600.0, 60.0])
+def test_a_wait_without_a_deadline_hangs_after_the_runs_own_time(
+    tmp_path: Path, stall_s: float
+) -> None:
+    table = {"runs_dir": str(tmp_path), "learner": {"steps": 2}, "cluster": {"stall_s": stall_s}}
+    run_dir = create_run_dir(load_table(table, name="slow"), None)
+    publish(run_dir, "learner", ("learner", "its step 4", 320.0, 0.0))
+    with supervising(run_dir):
+        ok, lines = run_report(run_dir)
+    assert ok == (stall_s > 320)
+    assert ("STALLED" in "\n".join(lines)) != ok
+
+
 def test_a_process_on_another_machine_is_said_to_be_there_and_found_when_it_falls_silent(
     run_dir: Path,
 ) -> None:

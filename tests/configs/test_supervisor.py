@@ -297,6 +297,32 @@ def test_rollout_workers_join_and_leave_as_wanted(start: Start, run_dir: Path) -
     assert sorted(children) == ["buffer", "feeder", "learner", "worker-0"]
 
 
+def test_only_who_is_here_or_failed_for_good_is_left_among_those_that_speak(
+    start: Start, run_dir: Path
+) -> None:
+    """A report would take one that left another machine for one that hangs there."""
+    children, stop = start(learner=DONE, worker_1=FOREVER), StopRequests()
+    around = Around(run_dir, lambda phase: None, {})
+    around.workers = 1
+    spoken = [run_dir / "processes" / f"{name}.waits.json" for name in children]
+    for path in spoken:
+        path.write_text("{}")
+    os.kill(children["worker-0"].pid, signal.SIGKILL)
+
+    left, end = set(), time.monotonic() + 15.0
+
+    def turn(phase: str) -> None:
+        nonlocal left
+        left = {path.name.partition(".")[0] for path in spoken if path.exists()}
+        if left == {"buffer", "feeder"} or time.monotonic() > end:
+            stop.add()
+
+    around.tick = turn
+    supervise(children, around=around, stop=stop, restarts=1)
+    assert around.started == ["worker-0"]
+    assert left == {"buffer", "feeder"}
+
+
 SPEAKS = """
 import asyncio, pathlib, time
 from slipstream.buffer import waits
