@@ -294,16 +294,18 @@ RAYS = (
 
 def _ray_ports() -> Iterator[tuple[bool, str]]:
     """The ports of Ray's own processes on this machine, which Ray does not protect."""
-    ports = set()
-    with suppress(ImportError):
+    try:
         import psutil
-
-        for process in psutil.process_iter(["name", "cmdline"]):
-            words = " ".join(process.info["cmdline"] or ())
-            if any(mark in words for mark in RAYS):
-                with suppress(psutil.Error):
-                    found = process.net_connections(kind="tcp")
-                    ports |= {c.laddr[:2] for c in found if c.status == psutil.CONN_LISTEN}
+    except ImportError:
+        yield True, "Ray's ports are not listed without psutil: pip install 'slipstream[ray]'"
+        return
+    ports = set()
+    for process in psutil.process_iter(["name", "cmdline"]):
+        words = " ".join(process.info["cmdline"] or ())
+        if any(mark in words for mark in RAYS):
+            with suppress(psutil.Error):
+                found = process.net_connections(kind="tcp")
+                ports |= {c.laddr[:2] for c in found if c.status == psutil.CONN_LISTEN}
     if ports:
         told = ", ".join(f"{host}:{port}" for host, port in sorted(ports))
         yield (

@@ -59,6 +59,12 @@ def test_entry_points_name_things_that_exist():
         assert f"class {attribute}" in path.read_text(), f"reward {name}: {target}"
 
 
+def test_ray_comes_with_what_lists_its_ports():
+    assert any(
+        each.startswith("psutil") for each in project()["project"]["optional-dependencies"]["ray"]
+    )
+
+
 def pip(command: str, *arguments: str, python: Path = Path(sys.executable)) -> None:
     start = [sys.executable, "-m", "pip", "--python", str(python), command, "--no-deps"]
     done = subprocess.run([*start, *arguments], capture_output=True, text=True)

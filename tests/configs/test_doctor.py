@@ -154,6 +154,14 @@ def test_the_ports_of_ray_are_listed_with_the_warning(tmp_path: Path, what: str)
     assert "whoever reaches these can run code; Ray trusts its network" in line
 
 
+def test_ports_that_were_not_looked_for_are_not_said_to_be_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    told = "\n".join(machine_report(tmp_path)[1])
+    assert "ports are not listed without psutil: pip install 'slipstream[ray]'" in told
+
+
 @pytest.mark.parametrize(
     ("installed", "gpu", "said"),
     [
