@@ -1,7 +1,8 @@
 """`slipstream cluster up | status | down`: Ray itself, on this machine or over ssh.
 
 up(hosts) -> versions compared -> head -> the others -> cluster.json
-down()    -> every node that cluster.json names is ended (`ray_node`); no other Ray is touched
+down()    -> every node that cluster.json names is ended (`ray_node`); no other Ray is touched, and
+             who cannot be reached stays in it
 """
 
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..buffer.errors import ConfigError
+from ..buffer.errors import ConfigError, SlipstreamError
 from . import ray_node
 from .ray_node import Node, free_port, state_folder, token_variables
 
@@ -120,8 +121,10 @@ def _up(
             head = ["--head", f"--port={address.rpartition(':')[2]}", "--include-dashboard=true"]
             arguments = [f"--address={address}"] if number else head
             nodes.append((host, start(host, arguments, token)))
-    except BaseException:
-        _end_all(nodes, python)
+    except BaseException as error:
+        lines = _end_all(Started(address=address, nodes=tuple(nodes), python=python))
+        if read() is not None:
+            raise SlipstreamError(f"{error}\n{_not_ended(lines)}") from error
         raise
     return _write(Started(address=address, nodes=tuple(nodes), python=python))
 
@@ -131,12 +134,14 @@ def down() -> list[str]:
 
     Raises:
         ConfigError: nothing is up.
+        SlipstreamError: a node could not be ended; it is still written down.
     """
     started = read()
     if started is None:
         raise ConfigError(f"no cluster of ours is up ({state_file()} is not there)")
-    lines = _end_all(started.nodes, started.python)
-    state_file().unlink(missing_ok=True)
+    lines = _end_all(started)
+    if read() is not None:
+        raise SlipstreamError(_not_ended(lines))
     return lines
 
 
@@ -247,18 +252,29 @@ def _refuse_second() -> None:
     raise ConfigError("Ray is not installed: pip install 'slipstream[ray]'")
 
 
-def _end_all(nodes: Sequence[tuple[str, Node]], python: str) -> list[str]:
-    """End nodes, the head last, and forget the token; a line for each."""
-    lines = []
-    for host, node in reversed(nodes):
+def _end_all(started: Started) -> list[str]:
+    """End nodes, the head last; a line for each. Written down stays who could not be ended, with
+    the token, by which alone it answers."""
+    lines: list[str] = []
+    left: list[tuple[str, Node]] = []
+    for host, node in reversed(started.nodes):
         try:
             here = f"node {node.pid} {ray_node.end(node)}" if not host else ""
-            told = _on_host(python, "end", msgspec.json.encode(node).decode())
+            told = _on_host(started.python, "end", msgspec.json.encode(node).decode())
             lines.append(here or f"{host}: {_ssh(host, told).strip()}")
         except ConfigError as error:
             lines.append(f"{host}: NOT ended: {error}")
-    Path(token_variables(state_folder())["RAY_AUTH_TOKEN_PATH"]).unlink(missing_ok=True)
+            left.insert(0, (host, node))
+    if left:
+        _write(msgspec.structs.replace(started, nodes=tuple(left)))
+    else:
+        Path(token_variables(state_folder())["RAY_AUTH_TOKEN_PATH"]).unlink(missing_ok=True)
+        state_file().unlink(missing_ok=True)
     return lines
+
+
+def _not_ended(lines: Sequence[str]) -> str:
+    return "\n".join([*lines, "`slipstream cluster down` tries again once the host answers"])
 
 
 def _on_host(python: str, *arguments: str) -> list[str]:

@@ -5,12 +5,13 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from slipstream.buffer.errors import ConfigError
+from slipstream.buffer.errors import ConfigError, SlipstreamError
 from slipstream.configs import ray_cluster, ray_node
 
 SSH = """#!/bin/sh
@@ -97,6 +98,43 @@ def test_when_one_host_fails_to_start_those_that_did_are_ended(ssh: Path) -> Non
     assert [line.split()[0] for line in commands(ssh)] == ["a", "b", "a"]
     assert " end " in commands(ssh)[-1]
     assert ray_cluster.read() is None
+
+
+def test_a_node_that_could_not_be_ended_is_said_and_kept_until_it_is(ssh: Path) -> None:
+    ray_cluster.up_hosts(ssh / "hosts.toml")
+    token = ray_cluster.state_file().with_name("ray.token")
+    (ssh / "answers" / "b").rename(ssh / "b")
+    with pytest.raises(SlipstreamError, match=r"(?s)^b: NOT ended: .*\na: ended\n.*tries again"):
+        ray_cluster.down()
+    left = ray_cluster.read()
+    assert left is not None
+    assert [host for host, _ in left.nodes] == ["b"]
+    assert token.exists()
+    with pytest.raises(ConfigError, match="a cluster is up at a:6379"):
+        ray_cluster.up_hosts(ssh / "hosts.toml")
+    (ssh / "b").rename(ssh / "answers" / "b")
+    assert ray_cluster.down() == ["b: ended"]
+    assert ray_cluster.read() is None
+    assert not token.exists()
+
+
+def test_what_a_failed_start_could_not_end_is_said_and_kept(
+    ssh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ssh / "answers" / "fails-b").touch()
+    answers = ray_cluster._ssh
+
+    def no_end(host: str, command: Sequence[str], given: str = "") -> str:
+        if "end" in command:
+            raise ConfigError(f"{host} cannot be reached")
+        return answers(host, command, given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_cluster, "_ssh", no_end)
+        told = r"(?s)^b: a Ray node did not start.*\na: NOT ended: a cannot be reached"
+        with pytest.raises(SlipstreamError, match=told):
+            ray_cluster.up_hosts(ssh / "hosts.toml")
+    assert ray_cluster.down() == ["a: ended"]
 
 
 def test_a_host_that_does_not_say_its_nodes_number_is_named_with_what_it_said(ssh: Path) -> None:
