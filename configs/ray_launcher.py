@@ -84,7 +84,8 @@ def _reachable(places: Scratch, address: str, launch: Launch, learner_hosts: int
     as files or written by ranks on several hosts, in the run folder."""
     with socket.create_server((address, 0)) as server:
         port = server.getsockname()[1]
-    places = dataclasses.replace(places, endpoint=f"tcp://{address}:{port}")
+    apart = learner_hosts > 1
+    places = dataclasses.replace(places, endpoint=f"tcp://{address}:{port}", ranks_apart=apart)
     run_id, as_files = launch.run.run_id, launch.experiment.buffer.weights == "files"
     fetched = None if as_files else host_dir(run_id, "fetched")
     if as_files or learner_hosts > 1:

@@ -31,6 +31,8 @@ class Scratch:
     weights_dir: Path
     fetched_dir: Path | None = None
     """Where each host keeps the weights that it fetched in chunks; None: files are seen by all."""
+    ranks_apart: bool = False
+    """Whether the learner's ranks are on several hosts."""
 
 
 @contextmanager

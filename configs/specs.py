@@ -211,6 +211,7 @@ def learner_spec(launch: Launch, places: Scratch, rank: int = 0) -> LearnerSpec:
         eval_every_steps=experiment.eval.every_steps if experiment.eval.enabled else 0,
         rank=rank,
         ranks=experiment.cluster.learner_ranks,
+        ranks_apart=places.ranks_apart,
         takes_turns=experiment.rollout.vllm.sleep,
         branch=launch.branch,
         branch_parents=launch.run.parents(),

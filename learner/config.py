@@ -391,6 +391,8 @@ class LearnerSpec(Settings):
     rank: int = 0
     ranks: int = 1
     """How many processes like this share the learner's work."""
+    ranks_apart: bool = False
+    """Whether they are on several hosts; else they meet on the loopback interface."""
     takes_turns: bool = False
     """Whether the engine on the same device sleeps while this one trains."""
     branch: int

@@ -3,7 +3,7 @@
     rank 0    talks to the buffer service; what it does it tells first     tell("train", batch)
     rank 1..  do the same, in the same order, until told to end            hear() -> "train", batch
 
-They meet at a port of rank 0, on the loopback interface when the run is on one machine. What they
+They meet at a port of rank 0, on the loopback interface when all are on one machine. What they
 tell each other is msgpack and JSON, never a pickle; the ranks of a run trust each other.
 """
 
@@ -74,7 +74,8 @@ class Ranks:
             rank: 0 to size - 1; 0 opens the port.
             size: how many there are.
             meeting: a file that only this run's processes can write; rank 0 leaves the address.
-            endpoint: of the buffer service: how far from here the others may be.
+            endpoint: of the buffer service: how far from here the others may be; empty: they are
+                all on this machine, wherever the service listens.
             device: `cpu` (gloo) or `cuda` (nccl): one device a rank, in order on each machine.
         Raises:
             ConfigError: there is no such device.

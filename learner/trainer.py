@@ -115,11 +115,10 @@ class Trainer:
         spec = self.spec
         compute_on(spec.config.threads)
         meeting = spec.run_dir / "processes" / f"learner.b{spec.branch}.meet"
+        far = spec.endpoint if spec.ranks_apart else ""
         with waiting(process_name(spec.rank), "all learner ranks to come", MEET_S):
             find_surrogate(spec.config.objective.surrogate)
-            self.ranks = Ranks.join(
-                spec.rank, spec.ranks, meeting, spec.endpoint, spec.config.device
-            )
+            self.ranks = Ranks.join(spec.rank, spec.ranks, meeting, far, spec.config.device)
         try:
             with self.ranks.watched():
                 if spec.resume_from is None:

@@ -25,7 +25,7 @@ from slipstream.configs.ray_launcher import _reachable, connect
 from slipstream.configs.run_dir import create_run_dir, read_run
 from slipstream.configs.schema import Experiment
 from slipstream.configs.scratch import Scratch, host_dir
-from slipstream.configs.specs import Launch
+from slipstream.configs.specs import Launch, learner_spec
 from slipstream.configs.supervisor import Stopped, outcome_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray leaves sockets to the garbage collector
@@ -112,6 +112,8 @@ def test_ranks_on_several_hosts_write_weights_where_all_of_them_see_the_file(
     assert places.weights_dir == (host_dir(told.run.run_id, "published") if alone else shared)
     assert shared.is_dir() != alone
     assert (places.fetched_dir is None) == (weights == "files")
+    spec = learner_spec(told, places)
+    assert spec.ranks_apart == (learner_hosts > 1), "ranks of one host meet on its loopback address"
 
 
 @pytest.fixture
