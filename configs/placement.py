@@ -226,7 +226,8 @@ class Placement:
         Returns:
             The facts of each learner rank and worker that has its place, in order.
         Raises:
-            ConfigError: versions differ, the run folder is not visible there, or a node is silent.
+            ConfigError: versions differ, a file is not seen there, the engine does not work, or a
+                node is silent.
         """
         placed = self._sharing + (self._workers.bundle_count if self._workers else 0)
         names = [*learner_names(self._experiment), *(f"worker-{n}" for n in range(placed))]
@@ -238,8 +239,8 @@ class Placement:
         finally:
             for actor in actors:
                 ray.kill(actor)
-        for each in facts:
-            if problem := unfit(each, versions(), str(run_dir)):
+        for name, each in zip(names, facts, strict=True):
+            if problem := unfit(each, versions(), str(run_dir), name):
                 raise ConfigError(problem)
         return facts
 

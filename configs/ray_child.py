@@ -12,16 +12,17 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 from ray.util import get_node_ip_address
 
 from ..buffer.errors import ConfigError, SlipstreamError
 from .child import Child, ProcessError
+from .engines import check_engine, version
+from .run_dir import read_experiment, read_run
 from .scratch import host_dir, sweep
 
 ANSWER_S = 30.0
@@ -35,16 +36,17 @@ ALIKE = ("slipstream", "torch", "transformers", "ray")
 
 def versions() -> dict[str, str]:
     """Of Python and of what must be alike."""
-    return {"python": platform.python_version(), **{n: metadata.version(n) for n in ALIKE}}
+    return {"python": platform.python_version(), **{n: version(n) or "missing" for n in ALIKE}}
 
 
-def unfit(facts: dict[str, Any], wanted: dict[str, str], run_dir: str) -> str:
+def unfit(facts: dict[str, Any], wanted: dict[str, str], run_dir: str, name: str = "") -> str:
     """Why a node cannot take part in a run, in words; empty when it can.
 
     Args:
         facts: of `ProcessActor.facts`.
         wanted: the head's `versions`.
         run_dir: the run folder.
+        name: of the process; a rollout worker needs the engine.
     """
     differ = {key: found for key, found in facts["versions"].items() if found != wanted[key]}
     if differ:
@@ -56,21 +58,58 @@ def unfit(facts: dict[str, Any], wanted: dict[str, str], run_dir: str) -> str:
             f"node {facts['host']} does not see {run_dir}: put runs_dir (and the model) on a file "
             "system that all nodes share"
         )
+    if facts["unseen"]:
+        return (
+            f"node {facts['host']} does not see {facts['unseen']}: put it on a file system that "
+            "all nodes share"
+        )
+    if facts["engine"] and name.startswith("worker"):
+        return f"node {facts['host']}: {facts['engine']}"
     return ""
+
+
+def unseen(run_dir: Path) -> str:
+    """A file that a run needs and this machine cannot read; empty when there is none."""
+    experiment = read_experiment(run_dir)
+    named = [each.name for each in (experiment.reward, experiment.environment) if each]
+    code = [file for file, _, _ in (name.rpartition(":") for name in named) if file[-3:] == ".py"]
+    files = [Path(read_run(run_dir).model_dir, "config.json"), *(run_dir / file for file in code)]
+    return next((str(file) for file in files if not os.access(file, os.R_OK)), "")
+
+
+def engine_problem(run_dir: Path) -> str:
+    """Why the engine of a run does not work on this machine; empty when it does."""
+    try:
+        check_engine(read_experiment(run_dir).rollout)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _said(error: RayError) -> str:
+    """What Ray says at the end of a page, or the error itself of a task of ours."""
+    cause = error.cause if isinstance(error, RayTaskError) else None
+    if cause is not None:
+        return f"{type(cause).__name__}: {cause}"
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 class ProcessActor:
     """Holds one process on its node."""
 
     def facts(self, run_dir: str) -> dict[str, Any]:
-        """What this node has: host, versions, devices, whether it sees the run folder."""
+        """What this node has: host, versions, devices, what it sees of the run, and its engine."""
+        folder = Path(run_dir)
+        sees = (folder / "run.json").is_file()
         return {
             "host": platform.node(),
             "address": get_node_ip_address(),
             "node": ray.get_runtime_context().get_node_id(),
             "versions": versions(),
             "devices": [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d],
-            "sees": (Path(run_dir) / "run.json").is_file(),
+            "sees": sees,
+            "unseen": unseen(folder) if sees else "",
+            "engine": engine_problem(folder) if sees else "",
         }
 
     def start(
@@ -89,7 +128,7 @@ class ProcessActor:
             which may have joined later, cannot take part.
         """
         facts = self.facts(run_dir)
-        if problem := unfit(facts, wanted, run_dir):
+        if problem := unfit(facts, wanted, run_dir, name):
             return 0, facts["node"], problem
         environment = dict(extra)
         if "PYTHONPATH" in environment:  # what Ray brought to this node is found there, too
@@ -138,6 +177,7 @@ class RayChild(Child):
         asks: str = "",
         gone: Callable[[], None] = lambda: None,
         patient: bool = False,
+        again: Callable[[], Any] | None = None,
     ) -> None:
         """Have an actor, placed or not, start the process.
 
@@ -150,10 +190,11 @@ class RayChild(Child):
             gone: called once when the process has ended.
             patient: on a node that cannot take part it waits until that node can, or is removed;
                 otherwise this is its error.
+            again: a new actor in the same place, for one that could not even be made there.
         """
         self._describe(name, run_dir)
         self._actor, self._asks, self._gone, self._patient = actor, asks, gone, patient
-        self._start = start
+        self._start, self._again = start, again
         self._made_s = time.monotonic()
         self._ask()
         self._end: Any = None
@@ -164,14 +205,27 @@ class RayChild(Child):
         self._started = self._actor.start.remote(self.name, *self._start, versions())
         self._asked_s = time.monotonic()
 
+    def _retry(self) -> None:
+        """Ask once more, an actor that sees what was mended: the last may not even live."""
+        if self._again is not None:
+            with suppress(RayError):
+                ray.kill(self._actor)
+            self._actor = self._again()
+        self._ask()
+
     def placed(self) -> bool:
         """Whether its actor has started the process; raises `RayError` when it cannot."""
         if self._end is None and ray.wait([self._started], timeout=0)[0]:
-            self.pid, self._node, self._refusal = ray.get(self._started)
+            try:
+                self.pid, self._node, self._refusal = ray.get(self._started)
+            except RayError as error:
+                if not (self._patient and _of_its_node(error)):
+                    raise
+                self._refusal = _said(error)
             if self.pid:
                 self._end = self._actor.ended.remote()
             elif self._patient and time.monotonic() - self._asked_s > PLACE_PATIENCE_S:
-                self._ask()
+                self._retry()
         return self._end is not None
 
     @property
@@ -199,8 +253,10 @@ class RayChild(Child):
             except RayTaskError as error:
                 cause = error.cause or error
                 code, self._error = 1, ProcessError(type(cause).__name__, str(cause))
-            except RayError:
+            except RayError as error:
                 code, self.place = -signal.SIGKILL, self._node
+                if not self._node:  # nothing was killed, it was never started
+                    self._error = ProcessError(type(error).__name__, _said(error))
             if code is not None:
                 self._over(code)
         return self._exit_code
@@ -241,6 +297,12 @@ class RayChild(Child):
     def _give_up(self) -> None:
         if self._exit_code is None:
             self._over(-signal.SIGKILL)
+
+
+def _of_its_node(error: RayError) -> bool:
+    """Whether a process was not started for want of something on its node, which can be mended."""
+    never_made = isinstance(error, RayActorError) and error.actor_init_failed
+    return never_made or isinstance(error, (RayTaskError, RuntimeEnvSetupError))
 
 
 def answer(reference: Any, deadline_s: float = ANSWER_S) -> Any:

@@ -172,4 +172,5 @@ def start_on_ray(
         gone=lambda: placement.free(plan.name),
         # `check_nodes` saw the first nodes; one that joins later must not end a run that is well.
         patient=kind_of(plan.name) == "worker",
+        again=lambda: placement.actor(plan.name),
     )

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from importlib import metadata
@@ -14,15 +15,15 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 from slipstream.buffer.errors import ConfigError
+from slipstream.configs import engines, ray_child
 from slipstream.configs import placement as placement_module
-from slipstream.configs import ray_child
 from slipstream.configs.load import load_table
 from slipstream.configs.placement import Placement, bundles, shortage
 from slipstream.configs.policy import failure_of
 from slipstream.configs.ray_child import RayChild, unfit
 from slipstream.configs.ray_code import runtime_environment
 from slipstream.configs.ray_launcher import _reachable, connect
-from slipstream.configs.run_dir import create_run_dir, read_run
+from slipstream.configs.run_dir import create_run_dir, read_run, update_run
 from slipstream.configs.schema import Experiment
 from slipstream.configs.scratch import Scratch, host_dir
 from slipstream.configs.specs import Launch, learner_spec
@@ -119,9 +120,11 @@ def test_ranks_on_several_hosts_write_weights_where_all_of_them_see_the_file(
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0})
-    (tmp_path / "run.json").write_text("{}")
-    for name in ("logs", "processes"):
-        (tmp_path / name).mkdir()
+    table = {"launcher": "ray", "learner": {"steps": 2}}
+    create_run_dir(load_table(table, name="placed"), tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    update_run(tmp_path, model_dir=str(tmp_path / "model"))
     yield made
     ray.shutdown()
     made.shutdown()
@@ -310,6 +313,45 @@ def test_a_worker_waits_on_a_node_that_cannot_take_part_and_a_rank_ends_with_its
     placement.remove()
 
 
+class Unmade:
+    """An actor whose node lacks what its module imports."""
+
+    def __init__(self) -> None:
+        raise ModuleNotFoundError("No module named 'pydantic'")
+
+    def start(self, *arguments: Any) -> None: ...
+
+
+def test_an_actor_that_cannot_be_made_is_a_node_that_cannot_take_part_until_it_can(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_child, "PLACE_PATIENCE_S", 2.0)
+    connect(cluster.address or "", tmp_path)
+    placement = Placement(experiment(1, worker_cpus=0.5, learner_cpus=0.5))
+    argv = [sys.executable, "-c", "print('up', flush=True); import time; time.sleep(600)"]
+    unmade, mended = ray.remote(Unmade).options(num_cpus=0), threading.Event()
+
+    def again() -> Any:
+        return placement.actor("worker-0") if mended.is_set() else unmade.remote()
+
+    rank, worker = (
+        RayChild(
+            name, tmp_path, again(), (argv, str(tmp_path), 1, {}), patient=patient, again=again
+        )
+        for name, patient in (("learner", False), ("worker-0", True))
+    )
+    wait_for(lambda: rank.poll() is not None, 30)
+    assert "No module named" in rank.why()
+    assert "SIGKILL" not in rank.why()
+    wait_for(lambda: "which cannot take part: " in worker.waits_for, 30)
+    assert "No module named" in worker.waits_for
+    assert worker.poll() is None
+    mended.set()
+    wait_for(lambda: worker.placed() and "up" in worker.log_tail(), 60)
+    worker.kill()
+    placement.remove()
+
+
 def live_groups() -> list[str]:
     """Ids of the placement groups that hold or want resources."""
     table = ray.util.placement_group_table()
@@ -360,13 +402,39 @@ def test_what_is_brought_to_nodes_is_the_installed_package_with_its_plug_ins(
             {"versions": {"ray": "1", "torch": "2"}},
             "node n has {'ray': '1'}, this one {'ray': '2'}",
         ),
+        ({"unseen": "/m/config.json"}, "node n does not see /m/config.json: put it on a file"),
+        ({"engine": "vLLM is not installed"}, "node n: vLLM is not installed"),
     ],
 )
 def test_a_node_that_joins_must_have_what_the_head_has(other: dict[str, Any], words: str) -> None:
-    facts = {"host": "n", "sees": True, "versions": {"ray": "2", "torch": "2"}} | other
-    told = unfit(facts, {"ray": "2", "torch": "2"}, "/runs/r")
+    facts = {"host": "n", "sees": True, "unseen": "", "engine": "",
+             "versions": {"ray": "2", "torch": "2"}} | other  # fmt: skip
+    told = unfit(facts, {"ray": "2", "torch": "2"}, "/runs/r", "worker-1")
     assert words in told
     assert bool(told) == bool(words)
+    rank = unfit(facts, {"ray": "2", "torch": "2"}, "/runs/r", "learner-1")
+    assert rank == ("" if "engine" in other else told), "an engine is its workers' alone"
+
+
+def test_a_node_tells_what_it_lacks_of_a_run_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text("def score(completion, prompt): return 1.0\n")
+    (tmp_path / "model").mkdir()
+    table = {"runs_dir": str(tmp_path), "learner": {"steps": 2}, "rollout": {"engine": "vllm"},
+             "reward": {"name": f"{tmp_path}/mine.py:score"}}  # fmt: skip
+    run_dir = create_run_dir(load_table(table, name="lacking"), None)
+    update_run(run_dir, model_dir=str(tmp_path / "model"))
+    assert ray_child.unseen(run_dir) == str(tmp_path / "model" / "config.json")
+    (tmp_path / "model" / "config.json").touch()
+    assert ray_child.unseen(run_dir) == ""
+    (tmp_path / "mine.py").unlink()
+    assert ray_child.unseen(run_dir) == str(tmp_path / "mine.py")
+    monkeypatch.setattr(engines, "version", lambda name: "")
+    told = ray_child.engine_problem(run_dir)
+    assert told.startswith('rollout.engine = "vllm" does not work: vLLM is not installed')
+    monkeypatch.setattr(ray_child, "version", lambda name: "")
+    assert ray_child.versions()["transformers"] == "missing"
 
 
 def wait_for_gpus(number: int) -> None:
