@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -108,10 +109,21 @@ def load_policy(model_dir: Path | str, dtype: str, seed: int | None) -> PreTrain
 
 
 def empty_model(model_dir: Path | str, dtype: str) -> PreTrainedModel:
-    """The policy's modules with uninitialised weights, for `assign_weights` (engines)."""
+    """The policy's modules with uninitialised weights, for `assign_weights` (engines), and the
+    folder's generation config: what ends its samples may be named there alone.
+
+    Raises:
+        ModelError: files are missing or unreadable, or the LM head is not supported.
+    """
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(load_config(model_dir), dtype=DTYPES[dtype])
     model.tie_weights()
+    path = Path(model_dir) / "generation_config.json"
+    if path.is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(str(model_dir))
+        except _READ_ERRORS as error:
+            raise ModelError(f"{path} cannot be read: {error}; save it again") from error
     return _checked(model)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..buffer.errors import ConfigError, CorruptData, SlipstreamError, TrainingFailed
 from ..kernels.models import (
@@ -232,8 +232,6 @@ def _write(run_dir: Path, checkpoint: Checkpoint, draft: Path, dtype: str) -> No
         _check_range(name, weight, dtype)
     assign_weights(model, weights)
     tokenizer = load_tokenizer(model_dir)
-    if (model_dir / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(model_dir))
     settings = model.generation_config
     if settings is not None:
         settings.eos_token_id = list(end_token_ids(model, tokenizer))

@@ -109,6 +109,7 @@ def test_weights_of_another_model_are_refused_and_change_nothing(model_dir):
         ("config.json", None, "config.json does not exist"),
         ("config.json", b"{", "config.json cannot be read"),
         ("config.json", b'{"model_type": "never_heard_of"}', "config.json cannot be read"),
+        ("generation_config.json", b"{", "generation_config.json cannot be read"),
         ("tokenizer.json", b"{", "no readable tokenizer"),
         ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}", "cannot be read"),
     ],
@@ -117,11 +118,12 @@ def test_a_broken_folder_is_named_with_its_file(model_dir, file, content, words)
     (model_dir / file).unlink(missing_ok=True)
     if content is not None:
         (model_dir / file).write_bytes(content)
-    load = (
-        load_tokenizer if "tokenizer" in file else lambda folder: load_policy(folder, "float32", 0)
-    )
+    loads = {
+        "tokenizer.json": load_tokenizer,
+        "generation_config.json": lambda folder: empty_model(folder, "float32"),
+    }
     with pytest.raises(ModelError, match=words):
-        load(model_dir)
+        loads.get(file, lambda folder: load_policy(folder, "float32", 0))(model_dir)
 
 
 def test_missing_tensors_and_missing_weights_are_refused(model_dir):

@@ -17,7 +17,7 @@ from slipstream.rollout.engines.linear import Linear
 from slipstream.rollout.engines.text import Detokeniser
 from slipstream.rollout.sampling import sample_key
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 DEADLINE_S = 60.0
 
@@ -88,6 +88,29 @@ async def test_greedy_equals_transformers_generate_for_any_lengths_and_arrivals(
         assert output.finish_reason == ("stop" if expected[-1] == tiny.end else "length")
         reference = tiny.logprobs(model, prompt, expected)
         np.testing.assert_allclose(output.behaviour_logprobs, reference, rtol=0, atol=1e-9)
+
+
+async def test_greedy_ends_where_generate_does_by_ids_of_generation_config_alone(tiny):
+    folder = tiny.folder("llama")
+    model = tiny.policy(folder, 1, torch.float64)
+    engine = tiny.engine(folder, dtype="float64")
+    await engine.load(tiny.publish(model, 0))
+    request = tiny.request([3, 4, 5], temperature=0.0, max_new_tokens=40)
+    plain = (await tiny.outputs(engine, [request]))["0"].token_ids.tolist()
+    second = plain[len(plain) // 2]
+    GenerationConfig(eos_token_id=[tiny.end, second]).save_pretrained(folder)
+
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    ids = torch.tensor([[3, 4, 5]])
+    expected = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40, pad_token_id=0
+    )[0, 3:].tolist()
+    assert len(expected) < len(plain)
+    engine = tiny.engine(folder, dtype="float64")
+    await engine.load(tiny.publish(model, 0))
+    output = (await tiny.outputs(engine, [request]))["0"]
+    assert output.token_ids.tolist() == expected
+    assert output.finish_reason == "stop"
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("float64", 1e-9)])
