@@ -90,6 +90,10 @@ class SamplingConfig(Settings):
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     stop: tuple[str, ...] = ()
+    """Texts that end an answer and are cut off it; one may also be a special token."""
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Ids that end an answer, besides the end tokens of the tokenizer and `generation_config.json`.
+    """
 
     def params(self) -> SamplingParams:
         """The same as the record that travels with each sample."""

@@ -160,7 +160,7 @@ class Decoder:
             if reason := self._limits.refusal(request):
                 errors.append(unstarted(request, reason))
             else:
-                self._waiting.add(request)
+                self._waiting.add(self._detokeniser.with_stop_ids(request))
         return errors
 
     def drop(self, request_ids: set[str]) -> None:

@@ -46,8 +46,12 @@ class Limits(NamedTuple):
             return f"temperature is {law.temperature}, at least 0 is needed"
         if not all(law.stop):
             return "a stop string is empty"
-        if any(not 0 <= token < self.vocabulary for token, _ in law.logit_bias):
-            return f"logit_bias names a token id outside 0 to {self.vocabulary - 1}"
+        for key, ids in (
+            ("logit_bias", [token for token, _ in law.logit_bias]),
+            ("stop_token_ids", law.stop_token_ids),
+        ):
+            if any(not 0 <= token < self.vocabulary for token in ids):
+                return f"{key} names a token id outside 0 to {self.vocabulary - 1}"
         parts = np.array([len(prompt), self.budget(request)])
         tokens = int(self.shape.in_pages(parts).sum())
         if tokens > self.most_tokens:

@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+
+from ..engine import GenerationRequest
 
 _TOKENS_PER_CHARACTER = 4
 """A byte-level tokenizer may spend so many tokens on one character of a stop string."""
@@ -16,6 +19,16 @@ class Detokeniser:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        self._special = {str(token): token_id for token_id, token in added if token.special}
+
+    def with_stop_ids(self, request: GenerationRequest) -> GenerationRequest:
+        """The request, with the ids of stop strings that are special tokens: no text holds them."""
+        law = request.sampling
+        if not (ids := [self._special[string] for string in law.stop if string in self._special]):
+            return request
+        law = msgspec.structs.replace(law, stop_token_ids=(*law.stop_token_ids, *ids))
+        return msgspec.structs.replace(request, sampling=law)
 
     def text(self, token_ids: np.ndarray) -> str:
         """The tokens as text, special tokens left out."""

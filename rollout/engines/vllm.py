@@ -403,6 +403,7 @@ class VllmEngine:
         """One sample from its request to its output, whatever happens to it."""
         if reason := self._samples.impossible(request):
             return unstarted(request, reason)
+        request = self._samples.with_stop_ids(request)
         if len(self._tasks) == 1 or not self._counts.running:
             self._counts.touch()  # the clock of an engine that had nothing to do
         arrived_s, last = time.time(), None

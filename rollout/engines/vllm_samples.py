@@ -34,6 +34,7 @@ class Samples:
         """Of a model with so many token ids; prompt and answer have `context` tokens at most.
         `speculates`: with drafts whose law is not proved."""
         self._detokeniser = Detokeniser(tokenizer)
+        self.with_stop_ids = self._detokeniser.with_stop_ids
         self._end_token_ids = tuple(end_token_ids)
         self._context, self._vocabulary, self.speculates = context, vocabulary, speculates
 

@@ -505,9 +505,10 @@ async def test_impossible_requests_are_answered_with_the_numbers_and_do_not_dist
             tiny.request([3, 4], 10, temperature=-0.5),
             tiny.request([3, 4], 11, temperature=float("nan")),
             tiny.request([3, 4], 12, stop=("ab", "")),
+            tiny.request([3, 4], 13, stop_token_ids=(64,)),
         ],
     )
-    reasons = [outputs[str(i)].error for i in range(13)]
+    reasons = [outputs[str(i)].error for i in range(14)]
     assert "no tokens" in reasons[0]
     assert "300 tokens" in reasons[1]
     assert "256" in reasons[2]
@@ -520,6 +521,7 @@ async def test_impossible_requests_are_answered_with_the_numbers_and_do_not_dist
     assert "temperature is -0.5" in reasons[10]
     assert "temperature is nan" in reasons[11]
     assert "stop string is empty" in reasons[12]
+    assert "stop_token_ids names a token id outside 0 to 63" in reasons[13]
     alone = (await tiny.outputs(engine, [tiny.request([3, 4], 6)]))["6"]
     assert alone.token_ids.tolist() == outputs["6"].token_ids.tolist()
     assert 1 <= len(outputs["7"].token_ids) <= 6  # as many as the context of 256 leaves
@@ -567,6 +569,23 @@ async def test_stop_strings_end_a_sample_even_across_token_borders(tiny):
         output = (await tiny.outputs(engine, [by_id]))[str(i)]
         assert output.token_ids[-1] in (token, 1)
         assert len(output.text) == len(output.token_ids) - 1
+
+
+async def test_a_stop_string_that_is_a_special_token_ends_a_sample_where_it_is_written(tiny):
+    folder = tiny.folder("llama")
+    engine = tiny.engine(folder)
+    await engine.load(tiny.publish(tiny.policy(folder, 9), 0))
+    plain = await tiny.outputs(engine, [tiny.request([9, 9, i], i) for i in range(2, 34)])
+    written = {name: output.token_ids.tolist() for name, output in plain.items()}
+    stops = {"stop": ("never", "<start>")}
+    output = await tiny.outputs(engine, [tiny.request([9, 9, i], i, **stops) for i in range(2, 34)])
+    assert sum(1 in tokens for tokens in written.values()) > 4
+    for name, tokens in written.items():
+        end = tokens.index(1) + 1 if 1 in tokens else len(tokens)
+        assert output[name].token_ids.tolist() == tokens[:end]
+        if 1 in tokens:
+            assert output[name].finish_reason == "stop"
+            assert len(output[name].text) == end - 1
 
 
 def byte_tokenizer():
