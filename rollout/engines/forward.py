@@ -238,6 +238,14 @@ def _check_architecture(model: PreTrainedModel) -> None:
             f"the native engine does not support {name} with layers of {sorted(kinds)}: only full "
             "attention"
         )
+    window, context = getattr(config, "sliding_window", None), config.max_position_embeddings
+    slides = getattr(config, "use_sliding_window", True) and not getattr(config, "layer_types", 0)
+    if slides and window and window < context:  # Mistral: all layers, and none says so
+        raise ConfigError(
+            f"the native engine does not support {name} with sliding_window = {window}: only full "
+            f"attention. In config.json, set max_position_embeddings (now {context}) to at most "
+            f"{window}: samples that short see no difference"
+        )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in _GROWING_ROPE:
         raise ConfigError(

@@ -28,6 +28,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
+    MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -41,6 +42,7 @@ CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 +-=.,?!ABCDEFGHIJKLMNOPQR"
 
 _CONFIGS = {
     "llama": (LlamaConfig, {"tie_word_embeddings": True}),
+    "mistral": (MistralConfig, {}),
     "qwen2": (Qwen2Config, {"tie_word_embeddings": False}),
     "qwen3": (Qwen3Config, {"tie_word_embeddings": True}),
     "moe": (Qwen3MoeConfig, {}),

@@ -49,6 +49,7 @@ ROPES = {
     ("family", "changes"),
     [
         ("llama", {}),
+        ("mistral", {"sliding_window": None}),
         ("qwen2", {}),
         ("qwen3", {}),
         ("smollm3", {"num_hidden_layers": 4}),  # each fourth layer does not rotate
@@ -687,6 +688,11 @@ async def test_an_architecture_the_forward_would_compute_wrongly_is_refused(tiny
     folder = tiny.folder("qwen3", use_sliding_window=True, sliding_window=8, max_window_layers=0)
     with pytest.raises(ConfigError, match="sliding"):
         tiny.engine(folder)
+    tiny.engine(tiny.folder("mistral", sliding_window=256))  # the whole context
+    with pytest.raises(
+        ConfigError, match=r"sliding_window = 255.*\(now 256"
+    ):
+        tiny.engine(tiny.folder("mistral", sliding_window=255))
     folder = tiny.folder("moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     with pytest.raises(ConfigError, match="SparseMoeBlock has no act_fn"):
         tiny.engine(folder)
