@@ -117,7 +117,8 @@ class SpeculationConfig(Settings):
     max_depth: Annotated[int, Field(ge=1, le=64)] = 12
     """Most tokens guessed for a sample in one step; how many pay is measured as the run goes."""
     history_tokens: Annotated[int, Field(ge=0)] = 200_000
-    """`siblings`: tokens of finished samples that an engine remembers, some 1 kB each."""
+    """`siblings`: tokens of prompts and finished samples that an engine remembers, some 1 kB each.
+    """
 
 
 class SizingConfig(Settings):

@@ -262,7 +262,8 @@ class SiblingsDrafter(LookupDrafter):
     """
 
     def __init__(self, history_tokens: int) -> None:
-        """Keep at most `history_tokens`; the prompts seen longest ago are forgotten first."""
+        """Keep at most `history_tokens`, prompts counted, too; those seen longest ago are forgotten
+        first."""
         super().__init__()
         self._limit, self.num_tokens, self._to_read = history_tokens, 0, 0
         self._past: OrderedDict[tuple[int, ...], _Past] = OrderedDict()
@@ -280,8 +281,7 @@ class SiblingsDrafter(LookupDrafter):
                 past.unread.append((reader, rest))
         past.num_tokens += len(written)
         self.num_tokens += len(written)
-        while self.num_tokens > self._limit:
-            self.num_tokens -= self._past.popitem(last=False)[1].num_tokens
+        self._forget_oldest()
 
     def propose(self, asked: Sequence[Asked]) -> list[Draft]:
         """See `Drafter`."""
@@ -289,7 +289,9 @@ class SiblingsDrafter(LookupDrafter):
         return super().propose(asked)
 
     def _open(self, prompt: tuple[int, ...]) -> _Reader:
-        return _begin(self._of(prompt), prompt)
+        reader = _begin(self._of(prompt), prompt)
+        self._forget_oldest()
+        return reader
 
     def _catch_up(self, past: _Past) -> None:
         while past.unread and self._to_read > 0:
@@ -301,6 +303,13 @@ class SiblingsDrafter(LookupDrafter):
             self._to_read -= len(tokens) - len(left)
 
     def _of(self, prompt: tuple[int, ...]) -> _Past:
-        past = self._past.setdefault(prompt, _Past())
+        if prompt not in self._past:
+            self._past[prompt] = _Past()
+            self._past[prompt].num_tokens = len(prompt)
+            self.num_tokens += len(prompt)
         self._past.move_to_end(prompt)
-        return past
+        return self._past[prompt]
+
+    def _forget_oldest(self) -> None:
+        while self.num_tokens > self._limit:
+            self.num_tokens -= self._past.popitem(last=False)[1].num_tokens

@@ -689,9 +689,7 @@ async def test_an_architecture_the_forward_would_compute_wrongly_is_refused(tiny
     with pytest.raises(ConfigError, match="sliding"):
         tiny.engine(folder)
     tiny.engine(tiny.folder("mistral", sliding_window=256))  # the whole context
-    with pytest.raises(
-        ConfigError, match=r"sliding_window = 255.*\(now 256"
-    ):
+    with pytest.raises(ConfigError, match=r"sliding_window = 255.*\(now 256"):
         tiny.engine(tiny.folder("mistral", sliding_window=255))
     folder = tiny.folder("moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     with pytest.raises(ConfigError, match="SparseMoeBlock has no act_fn"):

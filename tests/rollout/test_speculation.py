@@ -209,11 +209,28 @@ def test_a_drafter_proposes_what_most_often_followed_the_longest_known_context()
 
 
 def test_history_keeps_to_its_bound_and_forgets_the_oldest_prompt():
-    drafter = SiblingsDrafter(100)
+    drafter = SiblingsDrafter(110)
     for prompt in range(50):
         drafter.finish("x", (prompt,), np.arange(10))
-        assert drafter.num_tokens <= 100
+        assert drafter.num_tokens <= 110
     assert list(drafter._past) == [(prompt,) for prompt in range(40, 50)]
+
+
+def test_prompts_count_in_the_history_from_when_they_are_read():
+    """An automaton has at most two states for each of its tokens, and its start."""
+    drafter, random = SiblingsDrafter(1000), np.random.default_rng(0)
+    for name in map(str, range(20)):
+        prompt = tuple(random.integers(0, 50, 300).tolist())
+        drafter.propose([asked(name, prompt, [1, 2], 4)])
+        kept = drafter._past.values()
+        assert sum(len(past.automaton) - 1 for past in kept) <= 2 * 1000
+        drafter.finish(name, prompt, np.arange(10))
+        assert drafter.num_tokens == sum(past.num_tokens for past in kept) <= 1000
+    assert len(drafter._past) == 3  # of 310
+    huge = tuple(range(2000))
+    drafter.propose([asked("huge", huge, [1, 2], 4)])
+    drafter.finish("huge", huge, np.arange(10))
+    assert (drafter.num_tokens, len(drafter._past)) == (0, 0)
 
 
 @pytest.mark.parametrize("drafter", ["siblings", "lookup", "model"])
