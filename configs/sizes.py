@@ -180,9 +180,8 @@ def _kv_cache(experiment: Experiment, token_bytes: int) -> Cost:
         experiment: whose engine sets it aside, or fills it.
         token_bytes: of one token's keys and values.
     """
-    rollout = experiment.rollout
+    rollout, again = experiment.rollout, 2 if experiment.eval.enabled else 1
     if rollout.engine == "vllm":
-        again = 2 if experiment.eval.enabled else 1
         return Cost(
             int(again * rollout.vllm.kv_cache_gib * 2**30),
             f"rollout.vllm.kv_cache_gib{', again for evaluations' if again == 2 else ''}; on GPUs "
@@ -195,9 +194,10 @@ def _kv_cache(experiment: Experiment, token_bytes: int) -> Cost:
     if rollout.kv_memory_mb:
         cache = min(cache, rollout.kv_memory_mb << 20)
     return Cost(
-        cache,
+        again * cache,
         f"at most, answers only: {rows} rows x {new_tokens} tokens"
-        f"{', twice: turns that ended are kept' if kept == 2 else ''}; prompts come on top",
+        f"{', twice: turns that ended are kept' if kept == 2 else ''}"
+        f"{', again for evaluations' if again == 2 else ''}; prompts come on top",
         counts=False,
     )
 

@@ -6,6 +6,7 @@ weights take effect at a token boundary, and the event loop stays free while tok
 """
 
 import asyncio
+import errno
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -75,7 +76,7 @@ class NativeEngine:
         Raises:
             ConfigError: the folder cannot be used, or its architecture is not supported.
         """
-        self.engine_id = engine_id
+        self.engine_id, self._kv_memory_mb = engine_id, kv_memory_mb
         self._threads = threads
         try:
             model, tokenizer = empty_model(model_dir, dtype), load_tokenizer(model_dir)
@@ -243,6 +244,9 @@ class NativeEngine:
 
     def _obituary(self) -> str:
         why = f"failed: {self._failure!r}" if self._failure else "is closed"
+        if self._failure and _is_no_memory(self._failure):
+            now = f"{self._kv_memory_mb}" if self._kv_memory_mb else "0: no bound"
+            why += f"; with a lower rollout.kv_memory_mb (now {now}) samples wait for memory"
         return f"engine {self.engine_id} {why}"
 
     # Below: what runs in the engine's thread.
@@ -314,6 +318,13 @@ class NativeEngine:
     def _stop(self) -> None:
         self._closing = True
         self._deliver(self._decoder.abort())
+
+
+def _is_no_memory(error: Exception) -> bool:
+    """Of Python, of numpy, of `mmap` or, by its words, of torch."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
 def _draft_model(config: SpeculationConfig, policy: PreTrainedModel) -> DraftModel:

@@ -152,7 +152,10 @@ def test_memory_is_counted_once_and_grows_with_what_it_is_made_of():
     costs = {what: cost.num_bytes for what, cost in priced.items()}
     assert costs["weights"] == 4 * size.num_parameters
     assert costs["mailbox"] == MAILBOX_VERSIONS * costs["weights"]
-    assert costs["KV cache of a worker"] == 16 * 256 * size.kv_elements_per_token * 4
+    alone = load_table({}, [*FITTING, "eval.enabled=false"]).experiment
+    for asked, engines in ((load_table({}, FITTING).experiment, 2), (alone, 1)):
+        cache = memory_costs(asked, size)["KV cache of a worker"].num_bytes
+        assert cache == engines * 16 * 256 * size.kv_elements_per_token * 4
     double = load_table({}, [*FITTING, "dtype=float64"]).experiment
     assert memory_costs(double, size)["weights"].num_bytes == 2 * costs["weights"]
 

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import heapq
 import sys
-from mmap import PAGESIZE
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
 from pathlib import Path
 
 import numpy as np
@@ -276,6 +276,25 @@ async def test_a_sample_that_could_not_end_alone_is_refused_with_the_numbers(tin
     assert f"allows {most}" in outputs["0"].error
     assert "rollout.kv_memory_mb" in outputs["0"].error
     assert outputs["1"].error == ""
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: torch.empty(1 << 60),
+        lambda: mmap(-1, 1 << 60, MAP_PRIVATE | MAP_ANONYMOUS),
+        lambda: np.empty(1 << 50),
+    ],
+    ids=["torch", "mmap", "numpy"],
+)
+async def test_an_engine_that_gets_no_memory_ends_with_the_key_that_bounds_it(
+    tiny, monkeypatch, allocate
+):
+    engine = tiny.engine(tiny.folder("llama"))
+    await engine.load(tiny.publish(tiny.policy(tiny.root / "llama", 3), 0))
+    monkeypatch.setattr(decoder_module.Decoder, "step", lambda self: allocate())
+    with pytest.raises(RuntimeError, match=r"lower rollout\.kv_memory_mb \(now 0: no bound\)"):
+        await tiny.outputs(engine, [tiny.request([3, 4])])
 
 
 async def test_turns_of_conversations_share_and_keep_within_the_bound(tiny, shared):
