@@ -343,7 +343,8 @@ class Decoder:
             zeros = [] if shared else shape.zeros(len(token_ids))
             row = shared.goes_on(token_ids, shape) if shared else PromptKeys(token_ids, zeros, 0)
             rows.append(row)
-            if sum(row.num_left for row in rows) >= _PREFILL_TOKENS or slot + 1 == self.running:
+            # What counts is what they hold: with a shared prompt each has a copy for now.
+            if sum(map(len, rows)) >= _PREFILL_TOKENS or slot + 1 == self.running:
                 self._fill_whole(rows)
                 for at, row in enumerate(rows, slot + 1 - len(rows)):
                     self._cache.put(slice(at, at + 1), row.layers, self._slots.used[at]["begin"])

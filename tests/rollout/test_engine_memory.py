@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from slipstream.buffer.records import Version
+from slipstream.kernels.models import policy_weights
 from slipstream.rollout.engines import decoder as decoder_module
 from slipstream.rollout.engines.kv_cache import KvShape, RaggedCache
 from slipstream.rollout.engines.memory import Lengths, peak_tokens
@@ -137,6 +139,34 @@ async def test_a_shared_prompt_is_computed_once_and_read_as_if_each_row_held_it(
     decoder_module._SHARED_BYTES = 1 << 60
     for name, output in (await tiny.outputs(copied, requests)).items():
         assert output.token_ids.tolist() == outputs[name].token_ids.tolist()
+
+
+@pytest.mark.parametrize("kv", ["keep", "recompute"])
+async def test_a_swap_computes_nothing_or_few_rows_at_a_time(tiny, kv, shared, monkeypatch):
+    """8 rows of 60 tokens of prompt, the same for all, and 4 more."""
+    monkeypatch.setattr(decoder_module, "_PREFILL_TOKENS", 150)
+    folder = tiny.folder("llama")
+    models = [tiny.policy(folder, seed, torch.float64) for seed in (20, 21)]
+    batch, held = tiny.batch(folder, models[0], kv=kv), []
+    batch.submit([tiny.request(range(2, 62), i, logit_bias=NEVER_ENDS) for i in range(8)])
+    with torch.inference_mode():
+        for _ in range(4):
+            batch.step()
+        assert set(batch._slots.lengths) == {64}
+        weights, fill = batch.prepare(policy_weights(models[1])), batch._fill_whole
+
+        def watched(prompts):
+            held.append(sum(map(len, prompts)))
+            fill(prompts)
+
+        monkeypatch.setattr(batch, "_fill_whole", watched)
+        computed, layers = [], batch._forward._layers
+        monkeypatch.setattr(
+            batch._forward, "_layers", lambda *given: computed.append(given) or layers(*given)
+        )
+        batch.swap(Version(branch=0, step=1, digest="1" * 32), weights)
+    assert held == ([] if kv == "keep" else [60, 192, 192, 128])  # the prompt; 3, 3 and 2 rows
+    assert bool(computed) == (kv == "recompute")
 
 
 @pytest.mark.parametrize("kv", ["keep", "recompute"])
