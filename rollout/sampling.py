@@ -8,7 +8,7 @@ Shape suffixes: B rows, V vocabulary, K tokens of a row sorted by descending log
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,20 +144,19 @@ def sample(
             f"logits {tuple(logits_BV.shape)}, uniforms {uniforms_B.shape} and laws "
             f"{laws.temperature_B.shape} must have one row each per sample"
         )
-    at_once = max(1, _BLOCK_LOGITS // logits_BV.shape[1])
-    if rows <= at_once:
-        return _sample_block(logits_BV, laws, uniforms_B, ratio_law)
-    blocks = [slice(i, min(i + at_once, rows)) for i in range(0, rows, at_once)]
-    return _merge(
-        rows,
-        [
-            (
-                np.arange(b.start, b.stop),
-                _sample_block(logits_BV[b], laws[b], uniforms_B[b], ratio_law),
-            )
-            for b in blocks
-        ],
+    return _by_blocks(
+        logits_BV, lambda b: _sample_block(logits_BV[b], laws[b], uniforms_B[b], ratio_law)
     )
+
+
+def _by_blocks(logits_BV: Tensor, draw: Callable[[slice], Draws]) -> Draws:
+    """Draw some rows after others: see `_BLOCK_LOGITS`."""
+    rows, vocabulary = logits_BV.shape
+    at_once = max(1, _BLOCK_LOGITS // vocabulary)
+    if rows <= at_once:
+        return draw(slice(rows))
+    blocks = [slice(i, min(i + at_once, rows)) for i in range(0, rows, at_once)]
+    return _merge(rows, [(np.arange(b.start, b.stop), draw(b)) for b in blocks])
 
 
 def verify(
@@ -182,6 +181,24 @@ def verify(
         ratio_law: as in `sample`.
     Source: Leviathan et al. (arXiv:2211.17192), algorithm 1.
     """
+    return _by_blocks(
+        logits_BV,
+        lambda b: _verify_block(
+            logits_BV[b], laws[b], uniforms_B[b], drafts_B[b], draft_laws_BV[b], accept_B[b],
+            ratio_law,
+        ),
+    )  # fmt: skip
+
+
+def _verify_block(
+    logits_BV: Tensor,
+    laws: RowLaws,
+    uniforms_B: np.ndarray,
+    drafts_B: np.ndarray,
+    draft_laws_BV: Tensor,
+    accept_B: np.ndarray,
+    ratio_law: RatioLaw,
+) -> Draws:
     weights_BV = _weights(logits_BV, laws.temperature_B).double()
     kept_BV = _kept_everywhere(weights_BV, laws)
     total_B1, kept_mass_B1 = weights_BV.sum(-1, True), (weights_BV * kept_BV).sum(-1, True)
@@ -208,11 +225,16 @@ def verify(
 
 
 def _kept_everywhere(weights_BV: Tensor, laws: RowLaws) -> Tensor:
-    """[B, V] bool: which tokens a law may draw."""
-    top_BV, ids_BV = weights_BV.sort(dim=-1, descending=True, stable=True)
-    kept_BV = _kept(top_BV, weights_BV.sum(-1, True), laws)
-    kept_BV[:, 1:] &= torch.from_numpy(laws.temperature_B > 0.0)[:, None]
-    return torch.zeros_like(kept_BV).scatter_(-1, ids_BV, kept_BV)
+    """[B, V] bool: which tokens a law may draw. Rows are sorted only where it removes some."""
+    kept_BV = torch.ones(weights_BV.shape, dtype=torch.bool)
+    cut = np.flatnonzero(laws.truncates_B | (laws.temperature_B == 0.0))
+    if len(cut):
+        laws, weights_BV = laws[cut], weights_BV[cut]
+        top_BV, ids_BV = weights_BV.sort(dim=-1, descending=True, stable=True)
+        sorted_BV = _kept(top_BV, weights_BV.sum(-1, True), laws)
+        sorted_BV[:, 1:] &= torch.from_numpy(laws.temperature_B > 0.0)[:, None]
+        kept_BV[cut] = torch.zeros_like(sorted_BV).scatter_(-1, ids_BV, sorted_BV)
+    return kept_BV
 
 
 def probabilities(logits_BV: Tensor, laws: RowLaws) -> Tensor:

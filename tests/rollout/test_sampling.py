@@ -9,8 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slipstream.buffer.records import SamplingParams
+from slipstream.rollout import sampling
 from slipstream.rollout.config import RatioLaw
-from slipstream.rollout.sampling import Draws, RowLaws, sample, sample_key, uniform
+from slipstream.rollout.sampling import (
+    Draws,
+    RowLaws,
+    probabilities,
+    sample,
+    sample_key,
+    uniform,
+    verify,
+)
 
 # Probabilities .4 .3 .2 .1 of ids 0 .. 3: cumulative .4 .7 .9 1.
 FOUR = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
@@ -171,6 +180,35 @@ def test_a_row_draws_the_same_alone_and_in_any_batch(dtype, vocabulary):
             kept = together.kept_ids.get(row)
             assert (kept is None) == (not law.truncates)
             assert kept is None or np.array_equal(kept, alone.kept_ids[0])
+
+
+@pytest.mark.parametrize("vocabulary", [6, 700])
+def test_a_drafts_verification_is_the_same_alone_and_in_blocks_of_any_batch(
+    vocabulary, monkeypatch
+):
+    """And the law of a row that keeps all is the one that sorting it would give."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(len(LAWS), vocabulary, generator=generator, dtype=torch.float64) * 2
+    laws, drafts = laws_of(LAWS), np.arange(len(LAWS)) % vocabulary
+    q = probabilities(logits.flip(0), laws_of([SamplingParams()] * len(LAWS)))
+    uniforms, accept = uniform(99, np.arange(len(LAWS))), uniform(98, np.arange(len(LAWS)))
+    given = (logits, laws, uniforms, drafts, q, accept)
+    together, shares = verify(*given, "kept_set"), probabilities(logits, laws)
+    monkeypatch.setattr(sampling, "_BLOCK_LOGITS", 2 * vocabulary)
+    in_blocks = verify(*given, "kept_set")
+    for row, law in enumerate(LAWS):
+        one = slice(row, row + 1)
+        alone = verify(*(of[one] for of in given), "kept_set")
+        for other in (together, in_blocks):
+            assert alone.token_ids_B[0] == other.token_ids_B[row]
+            assert alone.logprobs_B[0] == other.logprobs_B[row]
+            assert alone.removed_mass_B[0] == other.removed_mass_B[row]
+            assert (row in other.kept_ids) == law.truncates
+            assert not law.truncates or np.array_equal(other.kept_ids[row], alone.kept_ids[0])
+        assert torch.equal(probabilities(logits[one], laws[one])[0], shares[row])
+        if not law.truncates and law.temperature:
+            sorts = laws_of([SamplingParams(temperature=law.temperature, top_k=vocabulary)])
+            assert torch.equal(probabilities(logits[one], sorts)[0], shares[row])
 
 
 def kept_by_definition(probabilities: np.ndarray, law: SamplingParams) -> np.ndarray:
