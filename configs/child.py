@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -17,6 +19,9 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 """Read once when the libraries load; without a bound each process would take every core."""
 
 LOG_TAIL_BYTES = 4096
+AT_ONCE = 64
+
+T = TypeVar("T")
 
 
 class ProcessError(msgspec.Struct, frozen=True):
@@ -156,6 +161,18 @@ class Child:
         except OSError:
             return ""
         return "\n".join(f"    {line}" for line in text.rstrip().splitlines()[-lines:])
+
+
+def at_once(do: Callable[[Child], T], children: Iterable[Child]) -> list[T]:
+    """Do the same to several processes in the time of the slowest: one on a node that is cut off
+    answers only by a deadline."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(do, children))
+
+
+def kill_all(children: Iterable[Child]) -> None:
+    """`Child.kill` of several processes at once."""
+    at_once(lambda child: child.kill(), children)
 
 
 def module_argv(module: str, spec_path: Path) -> list[str]:

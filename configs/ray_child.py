@@ -277,10 +277,17 @@ class RayChild(Child):
             ray.kill(self._actor)
         self._gone()
 
-    def send(self, number: signal.Signals) -> bool:
-        """As `Child.send`; what has no place yet has nothing to end."""
+    def terminate(self) -> None:
+        """As `Child.terminate`, without waiting for the actor: others are asked meanwhile.
+        What has no place yet has nothing to end."""
         if self.poll() is not None or not self.placed():
             self._give_up()
+        else:
+            self._actor.send.remote(int(signal.SIGTERM))
+
+    def send(self, number: signal.Signals) -> bool:
+        """As `Child.send`."""
+        if self.poll() is not None or not self.placed():
             return False
         with suppress(SlipstreamError):
             return bool(answer(self._actor.send.remote(int(number))))

@@ -11,7 +11,7 @@ from rich.console import Console
 from ..buffer.errors import ConfigError, SlipstreamError
 from ..learner.checkpoint import complete_folders
 from .audit import audit_run
-from .child import Child
+from .child import Child, kill_all
 from .closing import print_closing, resume_line
 from .doctor import Doctor
 from .engines import check_engine
@@ -210,8 +210,7 @@ def _start_and_follow(launch: Launch, reporter: Reporter, stop: StopRequests) ->
             restarts = launch.experiment.cluster.restarts
             return Supervisor(children, around, stop, restarts=restarts).run()
         finally:
-            for child in children.values():  # a start that failed halfway
-                child.kill()
+            kill_all(children.values())  # a start that failed halfway
             around.observer.stop()
             if (measured := around.measure()) is not None:
                 _say(reporter.console, launch, measured.line(around.workers))

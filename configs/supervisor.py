@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Literal, Protocol
 
-from .child import Child
+from .child import Child, at_once, kill_all
 from .doctor import Stall, dump_stacks
 from .policy import NO_SPACE, Budget, failure_of, kind_of, rule_for
 
@@ -188,8 +188,7 @@ class Supervisor:
             self._end_gracefully(ended.outcome)
             return ended.outcome
         finally:
-            for child in self._children.values():
-                child.kill()
+            kill_all(self._children.values())
 
     def _follow(self) -> None:
         """The happy path; anything else raises `_Ended`."""
@@ -226,8 +225,8 @@ class Supervisor:
             raise _Ended(Outcome(status="interrupted", reason="stopped on request"))
         if self._closing:
             return  # all is trained and evaluated; what a process loses now nobody needs
-        for stall in self._around.stalled(self._children):
-            self._end_stalled(stall)
+        if stalls := self._around.stalled(self._children):
+            self._end_stalled(stalls)
         ended = [child for child in self._children.values() if self._ended_badly(child)]
         if ended:
             self._recover(min(ended, key=_blame))
@@ -240,13 +239,15 @@ class Supervisor:
         done = code == 0 and kind_of(child.name) in ("learner", "feeder")
         return code is not None and not done and child.name not in self._leaving
 
-    def _end_stalled(self, stall: Stall) -> None:
-        """Show the chain of waits and the stacks of a hung process, then kill it."""
-        child = self._children[stall.name]
+    def _end_stalled(self, stalls: list[Stall]) -> None:
+        """Show the chain of waits and the stacks of hung processes, then kill them."""
         self._around.say(f"stalled: {self._around.chain()}")
-        self._around.say(f"{stall.name} (pid {child.pid}) {stall.why}; {dump_stacks(child)}")
-        self._stalled[stall.name] = f"hung: {stall.why}"
-        child.kill()
+        children = [self._children[stall.name] for stall in stalls]
+        dumped = at_once(dump_stacks, children)
+        for stall, child, stacks in zip(stalls, children, dumped, strict=True):
+            self._around.say(f"{stall.name} (pid {child.pid}) {stall.why}; {stacks}")
+            self._stalled[stall.name] = f"hung: {stall.why}"
+        kill_all(children)
 
     def _recover(self, child: Child) -> None:
         """Do what the policy says of a process that failed.
@@ -322,8 +323,7 @@ class Supervisor:
             if time.monotonic() > end or self._stop.count >= 2:
                 break
             time.sleep(POLL_S)
-        for child in children:
-            child.kill()
+        kill_all(children)
 
 
 def _number(name: str) -> int:

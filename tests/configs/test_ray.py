@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -153,7 +154,12 @@ def test_a_process_on_a_node_is_signalled_and_ends_as_a_local_one(
     assert "was killed by SIGKILL" in child.why()
 
     child = start()
-    child.terminate()
+    actor = psutil.Process(child.pid).ppid()
+    os.kill(actor, signal.SIGSTOP)
+    began = time.monotonic()
+    child.terminate()  # does not wait for an actor that is cut off
+    assert time.monotonic() - began < 5
+    os.kill(actor, signal.SIGCONT)
     assert child.wait(10) == -signal.SIGTERM
 
     child = start()

@@ -460,6 +460,28 @@ def test_a_second_ctrl_c_kills_at_once(start: Start, run_dir: Path) -> None:
     assert time.monotonic() - began < 1.5
 
 
+def test_processes_that_can_be_ended_only_by_a_deadline_are_ended_in_the_time_of_one(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Far(Child):
+        """On a node that does not answer."""
+
+        def kill(self) -> None:
+            if self.poll() is None:
+                time.sleep(2.0)
+            super().kill()
+
+    children = start(**{f"worker_{n}": FOREVER for n in range(8)})
+    for number in range(8):
+        children[f"worker-{number}"].__class__ = Far
+        monkeypatch.setattr(children[f"worker-{number}"], "terminate", lambda: None)
+    began = time.monotonic()
+    os.kill(children["learner"].pid, signal.SIGKILL)
+    supervise(children)
+    assert 2.0 < time.monotonic() - began < 12.0, "not eight times 2 s"
+    assert all(child.poll() is not None for child in children.values())
+
+
 def test_a_process_deaf_to_sigterm_is_killed_at_its_deadline(start: Start, run_dir: Path) -> None:
     children = start(worker_0=IGNORE_SIGTERM + SAY_READY + FOREVER, learner=DONE, feeder=DONE)
     wait_for((run_dir / "ready").exists)
