@@ -238,6 +238,24 @@ def test_a_worker_for_which_there_is_no_room_starts_when_a_node_joins_and_gives_
     wait_for(lambda: not live_groups(), 10)
 
 
+def test_under_shared_placement_a_rank_and_its_worker_see_the_same_device(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    cluster.add_node(num_cpus=2, num_gpus=2)
+    cluster.wait_for_nodes()
+    connect(cluster.address or "", tmp_path)
+    shared = experiment(
+        2, placement="shared", learner_ranks=2, learner_gpus=0.6, worker_gpus=0.4,
+        learner_cpus=0.5, worker_cpus=0.5,
+    )  # fmt: skip
+    placement = Placement(shared)
+    facts = placement.check_nodes(tmp_path)
+    seen = [(each["node"], each["devices"]) for each in facts]
+    assert seen[:2] == seen[2:]
+    assert sorted(devices for _, devices in seen[:2]) == [["0"], ["1"]]
+    placement.remove()
+
+
 def test_a_run_that_began_goes_on_with_the_workers_for_which_there_is_room(
     cluster: Cluster, tmp_path: Path
 ) -> None:
