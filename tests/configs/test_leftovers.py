@@ -1,15 +1,20 @@
 """What a killed supervisor leaves ends before anybody goes on with the run."""
 
+import itertools
+import json
 import os
+import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from slipstream.buffer.errors import SlipstreamError
+from slipstream.buffer.filesystem import put_text
 from slipstream.configs import leftovers as module
 from slipstream.configs.leftovers import end_leftovers, leftovers
 
@@ -98,3 +103,60 @@ def test_other_processes_are_left_alone(run_dir: Path, tmp_path: Path, start: St
     finally:
         looks.kill()
         looks.wait()
+
+
+def far_rank(run_dir: Path, beat: int, host: str = "elsewhere") -> Path:
+    """What a learner on another node publishes."""
+    path = run_dir / "processes" / "learner.waits.json"
+    put_text(
+        path, json.dumps({"pid": 7, "beat": beat, "loop_silent_s": 0, "waits": [], "host": host})
+    )
+    return path
+
+
+@pytest.mark.parametrize("beats", [0, 12])
+def test_a_learner_on_another_node_is_waited_for_until_it_is_silent(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, beats: int
+) -> None:
+    monkeypatch.setattr(module, "QUIET_S", 1.0)
+    far_rank(run_dir, 0)
+    spoke = [time.monotonic()]
+
+    def speak() -> None:
+        for beat in range(1, beats + 1):
+            time.sleep(0.1)
+            far_rank(run_dir, beat)
+            spoke[0] = time.monotonic()
+
+    speaker = threading.Thread(target=speak)
+    speaker.start()
+    said: list[str] = []
+    end_leftovers(run_dir, said.append)
+    assert time.monotonic() - spoke[0] >= 0.9
+    speaker.join()
+    assert said == [
+        "waiting until learner ranks on other nodes are silent: learner (pid 7 on elsewhere)"
+    ]
+
+
+def test_a_learner_that_goes_on_on_another_node_is_named_and_the_run_is_left_to_it(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "QUIET_S", 1.0)
+    monkeypatch.setattr(module, "PATIENCE_S", 0.5)
+    beats = itertools.count()
+    monkeypatch.setattr(module, "_far_ranks", lambda run_dir: {"learner (pid 7 on n)": next(beats)})
+    with pytest.raises(SlipstreamError, match=r"still runs on another node \(learner \(pid 7 on n"):
+        end_leftovers(run_dir, lambda line: None)
+
+
+@pytest.mark.parametrize("host", ["elsewhere", platform.node()])
+def test_nobody_waits_for_a_learner_that_ended_long_ago_or_was_here(
+    run_dir: Path, host: str
+) -> None:
+    path = far_rank(run_dir, 3, host)
+    if host == "elsewhere":
+        os.utime(path, (0, 0))
+    began = time.monotonic()
+    end_leftovers(run_dir, lambda line: pytest.fail(line))
+    assert time.monotonic() - began < 2.0
