@@ -338,6 +338,7 @@ class BufferClient:
         lease_id: str,
         reason: DropReason,
         detail: str = "",
+        death: str = "",
     ) -> Done:
         """Give samples back: `expired` issues them again, `quarantined` ends them."""
         request = ReleaseSamples(
@@ -347,6 +348,7 @@ class BufferClient:
             lease_id=lease_id,
             reason=reason,
             detail=detail,
+            death=death,
         )
         return _expect(await self.call(request), Done)
 

@@ -31,7 +31,7 @@ from .journal import Journal
 from .mailbox import Mailbox, check_present
 from .messages import Claim, Done, NotYet, ProofLine, RefusedReply, Reply, Request
 from .records import Ticket, TrainingSample, Trajectory, TrajectoryGroup, WeightsManifest
-from .replay import MAX_DEATHS, Replay
+from .replay import Replay
 from .staleness import capacity, joined, proof_line, token_bound
 from .state import Group, Lengths
 from .waits import Wait
@@ -75,8 +75,6 @@ class Coordinator:
         self.copy_due, self.copy_problem = False, ""
         """Whether there is a checkpoint to be copied, and why the last copy failed."""
         self.refused = 0
-        self.poisoned: list[int] = []
-        """Prompts quarantined because workers died over them."""
         self._pids: dict[str, int] = {}
         self._stats: dict[str, dict[str, float]] = {}
         self._tickets: dict[int, Ticket] = {}
@@ -280,6 +278,7 @@ class Coordinator:
                     request.lease_id,
                     request.reason,
                     closing=bool(self.closing),
+                    death=request.death,
                 )
             case messages.Heartbeat():
                 self.replay.heartbeat(request.worker, now)
@@ -313,7 +312,7 @@ class Coordinator:
         if self._pids.get(request.name) != request.pid:
             self._pids[request.name] = request.pid
             if request.pid:
-                self.poisoned += self.replay.worker_died(request.name)
+                self.replay.worker_died(request.name)
             else:
                 self.replay.expire_worker(request.name)
                 self._stats.pop(request.name, None)
@@ -610,10 +609,10 @@ class Coordinator:
             waits=[
                 *waiting,
                 *self._often_issued(),
-                *map(_poisoned_words, self.poisoned),
                 *([self.copy_problem] if self.copy_problem else []),
             ],
             evaluation=self.evaluations.describe(),
+            quarantined=dict(state.quarantined),
         )
 
     def waits(self, now: float) -> list[Wait]:
@@ -640,7 +639,3 @@ class Coordinator:
             for uid in open_uids
             if groups[uid].attempt >= REPORTED_ATTEMPTS
         ]
-
-
-def _poisoned_words(uid: int) -> str:
-    return f"uid {uid} is quarantined: {MAX_DEATHS} workers died over it (`slipstream show` has it)"

@@ -129,6 +129,8 @@ class Dropped(Event, frozen=True, tag="drop"):
     reason: DropReason
     step: int
     """As in `Voided`; resuming from an earlier step undoes the drop."""
+    detail: str = ""
+    """Of a `quarantined` prompt: what was found."""
 
 
 class Reopened(Event, frozen=True, tag="reopen"):

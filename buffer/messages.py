@@ -77,6 +77,8 @@ class ReleaseSamples(Record, tag=True):
     lease_id: str
     reason: DropReason
     detail: str = ""
+    death: str = ""
+    """Names the death of the engine that cut them off, if that is why; see `Replay.deaths`."""
 
 
 class Heartbeat(Record, tag=True):
@@ -308,6 +310,8 @@ class Stats(Record, tag=True):
     workers: dict[str, dict[str, float]]
     waits: list[str]
     evaluation: str = ""
+    quarantined: dict[int, str] = {}
+    """uid -> why, of the prompts that were found to be poisoned."""
 
 
 class Done(Record, tag=True):

@@ -29,7 +29,7 @@ MAX_SAMPLES = 4096
 """Of one prompt: what one request may make us build."""
 MAX_WORKERS = 10_000
 MAX_DEATHS = 3
-"""So many workers may die over one prompt before it is taken for the cause."""
+"""So many workers or engines may die over one prompt before it is taken for the cause."""
 
 
 class Replay:
@@ -57,8 +57,10 @@ class Replay:
         """worker -> when it last showed life, or was granted something, in the caller's clock."""
         self.claimed_at: dict[str, float] = {}
         """lease -> when it was granted, in the caller's clock."""
-        self.deaths: Counter[int] = Counter()
-        """Open uid -> workers that died while they held it, since a sample of it was finished."""
+        self.deaths: dict[int, set[str]] = {}
+        """Open uid -> deaths of workers that held it and of engines that were writing it, by name,
+        since a sample of it was finished."""
+        self._worker_deaths = 0
         self.blocked: tuple[int, float] = (0, 0.0)
         """(step, since when): it could begin but for samples that it would push over the bound."""
 
@@ -294,12 +296,14 @@ class Replay:
         reason: DropReason,
         *,
         closing: bool = False,
+        death: str = "",
     ) -> None:
         """Give samples back, to be issued again (`expired` ...) or as impossible (the others).
 
         What the lease no longer holds was finished or given back before, and stays as it is. While
         the run is closing the attempt number stays, as after a crash: nobody is issued the sample
-        before a resume, which then repeats what an uninterrupted run would have sampled.
+        before a resume, which then repeats what an uninterrupted run would have sampled. When the
+        death of an engine is why, the prompt is suspected of it, as of a worker's.
 
         Raises:
             Refused: the lease is for another attempt.
@@ -312,6 +316,8 @@ class Replay:
         group, held = self.state.groups[uid], tuple(i for i in indices if i in lease.open)
         if held and reason in REISSUED:
             self._return(group, held, reason, keep_attempt=closing)
+            if death and not closing:
+                self._suspect(uid, death)
         elif held:
             step = self.state.next_step
             self._emit(events.Voided(uid=uid, indices=held, reason=reason, step=step))
@@ -387,16 +393,20 @@ class Replay:
         }
         return sum(self.expire_worker(worker) for worker in sorted(silent))
 
-    def worker_died(self, worker: str) -> list[int]:
-        """Issue again what a dead worker held; return the prompts that are quarantined instead,
-        because `MAX_DEATHS` workers died over them."""
+    def worker_died(self, worker: str) -> None:
+        """Issue again what a dead worker held, all of it suspected of the death."""
         held = {lease.uid for lease in self.state.leases.values() if lease.worker == worker}
-        self.deaths.update(held)
+        self._worker_deaths += 1
         self.expire_worker(worker)
-        poisoned = [uid for uid in sorted(held) if self.deaths[uid] >= MAX_DEATHS]
-        for uid in poisoned:
-            self.quarantine(uid)
-        return poisoned
+        for uid in sorted(held):
+            self._suspect(uid, f"worker {self._worker_deaths}")
+
+    def _suspect(self, uid: int, death: str) -> None:
+        """A prompt was in the hands of what died; once in too many, it is quarantined."""
+        deaths = self.deaths.setdefault(uid, set())
+        deaths.add(death)
+        if len(deaths) >= MAX_DEATHS:
+            self.quarantine(uid, f"{MAX_DEATHS} workers or engines died over it")
 
     def expire_worker(self, worker: str) -> int:
         """Issue again what one worker holds; return how many samples."""
@@ -442,10 +452,10 @@ class Replay:
             raise Refused(f"step {step} does not follow the newest version, {newest}")
         return plan_take(self, step, now, part=part)
 
-    def quarantine(self, uid: int) -> None:
+    def quarantine(self, uid: int, why: str = "its ticket cannot be read") -> None:
         """Drop a prompt that nobody can be asked again: unreadable, or deadly to workers."""
         step = self.state.next_step
-        self._emit(events.Dropped(uid=uid, reason="quarantined", step=step))
+        self._emit(events.Dropped(uid=uid, reason="quarantined", step=step, detail=why))
 
     def quarantine_unreadable(self, intact: Callable[[Ref], bool]) -> None:
         """`quarantine` every open prompt whose ticket does not verify."""

@@ -176,6 +176,8 @@ class State:
     """Steps before the last checkpoint whose groups may be trained once more."""
     repeats: int = 0
     """Takes on the live path of groups that an earlier step had trained already."""
+    quarantined: dict[int, str] = field(default_factory=dict)
+    """uid -> what was found, of prompts that were DROPPED on the live path as poisoned."""
     staged: dict[int, None] = field(default_factory=dict)
     """uids of complete groups that may still be extended, in order of completion."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -494,6 +496,8 @@ class State:
         group.ends.append(((self.path.branch, event.step), event.reason))
         self._note_segment(group, event.step)
         self.staged.pop(event.uid, None)
+        if event.detail:
+            self.quarantined[event.uid] = event.detail
         if event.reason == "no_signal":
             self._want_success(group, event.step)
         self.dropped_uids.setdefault(event.step, []).append(event.uid)
@@ -588,6 +592,8 @@ class State:
         self._recount()
         for group in self.groups.values():
             self._onto_path(group)
+        for uid in [uid for uid in self.quarantined if self.groups[uid].state != "DROPPED"]:
+            del self.quarantined[uid]
         self.repeats = sum(max(0, self.uses(group) - 1) for group in self.groups.values())
 
     def _recount(self) -> None:

@@ -242,8 +242,21 @@ class _Around:
         self.workers = launch.experiment.rollout.workers
         self.observer = reporter.observer = Observer(places.endpoint, launch.run.run_id)
         self.close_run, self.lost = self.observer.close_run, self.observer.lost
-        self.tick = reporter.tick
         self.stalled, self.chain = doctor.look, doctor.chain
+        self._quarantined: set[int] = set()
+        """The prompts of which it is said."""
+
+    def tick(self, phase: str) -> None:
+        self._reporter.tick(phase)
+        stats = self._reporter.progress.stats
+        found = stats.quarantined if stats else {}
+        for uid in sorted(found.keys() - self._quarantined):
+            folder = self._launch.run_dir
+            self.say(
+                f"prompt {uid} is quarantined: {found[uid]}; `slipstream show {folder} --prompt "
+                f"{uid}` tells more"
+            )
+        self._quarantined |= found.keys()
 
     def start(self, name: str) -> Child:
         return self._start(process_plan(self._launch, self._places, name))

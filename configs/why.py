@@ -66,4 +66,5 @@ def _outcome(found: list[AnyEvent]) -> Iterator[str]:
         if isinstance(event, events.Taken):
             yield f"taken by step {event.step}"
         elif isinstance(event, events.Dropped):
-            yield f"dropped before step {event.step}: {event.reason}"
+            why = f" ({event.detail})" if event.detail else ""
+            yield f"dropped before step {event.step}: {event.reason}{why}"

@@ -54,6 +54,9 @@ class GenerationOutput(Record):
     kept_ids: RaggedArray | None = None
     error: str = ""
     """Why the sample cannot be generated (prompt longer than the context, NaN logits ...)."""
+    death: str = ""
+    """Names the death of the engine that cut the sample off: the same for all that it cut off, and
+    of no other death. One of them may be the cause."""
 
 
 class EngineStats(Record):

@@ -68,7 +68,7 @@ class HandIn:
         if output.error:
             await self.reject(claim, index, output.request_id, output.error)
         elif output.finish_reason == "abort":
-            await self._release(claim, [index], "expired", "the engine stopped")
+            await self._release(claim, [index], "expired", "the engine stopped", output.death)
         else:
             await self._score(claim, index, request, output, claimed_s, episode)
         self._open.pop(output.request_id, None)
@@ -142,7 +142,12 @@ class HandIn:
                     await self._release(claim, [index], "expired", "the worker ended")
 
     async def _release(
-        self, claim: Claim, indices: Sequence[int], reason: DropReason, detail: str
+        self,
+        claim: Claim,
+        indices: Sequence[int],
+        reason: DropReason,
+        detail: str,
+        death: str = "",
     ) -> None:
         with suppress(Refused):  # the lease is gone already
             await self._client.release(
@@ -152,4 +157,5 @@ class HandIn:
                 lease_id=claim.lease_id,
                 reason=reason,
                 detail=detail,
+                death=death,
             )

@@ -105,7 +105,7 @@ def ended(
     )
 
 
-def unstarted(request: GenerationRequest, error: str = "") -> GenerationOutput:
+def unstarted(request: GenerationRequest, error: str = "", death: str = "") -> GenerationOutput:
     """The output of a sample of which no token counts: impossible, or ended before its time."""
     nothing = np.zeros(0, dtype=np.float32)
     now_s = time.time()
@@ -121,4 +121,5 @@ def unstarted(request: GenerationRequest, error: str = "") -> GenerationOutput:
         finished_s=now_s,
         removed_mass=nothing,
         error=error,
+        death=death,
     )

@@ -15,6 +15,7 @@ import asyncio
 import os
 import signal
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -121,6 +122,7 @@ class VllmEngine:
 
     def _started(self) -> tuple[AsyncLLM, list[int]]:
         COUNTS.set(self._counts)
+        self._core = f"{self.engine_id}/{uuid.uuid4().hex}"
         return self._start()
 
     @property
@@ -406,11 +408,11 @@ class VllmEngine:
         request = self._samples.with_stop_ids(request)
         if len(self._tasks) == 1 or not self._counts.running:
             self._counts.touch()  # the clock of an engine that had nothing to do
-        arrived_s, last = time.time(), None
+        arrived_s, last, core = time.time(), None, ""
         try:
             await self._sleeper.wake(self._llm)
             self._counts.touch()
-            serving = self.serving
+            serving, core = self.serving, self._core
             if serving is None:
                 return unstarted(request)
             salt = name_of(serving) if self._kv == "keep" else None
@@ -422,13 +424,19 @@ class VllmEngine:
         except VLLMClientError as error:
             return unstarted(request, f"vLLM refuses the request: {error}")
         except (EngineDeadError, EngineGenerateError):
-            return unstarted(request)
+            return self._cut_off(request, core)
         except asyncio.CancelledError:
             if self._closed or self._dead:
-                return unstarted(request)
+                return self._cut_off(request, core)
             raise
         assert last is not None
         self._deaths = 0
         # Under `keep` the cache is salted with the version of submission: no key is older.
         oldest = serving if self._kv == "keep" else None
         return self._samples.finished(request, last, arrived_s, oldest)
+
+    def _cut_off(self, request: GenerationRequest, core: str) -> GenerationOutput:
+        """The output of a sample that a core did not finish; blamed for it unless the core was
+        ended on purpose, or while it got new weights, which kill by themselves."""
+        by_samples = self._dead and not self._closed and not self._loading
+        return unstarted(request, death=core if by_samples else "")

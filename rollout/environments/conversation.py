@@ -172,6 +172,7 @@ def _joined(request_id: str, outputs: Sequence[GenerationOutput]) -> GenerationO
         removed_mass=np.concatenate([o.removed_mass for o in outputs]),
         kept_ids=_joined_sets([o.kept_ids for o in outputs]),
         error=last.error,
+        death=last.death,
     )
 
 
