@@ -14,6 +14,7 @@ from ..buffer import waits
 from ..buffer.errors import Refused
 from ..buffer.messages import EvaluationClaim
 from ..buffer.records import Message, Score, WeightsManifest
+from ..buffer.replay import MAX_DEATHS
 from .engine import Engine, GenerationOutput, GenerationRequest
 from .environments.conversation import Episode
 from .environments.episode import EpisodeFailed, Player
@@ -107,8 +108,9 @@ class Evaluator:
         if self._engine is not None:
             await self._engine.close()
 
-    async def evaluate(self, claims: Sequence[EvaluationClaim]) -> None:
-        """Generate, score and hand in the samples of claims that share a version."""
+    async def evaluate(self, claims: Sequence[EvaluationClaim], deaths: int = 0) -> None:
+        """Generate, score and hand in the samples of claims that share a version; `deaths` of the
+        engine cut them off before."""
         if self._engine is None:
             self._engine = await asyncio.to_thread(self._make_engine)
         manifest = claims[0].manifest
@@ -134,7 +136,24 @@ class Evaluator:
                     claim, index, _ = samples[output.request_id]
                     tasks.create_task(self._hand_in(claim, index, output, lost))
         if lost:  # the engine died, and is started again to load
-            await self.evaluate(lost)
+            await self._once_more(lost, deaths + 1)
+
+    async def _once_more(self, lost: Sequence[EvaluationClaim], deaths: int) -> None:
+        """Samples that the engine's death cut off: together, then each prompt alone, so that one
+        that kills the engine is found; it fails, and the evaluation ends."""
+        if deaths >= MAX_DEATHS:
+            reason = f"the engine died {deaths} times over it"
+            score = Score(value=None, status="infrastructure_failed", reason=reason)
+            for claim in lost:
+                await self._finish(claim, claim.indices[0], "", 0, score)
+        elif deaths == 1:
+            await self.evaluate(lost, deaths)
+        else:
+            by_prompt: dict[tuple[str, int], list[EvaluationClaim]] = {}
+            for claim in lost:
+                by_prompt.setdefault((claim.job_id, claim.prompt.uid), []).append(claim)
+            for same in by_prompt.values():
+                await self.evaluate(same, deaths)
 
     def _wait(self, claim: EvaluationClaim, index: int, *what: str) -> None:
         """Register what a sample waits for; nothing: it has ended."""

@@ -412,9 +412,14 @@ async def test_a_dead_or_silent_core_gives_its_samples_back_and_serves_only_afte
     print("measured", fault, "noticed", time.monotonic() - began)
     assert {output.finish_reason for output in outputs.values()} == {"abort"}
     assert not any(output.error for output in outputs.values())
+    (death,) = {output.death for output in outputs.values()}  # all of them are suspected of it
+    assert death
     assert (engine.state, engine.serving) == ("COLD", None)
     idle = (await tiny.outputs(engine, [tiny.request([3])]))["0"]
-    assert idle.finish_reason == "abort"  # no work for an engine that serves nothing
+    assert (idle.finish_reason, idle.death) == (
+        "abort",
+        "",
+    )  # no work for an engine that serves nothing
     await engine.load(manifest)
     print("measured", fault, "served", time.monotonic() - began)
     assert (engine.state, engine.serving) == ("SERVING", manifest.version)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 from slipstream.buffer import waits
 from slipstream.buffer.messages import EvaluationClaim
@@ -111,6 +112,54 @@ async def test_a_sample_that_the_engine_loses_is_waited_for_since_its_last_token
     await asyncio.gather(task, return_exceptions=True)
     waits.put(("e", 1, 0))
     assert ages[0] >= 0.2 > ages[1] < ages[2]
+
+
+async def test_a_held_out_prompt_that_kills_the_engine_each_time_fails_and_the_others_are_scored():
+    class Dies:
+        deaths = 0
+
+        async def load(self, manifest):
+            pass
+
+        async def generate(self, requests):
+            died = any(request.prompt_token_ids == (2,) for request in requests)
+            self.deaths += died
+            for request in requests:
+                whole = msgspec.structs.replace(unstarted(request), finish_reason="stop")
+                yield unstarted(request) if died else whole
+
+    class Collected:
+        async def finish_evaluation(self, *, uid, index, score, **rest):
+            results[uid, index] = score
+
+    class Ones:
+        def describe(self):
+            return "ones"
+
+        async def score(self, completion, prompt):
+            return Score(value=1.0)
+
+    engine, results = Dies(), {}
+    evaluator = Evaluator(
+        lambda: cast(Any, engine), lambda messages: [int(messages[0].content)], cast(Any, Ones()),
+        Collected(), seed=3, name="worker-0",
+    )  # fmt: skip
+    manifest = WeightsManifest(version=Version(branch=0, step=4), shards=())
+    claims = [
+        EvaluationClaim(
+            job_id="e", manifest=manifest, indices=(0, 1), sampling=SamplingParams(),
+            prompt=Prompt(uid=uid, source_id="t", task="t",
+                          messages=(Message(role="user", content=str(uid)),)),
+        )
+        for uid in (1, 2, 3)
+    ]  # fmt: skip
+    await evaluator.evaluate(claims)
+    assert engine.deaths == 3
+    assert {place: score.value for place, score in results.items()} == {
+        (uid, index): None if uid == 2 else 1.0 for uid in (1, 2, 3) for index in (0, 1)
+    }
+    assert results[2, 0].reason == "the engine died 3 times over it"
+    assert not registered()
 
 
 @pytest.mark.parametrize("plays", [True, False])

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import pytest
 from slipstream.buffer.messages import Claim
@@ -37,7 +38,7 @@ class Buffer:
         self.released.append(what)
 
 
-async def hand_in(score: Score, attempt: int) -> Buffer:
+async def hand_in(score: Score, attempt: int, death: str = "") -> Buffer:
     """What the buffer is told of one sample with this score."""
 
     async def give(*_: Any) -> Score:
@@ -65,6 +66,8 @@ async def hand_in(score: Score, attempt: int) -> Buffer:
         finished_s=0,
         removed_mass=np.zeros(2, dtype=np.float32),
     )
+    if death:
+        output = msgspec.structs.replace(output, finish_reason="abort", death=death)
     request = GenerationRequest(
         request_id="a", prompt_token_ids=(1,), sampling=SamplingParams(), sample_key=7
     )
@@ -85,6 +88,12 @@ async def test_a_sample_whose_reward_process_was_lost_is_issued_again():
     [released] = buffer.released
     assert (released["reason"], released["detail"]) == ("expired", LOST.reason)
     assert (released["uid"], released["indices"], released["lease_id"]) == (1, [0], "l")
+
+
+async def test_the_death_of_an_engine_is_told_with_the_samples_that_it_cut_off():
+    buffer = await hand_in(BAD, attempt=0, death="core 1")
+    [released] = buffer.released
+    assert (released["reason"], released["death"]) == ("expired", "core 1")
 
 
 @pytest.mark.parametrize(
