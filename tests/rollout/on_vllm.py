@@ -416,10 +416,8 @@ async def test_a_dead_or_silent_core_gives_its_samples_back_and_serves_only_afte
     assert death
     assert (engine.state, engine.serving) == ("COLD", None)
     idle = (await tiny.outputs(engine, [tiny.request([3])]))["0"]
-    assert (idle.finish_reason, idle.death) == (
-        "abort",
-        "",
-    )  # no work for an engine that serves nothing
+    # No work, and no blame, for an engine that serves nothing.
+    assert (idle.finish_reason, idle.death) == ("abort", "")
     await engine.load(manifest)
     print("measured", fault, "served", time.monotonic() - began)
     assert (engine.state, engine.serving) == ("SERVING", manifest.version)
