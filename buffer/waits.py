@@ -16,6 +16,7 @@ import os
 import platform
 import threading
 import time
+from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ from .filesystem import put_text
 from .records import Record
 
 PUBLISH_S = 1.0
+REMARKS = 16
 PEERS = "the other learner ranks"
 """What a rank waits for while the others do their share: it is not the one that hangs."""
 PULSE_S = 0.5
@@ -73,12 +75,18 @@ class Published(Record, frozen=True):
     waits: list[PublishedWait]
     host: str = ""
     """Where the pid is."""
+    remarks: list[str] = []
+    """What it did about its waits by itself, since its start; the last `REMARKS`."""
+    num_remarks: int = 0
+    """Of all."""
 
 
 _waits: dict[Hashable, tuple[Wait, ...]] = {}
 _progress: dict[str, float] = {}
 _pulse_s = [0.0]
 _keys = itertools.count()
+_remarks: deque[str] = deque(maxlen=REMARKS)
+_num_remarks = [0]
 
 
 def put(key: Hashable, *waits: Wait) -> None:
@@ -105,6 +113,12 @@ def progressed(what: str) -> None:
     _progress[what] = time.monotonic()
 
 
+def remark(line: str) -> None:
+    """Have the supervisor say what this process did about a wait that would not end."""
+    _remarks.append(line)
+    _num_remarks[0] += 1
+
+
 def published(beat: int, now: float) -> Published:
     """What this process waits for."""
     waits = [
@@ -124,6 +138,8 @@ def published(beat: int, now: float) -> Published:
         loop_silent_s=round(silent_s, 1),
         waits=waits,
         host=platform.node(),
+        remarks=list(_remarks),
+        num_remarks=_num_remarks[0],
     )
 
 

@@ -45,6 +45,8 @@ class Stall(NamedTuple):
 
     name: str
     why: str
+    over: bool = False
+    """It helped itself; `why` says how."""
 
 
 class Doctor:
@@ -55,10 +57,13 @@ class Doctor:
         self._folder, self._stall_s = run_dir / "processes", stall_s
         self._beats: dict[str, tuple[int, int, float]] = {}
         """name -> (pid, beat, when it was first seen)."""
+        self._heard: dict[tuple[str, int], int] = {}
+        """(name, pid) -> how many of its remarks were passed on."""
         self._looked_s = 0.0
 
     def look(self, children: Mapping[str, Child]) -> list[Stall]:
-        """The living children that hang; at most one look a second."""
+        """The living children that hang, or did until they helped themselves; at most one look a
+        second."""
         now = time.monotonic()
         if now - self._looked_s < LOOK_S:
             return []
@@ -66,7 +71,17 @@ class Doctor:
             self._beats.clear()  # we ourselves were stopped: the others get their time again
         self._looked_s = now
         found = ((name, self._examine(child, now)) for name, child in children.items())
-        return [Stall(name, why) for name, why in found if why]
+        hung = [Stall(name, why) for name, why in found if why]
+        return [*(stall for child in children.values() for stall in self._remarks(child)), *hung]
+
+    def _remarks(self, child: Child) -> Iterator[Stall]:
+        """What a child did by itself since the last look."""
+        said = read_published(self._folder / f"{child.name}.waits.json")
+        if said is None or said.pid != child.pid or not said.num_remarks:
+            return
+        new = said.num_remarks - self._heard.get((child.name, said.pid), 0)
+        self._heard[child.name, said.pid] = said.num_remarks
+        yield from (Stall(child.name, line, over=True) for line in said.remarks[-new:] if new)
 
     def _examine(self, child: Child, now: float) -> str:
         if child.poll() is not None or not child.pid:  # ended, or waits for a place on a cluster

@@ -177,6 +177,7 @@ def worker_spec(launch: Launch, places: Scratch, name: str) -> WorkerSpec:
         endpoint=places.endpoint,
         fetched_dir=places.fetched_dir,
         fetch_always=experiment.buffer.weights == "zmq",
+        stall_s=experiment.cluster.stall_s,
         name=name,
         seed=experiment.seed,
         model_dir=launch.model_dir,

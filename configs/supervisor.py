@@ -225,8 +225,12 @@ class Supervisor:
             raise _Ended(Outcome(status="interrupted", reason="stopped on request"))
         if self._closing:
             return  # all is trained and evaluated; what a process loses now nobody needs
-        if stalls := self._around.stalled(self._children):
-            self._end_stalled(stalls)
+        stalls = self._around.stalled(self._children)
+        for stall in stalls:
+            if stall.over:
+                self._around.say(f"{stall.name}: {stall.why}")
+        if hung := [stall for stall in stalls if not stall.over]:
+            self._end_stalled(hung)
         ended = [child for child in self._children.values() if self._ended_badly(child)]
         if ended:
             self._recover(min(ended, key=_blame))

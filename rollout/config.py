@@ -377,6 +377,8 @@ class WorkerSpec(EngineSpec):
     seen from here."""
     fetch_always: bool = False
     """Also what is seen from here."""
+    stall_s: float = 300.0
+    """`cluster.stall_s`."""
 
 
 class WeightsFiles(Settings):

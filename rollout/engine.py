@@ -85,6 +85,8 @@ class EngineStats(Record):
     """Decode steps: each wrote a token for every sample in flight, and accepted drafts."""
     kv_bytes: int = 0
     """Taken by keys and values now."""
+    held: frozenset[str] | None = None
+    """Request ids of the samples that run or wait in it; None where that is not known."""
 
 
 class Engine(Protocol):

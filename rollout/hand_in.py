@@ -134,6 +134,17 @@ class HandIn:
             self._open.pop(request_id, None)
             waits.put(request_id)
 
+    async def lose(self, claim: Claim, samples: Mapping[str, int]) -> None:
+        """Give back samples (request id -> index) that the engine does not hold any more."""
+        why = f"lost by the engine of {self._engine_id}, which writes others"
+        for request_id, index in samples.items():
+            self._open.pop(request_id, None)
+            waits.put(request_id)
+            waits.remark(
+                f"group {claim.ticket.prompt.uid} sample {index} was {why}; it is issued again"
+            )
+        await self._release(claim, list(samples.values()), "expired", why)
+
     async def give_back(self) -> None:
         """Release what is not handed in, so that others need not wait for the leases' expiry."""
         with suppress(PeerLost, TimeoutError):

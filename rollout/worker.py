@@ -31,6 +31,7 @@ from .environments.episode import EpisodeFailed, Player
 from .evaluator import Evaluator
 from .hand_in import HandIn
 from .load import InFlight
+from .lost import Lost
 from .rewards.pool import RewardPool
 from .samples import training_requests
 from .spares import Spares
@@ -84,6 +85,7 @@ class Worker:
         rows = spec.rollout.max_concurrent_samples
         self._prefetch = max(1, rows // 8)
         self._in_flight, self._spares = InFlight(rows), Spares()
+        self._lost = Lost(spec.stall_s)
         self._generating = self._generated = 0
         self._room, self._loaded, self._closing = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._lease_s = HEARTBEAT_S  # until a claim says how long its lease is
@@ -220,7 +222,8 @@ class Worker:
             return
         requests = [request for _, request in samples.values()]
         try:
-            async with self._spares.race(claim, claim.indices):
+            race = self._spares.race(claim, claim.indices)
+            async with race, self._lost.guard(samples) as guarded:
                 async for output in self._engine.generate(requests):
                     self._count(-1)
                     index, request = samples.pop(output.request_id)
@@ -229,8 +232,11 @@ class Worker:
                     self._tasks.create_task(finish)
         finally:
             self._count(-len(samples))
-        if claim.ticket.sizing.spares:
-            await self._hand_in.cut(claim, {name: index for name, (index, _) in samples.items()})
+        left = {name: index for name, (index, _) in samples.items()}
+        if guarded.is_lost:
+            await self._hand_in.lose(claim, left)
+        elif claim.ticket.sizing.spares:
+            await self._hand_in.cut(claim, left)
 
     async def _play(
         self, player: Player, claim: Claim, index: int, request: GenerationRequest, claimed_s: float
@@ -280,6 +286,8 @@ class Worker:
             self._room.set()
             if stats.generated_tokens > written:
                 progressed(f"the engine of {self._spec.name}")
+                if stats.held is not None:
+                    self._lost.look(stats.held)
             self._evaluator.beat()
             await self._client.heartbeat(
                 self._engine.serving,

@@ -138,6 +138,7 @@ class NativeEngine:
             preemptions=self._decoder.paused,
             kv_bytes=self._decoder.kv_bytes,
             kv_share=self._decoder.kv_share,
+            held=frozenset(list(self._streams)),  # a copy first: the thread goes on beside us
         )
 
     async def generate(

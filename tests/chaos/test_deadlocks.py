@@ -99,16 +99,35 @@ WORKER, LEARNER = "rollout.worker", "learner.loop"
 def test_who_hangs_is_found_and_restarted_and_the_run_finishes(
     run: Run, module: str, body: str, settings: tuple[str, ...], told: str
 ) -> None:
+    flag = plant_once(run, module, body)
+    output = finishes(run, "cluster.stall_s=5", *settings)
+    assert Path(flag).exists()
+    assert run.matches(told), output
+    assert not run.matches("for the other learner ranks"), output
+
+
+def test_a_sample_that_is_lost_among_others_is_issued_again_and_nobody_is_restarted(
+    run: Run,
+) -> None:
+    flag = plant_once(run, WORKER, ONE_NEVER_ENDS)
+    output = finishes(
+        run, "cluster.stall_s=10", "buffer.max_staleness_steps=2", "buffer.straggler_wait_s=1",
+        steps=100,
+    )  # fmt: skip
+    assert Path(flag).exists()
+    assert run.matches(r"worker-0: group \d+ sample \d was lost by the engine of worker-0"), output
+    assert not run.matches("stalled|restart"), output
+
+
+def plant_once(run: Run, module: str, body: str) -> str:
+    """Put a fault into the processes of a module; the file that says that it has acted."""
     flag = str(run.folder / "planted")
     body = body.replace("FLAG", repr(flag))
     plant = ONCE.format(module=module, flag=flag, body=textwrap.indent(body, "    "))
     (run.folder / "plant").mkdir()
     (run.folder / "plant" / "sitecustomize.py").write_text(plant)
     run.add_path(run.folder / "plant")
-    output = finishes(run, "cluster.stall_s=5", *settings)
-    assert Path(flag).exists()
-    assert run.matches(told), output
-    assert not run.matches("for the other learner ranks"), output
+    return flag
 
 
 def test_a_reward_that_hangs_fails_its_samples_and_nothing_else(run: Run) -> None:
@@ -156,11 +175,13 @@ def test_a_buffer_that_stays_empty_ends_the_run_with_the_reason(run: Run) -> Non
     assert run.processes() == []
 
 
-def finishes(run: Run, *settings: str) -> str:
-    run.start("run", "chaos.toml", "learner.steps=12", *settings, "--output", "run", "--no-export")
+def finishes(run: Run, *settings: str, steps: int = 12) -> str:
+    run.start(
+        "run", "chaos.toml", f"learner.steps={steps}", *settings, "--output", "run", "--no-export"
+    )
     assert run.wait(400) == 0, run.output.read_text()
     output = run.output.read_text()
-    assert run.step() == 12
+    assert run.step() == steps
     assert "audit: ok, issued" in output
     assert run.processes() == []
     return output

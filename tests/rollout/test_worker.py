@@ -2,11 +2,13 @@
 
 import asyncio
 import shutil
+import time
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from slipstream.buffer import waits
 from slipstream.buffer.client import BufferClient
 from slipstream.buffer.config import BufferConfig, ServiceSpec
 from slipstream.buffer.errors import CorruptData, Refused, TrainingFailed
@@ -35,6 +37,7 @@ from slipstream.rollout.config import (
     SamplingConfig,
     WorkerSpec,
 )
+from slipstream.rollout.engines.native import NativeEngine
 from slipstream.rollout.rewards.pool import RewardPool
 from slipstream.rollout.samples import training_requests
 from slipstream.rollout.sampling import sample_key
@@ -150,13 +153,13 @@ async def started(tiny):
     """A function that starts a worker; returns (buffer, rewards, engine, task, spec)."""
     tasks = []
 
-    async def start(folder=None, environment=None, **rollout):
+    async def start(folder=None, environment=None, stall_s=300.0, **rollout):
         folder = folder or tiny.folder("llama")
         settings = {"max_concurrent_samples": 8, "samples_per_prompt": 4, **rollout}
         spec = WorkerSpec(
             run_id="r", run_dir=tiny.root, endpoint="", name="worker-0", seed=7, dtype="float32",
             model_dir=folder, rollout=RolloutConfig(**settings), reward=RewardConfig(),
-            environment=environment,
+            environment=environment, stall_s=stall_s,
         )  # fmt: skip
         engine = make_engine(spec)
         tiny.engines.append(engine)
@@ -233,6 +236,31 @@ async def test_new_versions_are_loaded_while_samples_are_in_flight(tiny, started
     await buffer.until(lambda: len(buffer.finished) == 16)
     assert max(len(trajectory.versions) for trajectory, _ in buffer.finished) >= 2
     assert (await asyncio.wait_for(_asked_under(buffer, manifest.version), 5)) > 0
+
+
+async def test_a_sample_that_the_engine_lost_is_given_back_by_name_while_it_writes_others(
+    started, monkeypatch
+):
+    lost, generate = [], NativeEngine.generate
+
+    async def losing_one(self, requests):
+        async for output in generate(self, requests):
+            if lost:
+                yield output
+            lost.append(output.request_id)
+        await asyncio.sleep(3600 if requests[0].request_id[:-1] == lost[0][:-1] else 0)
+
+    monkeypatch.setattr(NativeEngine, "generate", losing_one)
+    buffer, _, _, task, _ = await started(stall_s=0.5)
+    await buffer.change(claims=[claim(uid, tokens=40) for uid in range(60)])
+    await buffer.until(lambda: buffer.released)
+    [released] = buffer.released
+    assert (released["reason"], released["lease_id"]) == ("expired", f"lease-{released['uid']}")
+    name = f"group {released['uid']} sample {released['indices'][0]}"
+    told = waits.published(0, time.monotonic())
+    assert any(line.startswith(f"{name} was lost by the engine of") for line in told.remarks)
+    assert not any(wait.owner == name for wait in told.waits)
+    assert not task.done()
 
 
 async def _asked_under(buffer, version) -> int:
