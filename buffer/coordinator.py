@@ -7,6 +7,7 @@ before `commit`; replies leave only after it.
 
 import time
 from collections.abc import Sequence
+from statistics import median
 
 import msgspec
 import xxhash
@@ -479,7 +480,19 @@ class Coordinator:
                 for s in shown
                 if self.journal.intact(s.payload)
             ),
+            drafts=self._drafts(),
         )
+
+    def _drafts(self) -> dict[str, float]:
+        """Tokens drafted and accepted by all engines since their starts, and the median speed-up of
+        those that know theirs."""
+        told = self._stats.values()
+        drafted, accepted = (sum(s.get(k, 0.0) for s in told) for k in ("drafted", "accepted"))
+        if not drafted:
+            return {}
+        known = [speed_up for stats in told if (speed_up := stats.get("speed_up", 0.0))]
+        counts = {"drafted_tokens": drafted, "accepted_tokens": accepted}
+        return counts | ({"speed_up": median(known)} if known else {})
 
     def _part(self, step: int, groups: Sequence[TrajectoryGroup]) -> messages.Part:
         return messages.Part(step=step, groups=tuple(groups))

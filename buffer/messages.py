@@ -263,6 +263,8 @@ class Batch(Record, tag=True):
     journal_sequence: int
     demonstrations: tuple[Trajectory, ...] = ()
     """Earlier successes of prompts that had none lately; outside the law and the books."""
+    drafts: dict[str, float] = {}
+    """What speculation did so far, for the metrics; empty without it."""
 
 
 class Part(Record, tag=True):

@@ -346,6 +346,7 @@ class LearnerLoop:
                 "lag_counts": {str(lag): n for lag, n in proof.lag_counts.items()},
             },
             "drops": proof.dropped,
+            **({"drafts": batch.drafts} if batch.drafts else {}),
         }
         append_line(self.spec.run_dir / "metrics.jsonl", self._last_row)
 

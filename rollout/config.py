@@ -304,8 +304,8 @@ class RolloutConfig(Settings):
     kv: KvPolicy = "keep"
     """What becomes of the KV of samples in flight when new weights arrive: `keep` goes on at once
     (later tokens attend to older keys; reported as `kv_mixture`), `recompute` prefills them
-    again, and until then none of them gets a token. vLLM's prefix cache is salted with the version under `keep`, cleared under
-    `recompute`."""
+    again, and until then none of them gets a token. vLLM's prefix cache is salted with the version
+    under `keep`, cleared under `recompute`."""
     ratio_law: RatioLaw = "temperature"
     """The law under which both sides of a ratio are taken: `temperature` (the mass that truncation
     removes is reported) or `kept_set` (the engine records the kept ids; needs 1 <= top_k <= 512

@@ -20,6 +20,7 @@ from slipstream.buffer.messages import (
     Claims,
     ClaimSamples,
     FinishSamples,
+    Heartbeat,
     PublishVersion,
     PutPrompts,
     Reply,
@@ -304,6 +305,26 @@ def test_a_taken_group_that_became_unreadable_stays_taken(make_spec: SpecMaker) 
     with pytest.raises(CorruptData, match="uid 0 was TAKEN by step 1 and is unreadable now"):
         ask(coordinator, TakeGroups(step=1, request_id="a", wait_s=0))
     assert coordinator.replay.state.groups[0].state == "TAKEN"
+    coordinator.close()
+
+
+def test_a_batch_says_what_speculation_did_at_all_workers(make_spec: SpecMaker) -> None:
+    coordinator, steps = Coordinator(make_spec({"max_staleness_steps": 0}), 0.0), []
+    ask(coordinator, PublishVersion(manifest=manifest(0)))
+    told = [{"drafted": 0.0}, {"drafted": 60.0, "accepted": 20.0, "speed_up": 0.0}]
+    told += [{"drafted": 10.0, "accepted": 4.0, "speed_up": s} for s in (1.1, 1.5, 4.0)]
+    for step, num_heard in enumerate((1, 2, 5), 1):
+        for number, stats in enumerate(told[:num_heard]):
+            ask(coordinator, Heartbeat(worker=f"worker-{number}", serving=None, stats=stats))
+        run_step(coordinator, step)
+        batch = ask(coordinator, TakeGroups(step=step, request_id="a", wait_s=0))
+        assert isinstance(batch, Batch)
+        steps.append(batch.drafts)
+    assert steps == [
+        {},
+        {"drafted_tokens": 60, "accepted_tokens": 20},
+        {"drafted_tokens": 90, "accepted_tokens": 32, "speed_up": 1.5},
+    ]
     coordinator.close()
 
 

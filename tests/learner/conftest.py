@@ -237,7 +237,10 @@ class FakeBuffer:
             length_bias=0.9,
             rewards=[1.0, 0.5] if step > 1 else [],
         )
-        return Batch(step=step, groups=groups, proof=proof, journal_sequence=100 + step)
+        drafts = {"drafted_tokens": 90.0, "accepted_tokens": 32.0} if step > 1 else {}
+        return Batch(
+            step=step, groups=groups, proof=proof, journal_sequence=100 + step, drafts=drafts
+        )
 
 
 @pytest.fixture

@@ -79,6 +79,8 @@ def test_metrics_have_one_line_a_step_with_the_proof(make_spec, fake_buffer, run
     assert (rows[3]["reward_mean"], proof["finished_samples"]) == (0.75, 2)
     assert rows[3]["reward_mean"] != rows[3]["reward_trained_mean"]
     assert rows[1]["reward_mean"] == rows[1]["reward_trained_mean"]
+    assert rows[3]["drafts"] == {"drafted_tokens": 90.0, "accepted_tokens": 32.0}
+    assert "drafts" not in rows[1]
     for key in ("loss", "reward_mean", "grad_norm", "seconds", "wait_seconds", "tokens_per_s"):
         assert isinstance(rows[1][key], float)
 
