@@ -162,24 +162,69 @@ async def test_behaviour_log_probs_equal_transformers_full_forward(tiny, dtype, 
 @pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-12), ("float32", 2e-5)])
 async def test_a_sample_is_the_same_alone_and_among_63_others(tiny, dtype, bound):
     """Tokens are equal; log-probabilities to rounding (sums over padded rows differ in order). In
-    float32 a uniform within rounding of a boundary may choose its neighbour: none of 12 here."""
+    float32 a uniform within rounding of a boundary may choose its neighbour: none of 64 here."""
     folder = tiny.folder("llama")
     engine = tiny.engine(folder, dtype=dtype, max_concurrent=64)
     await engine.load(tiny.publish(tiny.policy(folder, 5, getattr(torch, dtype)), 0))
     asked = prompts(64, seed=6)
     laws = [{}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 9}]
     requests = [
-        tiny.request(p, sample_key(1, i, 0, 0), str(i), max_new_tokens=40, **laws[i % 3])
+        tiny.request(p, sample_key(1, i, 0, 0), str(i), max_new_tokens=12, **laws[i % 3])
         for i, p in enumerate(asked)
     ]
     together = await tiny.outputs(engine, requests)
-    for request in requests[:12]:
+    for request in requests:
         alone = (await tiny.outputs(engine, [request]))[request.request_id]
         other = together[request.request_id]
         assert alone.token_ids.tolist() == other.token_ids.tolist()
         np.testing.assert_allclose(
             alone.behaviour_logprobs, other.behaviour_logprobs, rtol=0, atol=bound
         )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+async def test_packed_layers_compute_transformers_log_probs_alone_and_among_any_others(
+    tiny, family
+):
+    """Matrices large enough for oneDNN, as those of real models are; Qwen2's have biases."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "vocab_size": 512}
+    folder = tiny.folder(family, **sizes)
+    model = tiny.policy(folder, 3)
+    with torch.no_grad():
+        for name, weight in policy_weights(model).items():
+            weight *= 1.0 if name.endswith("norm.weight") else 0.4
+    batch = tiny.batch(folder, model, max_concurrent=64)
+    for layer in batch._forward.weights.layers:
+        linears = [part for part in layer if isinstance(part, Linear)]
+        assert [part.packed for part in linears] == [True] * 5
+        assert (layer.qkv.bias_F is not None) == (family == "qwen2")
+    requests = [
+        tiny.request(p, sample_key(1, i, 0, 0), str(i), max_new_tokens=6, logit_bias=((0, -1e9),))
+        for i, p in enumerate(prompts(64, longest=12, seed=6))
+    ]
+
+    def outputs(asked):
+        batch.submit(asked)
+        made = []
+        with torch.inference_mode():
+            while batch.running or batch.queued:
+                made += batch.step()
+        return {output.request_id: output for output in made}
+
+    alone = {name: made for of in requests for name, made in outputs([of]).items()}
+    exact = model.double()
+    for request in requests:
+        tokens = alone[request.request_id].token_ids
+        logits = tiny.logits(exact, request.prompt_token_ids, tokens)
+        logits[:, 0] = -1e9
+        chosen = logits.log_softmax(-1)[torch.arange(6), tokens.astype(np.int64)].numpy()
+        gap = np.abs(alone[request.request_id].behaviour_logprobs - chosen)
+        assert gap.max() < 5e-5
+    for rows in (33, 64):
+        for name, output in outputs(requests[:rows]).items():
+            assert output.token_ids.tolist() == alone[name].token_ids.tolist()
+            gap = np.abs(output.behaviour_logprobs - alone[name].behaviour_logprobs)
+            assert gap.max() < 2e-5
 
 
 def emits_only(tiny, folder, parity):

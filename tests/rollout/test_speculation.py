@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slipstream.buffer.records import SamplingParams
+from slipstream.buffer.errors import ConfigError
+from slipstream.buffer.records import SamplingParams, Version
+from slipstream.kernels.models import policy_weights
 from slipstream.rollout.config import SpeculationConfig
 from slipstream.rollout.drafters import (
     Asked,
@@ -31,20 +33,28 @@ LAWS = (
     {"temperature": 0.7, "top_p": 0.9},
     {"temperature": 1.0, "top_k": 5},
     {"temperature": 0.5, "stop": ("ab", "c")},
+    {"temperature": 1.2, "min_p": 0.05, "top_p": 0.95},
+    {"logit_bias": ((0, -1e9), (7, 2.0), (9, -3.0))},
+    {"stop_token_ids": (9, 20, 33)},
 )
 
 
 class Always(DepthController):
     """Drafts for every row, whatever it costs."""
 
+    most_rows = 0
+    """Of one step."""
+
     def start(self, written_B):
+        self.most_rows = max(self.most_rows, len(written_B))
         return 0.0, range(len(written_B))
 
 
 class Oracle:
     """Knows what will be written, but for each third token; or, without that, guesses at random."""
 
-    reading_s = 0.0
+    reading_s, right = 0.0, 0
+    """`right`: the first tokens of a sample that it knows without exception."""
 
     def __init__(self, texts=None):
         self.texts, self.random = texts or {}, np.random.default_rng(0)
@@ -53,10 +63,12 @@ class Oracle:
         return [self.guess(*of[:4]) for of in asked]
 
     def guess(self, sample, prompt, written, limit):
-        limit = int(self.random.integers(0, limit + 1))
+        if len(written) >= self.right:
+            limit = int(self.random.integers(0, limit + 1))
         tokens = self.texts.get(sample, self.random.integers(0, 64, size=512))
         tokens = tokens[len(written) : len(written) + limit].copy()
-        tokens[2::3] = (tokens[2::3] + 1) % 64
+        if len(written) >= self.right:
+            tokens[2::3] = (tokens[2::3] + 1) % 64
         return Draft(tokens.tolist(), [0] * len(tokens))
 
     def finish(self, sample, prompt, written):
@@ -74,52 +86,33 @@ def speculate(engine, drafter, depth=8):
     return speculation
 
 
-async def generated(tiny, engine, requests, seed):
-    """Outputs of requests that arrive one by one."""
-    random = np.random.default_rng(seed)
+def played(tiny, batch, requests):
+    """Outputs of requests, of which two wait at any time, and of the second turns of those in
+    conversations."""
+    left, asked, outputs = list(requests), {r.request_id: r for r in requests}, {}
+    with torch.inference_mode():
+        while left or batch.running or batch.queued:
+            coming = max(0, batch._max_concurrent + 2 - batch.running - batch.queued)
+            assert not batch.submit(left[:coming])
+            left = left[coming:]
+            for output in batch.step():
+                outputs[output.request_id] = output
+                first = asked.get(output.request_id)
+                if first is not None and (talk := first.conversation):
+                    prompt, key = first.prompt_token_ids, 1000 + first.sample_key
+                    prompt = (*prompt, *output.token_ids.tolist(), 5, 6)
+                    left.insert(0, tiny.request(prompt, key, talk=talk, max_new_tokens=9))
+    return outputs
 
-    async def later(request):
-        await asyncio.sleep(random.random() * 0.05)
-        return await tiny.outputs(engine, [request])
 
-    parts = await asyncio.gather(*map(later, requests))
-    return {name: output for part in parts for name, output in part.items()}
-
-
-@pytest.mark.parametrize("rows", [1, 7, 64])
-@pytest.mark.parametrize("name", ["lookup", "siblings", "oracle", "random", "model", "self"])
-async def test_output_with_speculation_equals_output_without_token_for_token(tiny, rows, name):
-    folder = tiny.folder("llama")
-    manifest = tiny.publish(tiny.policy(folder, 1, torch.float64), 0)
-    few = prompts(5, seed=1)
-    requests = [
-        tiny.request(few[i % 5], i, max_new_tokens=1 + (7 * i) % 60, kept=True, **LAWS[i % 5])
-        for i in range(24 if rows == 1 else 70)
-    ]
-    plain = tiny.engine(folder, dtype="float64", max_concurrent=rows)
-    await plain.load(manifest)
-    expected = await generated(tiny, plain, requests, 0)
-    texts = {key: output.token_ids.astype(np.int64) for key, output in expected.items()}
-    small = tiny.folder("qwen3", hidden_size=16, num_hidden_layers=1)
-    tiny.policy(small, 3).save_pretrained(small)
-    drafters = {
-        "model": lambda: DraftModel(small, 64, "coupled"),
-        "self": lambda: DraftModel(tiny.saved(tiny.policy(folder, 1)), 64, "coupled"),
-        "lookup": LookupDrafter,
-        "siblings": lambda: SiblingsDrafter(10_000),
-        "oracle": lambda: Oracle(texts),
-        "random": Oracle,
-    }
-    engine = tiny.engine(folder, dtype="float64", max_concurrent=rows, prefill_tokens=50)
-    speculation = speculate(engine, drafters[name]())
-    await engine.load(manifest)
-    outputs = await generated(tiny, engine, requests, 1)
-    assert speculation.drafted > 30
-    assert speculation.accepted > {"random": -1, "lookup": 0, "model": 0}.get(name, 10)
+def same(outputs, expected):
+    """Outputs are the expected ones, log-probabilities to rounding."""
     for key, output in outputs.items():
         wanted = expected[key]
         assert output.token_ids.tolist() == wanted.token_ids.tolist()
         assert (output.text, output.finish_reason) == (wanted.text, wanted.finish_reason)
+        assert output.versions == wanted.versions
+        assert output.kv_version_min == wanted.kv_version_min
         gap = np.abs(output.behaviour_logprobs - wanted.behaviour_logprobs)
         assert gap.max() < 1e-9
         np.testing.assert_allclose(output.removed_mass, wanted.removed_mass, atol=1e-6)
@@ -128,6 +121,164 @@ async def test_output_with_speculation_equals_output_without_token_for_token(tin
         else:
             assert output.kept_ids.values.tolist() == wanted.kept_ids.values.tolist()
             assert output.kept_ids.offsets.tolist() == wanted.kept_ids.offsets.tolist()
+
+
+def texts_of(outputs):
+    return {name: output.token_ids.astype(np.int64) for name, output in outputs.items()}
+
+
+@pytest.fixture(scope="module")
+def plain(make_tiny, tmp_path_factory):
+    """A folder, its policy, requests under every law, some of them in conversations, and what comes
+    of them without speculation."""
+    tiny = make_tiny(tmp_path_factory.mktemp("plain"))
+    folder, few = tiny.folder("llama", head_dim=16), prompts(5, seed=2)  # 32 tokens a page
+    model = tiny.policy(folder, 1, torch.float64)
+    requests = [
+        tiny.request(
+            few[i % 5], i, max_new_tokens=2 + 7 * i % 60 - i // 64, kept=True,
+            talk=f"c{i}" if i % 4 == 1 else "", **LAWS[i % len(LAWS)],
+        )
+        for i in range(90)
+    ]  # fmt: skip
+    batch = tiny.batch(folder, model, max_concurrent=64)
+    return folder, model, requests, played(tiny, batch, requests)
+
+
+CASES = {
+    "alone": {"max_concurrent": 1},
+    "shared": {"max_concurrent": 7},
+    "many": {"max_concurrent": 64},
+    "tight": {"max_concurrent": 64, "kv_memory_mb": 1},
+}
+SAMPLES = {"alone": 12, "shared": 40, "many": 90, "tight": 60}
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        *itertools.product(["lookup", "siblings", "oracle", "random", "self"], CASES),
+        ("model", "shared"),
+        ("model", "many"),
+    ],
+)
+def test_output_with_speculation_equals_output_without_token_for_token(
+    tiny, plain, name, case, monkeypatch
+):
+    """`shared`: all prompts are read from one place; `tight`: samples begin, pause and go on in
+    memory for a few of them, which drafts never pass."""
+    folder, model, requests, expected = plain
+    if case == "shared":
+        monkeypatch.setattr(decoder, "_SHARED_BYTES", 0)
+    small = tiny.folder("qwen3", hidden_size=16, num_hidden_layers=1)
+    tiny.policy(small, 3).save_pretrained(small)
+    drafters = {
+        "model": lambda: DraftModel(small, 64, "coupled"),
+        "self": lambda: DraftModel(tiny.saved(tiny.policy(folder, 1)), 64, "coupled"),
+        "lookup": LookupDrafter,
+        "siblings": lambda: SiblingsDrafter(10_000),
+        "oracle": lambda: Oracle(texts_of(expected)),
+        "random": Oracle,
+    }
+    batch, most = tiny.batch(folder, model, prefill_tokens=50, **CASES[case]), 0
+    speculation, places = speculate(batch, drafters[name]()), batch._cache.places
+    if case == "tight":  # and all are thought to end soon: too many begin
+        batch._memory.most_tokens = 640
+        short = lambda written_N, budget_N: np.minimum(3, budget_N - written_N)  # noqa: E731
+        monkeypatch.setattr(batch._memory.lengths, "left", short)
+
+    def stored(*of):
+        nonlocal most
+        taken = places(*of)
+        most = max(most, batch._cache.num_tokens + batch._memory.outside_rows)
+        return taken
+
+    monkeypatch.setattr(batch._cache, "places", stored)
+    requests = requests[: SAMPLES[case]]
+    outputs = played(tiny, batch, requests)
+    assert len(outputs) == len(requests) + sum(bool(of.conversation) for of in requests)
+    assert speculation.drafted > 30
+    assert speculation.accepted > {"random": -1, "oracle": 10, "self": 10}.get(name, 0)
+    if case == "tight":
+        assert batch.paused > 0, "or nothing was tight"
+        assert most <= 640
+    else:
+        assert batch.kept_tokens > 0
+        assert speculation._controller.most_rows == batch._max_concurrent
+    same(outputs, expected)
+
+
+async def test_a_swap_changes_a_sample_with_drafts_as_it_does_one_without(tiny, monkeypatch):
+    """Keys are kept. Three right drafts a row bring all samples in 4 steps as far as they come in
+    13 without; weights change there, and drafts are sometimes wrong from then on."""
+    monkeypatch.setattr(decoder, "_SHARED_BYTES", 0)
+    folder = tiny.folder("llama")
+    old, new = (tiny.policy(folder, 5 + k, torch.float64) for k in range(2))
+    few = prompts(3, seed=2)
+    requests = [
+        tiny.request(few[i % 3], i, max_new_tokens=1 + 5 * i, kept=True, **LAWS[i % len(LAWS)])
+        for i in range(16)
+    ]
+
+    def swapped(batch, steps):
+        batch.submit(requests)
+        with torch.inference_mode():
+            outputs = [output for _ in range(steps) for output in batch.step()]
+            used, names = batch._slots.used, [r.request_id for r in batch._slots.requests]
+            reached = dict(zip(names, used["num_written"].tolist(), strict=True))
+            version = Version(branch=0, step=1, digest="1" * 32)
+            batch.swap(version, batch.prepare(policy_weights(new)))
+        return {o.request_id: o for o in outputs} | played(tiny, batch, []), reached
+
+    expected, reached = swapped(tiny.batch(folder, old, max_concurrent=16), 12)
+    batch, oracle = tiny.batch(folder, old, max_concurrent=16), Oracle(texts_of(expected))
+    oracle.right = 13
+    speculation = speculate(batch, oracle, depth=3)
+    outputs, also = swapped(batch, 3)
+    assert set(reached.values()) == {13}
+    assert also == reached
+    assert 0 < speculation.accepted < speculation.drafted
+    same(outputs, expected)
+    mixed = [output for output in outputs.values() if len(output.versions) == 2]
+    assert len(mixed) == len(reached) > 5
+
+
+@pytest.mark.parametrize("drafter", ["lookup", "siblings", "model"])
+async def test_an_engine_told_to_draft_writes_what_one_without_drafts_does(tiny, drafter):
+    """As users set it up, twice, where drafts are made when the controller says so."""
+    folder = tiny.folder("llama")
+    manifest = tiny.publish(tiny.policy(folder, 1, torch.float64), 0)
+    similar = tiny.saved(tiny.policy(folder, 1, noise=0.1)) if drafter == "model" else None
+    config = SpeculationConfig(drafter=drafter, draft_model=similar, max_depth=5)
+    plain = tiny.engine(folder, dtype="float64")
+    engine = tiny.engine(folder, dtype="float64", speculation=config)
+    never_ends = ((0, -1e9),)
+    requests = [
+        tiny.request([5, 6 + i % 3], i, temperature=i % 4 / 4, max_new_tokens=100,
+                     logit_bias=never_ends)
+        for i in range(12)
+    ]  # fmt: skip
+    await plain.load(manifest)
+    await engine.load(manifest)
+    expected = await tiny.outputs(plain, requests)
+    for _ in range(2):
+        same(await tiny.outputs(engine, requests), expected)
+    kinds = {"lookup": LookupDrafter, "siblings": SiblingsDrafter, "model": DraftModel}
+    assert type(engine._decoder.speculation.drafter) is kinds[drafter]
+    assert engine.stats().drafted_tokens > 0
+    assert plain.stats().drafted_tokens == 0
+
+
+async def test_a_draft_model_that_cannot_draft_for_the_policy_is_refused(tiny):
+    folder = tiny.folder("llama")
+    with pytest.raises(ConfigError, match=r"needs rollout\.speculation\.draft_model, a folder"):
+        tiny.engine(folder, speculation=SpeculationConfig(drafter="model"))
+    other = tiny.folder("qwen2", vocab_size=70)
+    tiny.policy(other, 1).save_pretrained(other)
+    for place, reason in ((other, "70 tokens, the policy 64"), (tiny.root / "nowhere", "nowhere")):
+        config = SpeculationConfig(drafter="model", draft_model=place)
+        with pytest.raises(ConfigError, match=r"rollout\.speculation\.draft_model.*" + reason):
+            tiny.engine(folder, speculation=config)
 
 
 async def test_a_second_epoch_takes_fewer_forwards_than_tokens(tiny):
@@ -424,7 +575,7 @@ def laws_of_texts(tiny, model, law, length):
     return texts, following
 
 
-def counted(tiny, batch, law, length, samples=40_000):
+def counted(tiny, batch, law, length, samples=120_000):
     """How often each text of so many tokens came."""
     counts = Counter()
     for start in range(0, samples, 1000):
@@ -445,7 +596,7 @@ LAW = {"temperature": 1.5, "top_k": 4}
 async def test_the_law_of_texts_is_the_targets_and_a_wrong_acceptance_rule_is_seen(
     tiny, monkeypatch, wrong, record_property
 ):
-    """120,000 draws, the likeliest token drafted; the planted rule takes a draft whenever the
+    """120,000 texts, the likeliest token drafted; the planted rule takes a draft whenever the
     target gives it 30 %."""
     folder = tiny.folder("llama")
     model = tiny.policy(folder, 2, torch.float64)
@@ -464,7 +615,9 @@ async def test_the_law_of_texts_is_the_targets_and_a_wrong_acceptance_rule_is_se
     assert speculation.accepted > 5000
     assert set(counts) <= set(texts)
     z = chi_square_z(counts, texts)
-    record_property("texts, standard deviations", (sum(counts.values()), z))
+    drawn = sum(len(text) * count for text, count in counts.items())
+    assert drawn >= 120_000
+    record_property("texts, tokens, standard deviations", (counts.total(), drawn, z))
     assert z > 20 if wrong else z < 4
 
 
@@ -490,7 +643,7 @@ def plant_wrong_rule(monkeypatch):
 async def test_drafts_drawn_from_another_law_leave_the_targets_and_a_wrong_rule_is_seen(
     tiny, monkeypatch, wrong, record_property
 ):
-    """160,000 draws with a draft model of another law, two deep; the planted rule takes a draft
+    """120,000 texts with a draft model of another law, two deep; the planted rule takes a draft
     whenever the target gives it more than half of what the draft's law does."""
     folder = tiny.folder("llama")
     model = tiny.policy(folder, 2, torch.float64)
@@ -509,7 +662,9 @@ async def test_drafts_drawn_from_another_law_leave_the_targets_and_a_wrong_rule_
     assert 0.3 < speculation.accepted / speculation.drafted < 0.95
     assert set(counts) <= set(texts)
     z = chi_square_z(counts, texts)
-    record_property("texts, standard deviations", (sum(counts.values()), z))
+    drawn = sum(len(text) * count for text, count in counts.items())
+    assert drawn >= 120_000
+    record_property("texts, tokens, standard deviations", (counts.total(), drawn, z))
     assert z > 20 if wrong else z < 4
 
 
