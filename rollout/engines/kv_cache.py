@@ -157,25 +157,35 @@ class RaggedCache:
         return torch.frombuffer(pages, dtype=shape.dtype).view(sizes), pages
 
     def release(self, row: int, last: int) -> None:
-        """Give a row's memory back; the last row in use, which may be the same, takes its place."""
-        self._give_back(row)
+        """Give a row's memory back; the last row in use, which may be the same, takes its place:
+        over the pages that are there, because fresh ones cost more than the copy."""
+        stored = int(self.stored_R[last]) if row != last else 0
+        in_pages = self.shape.in_pages(stored)
+        for layer in self.layers if stored else ():
+            layer[:, row, :, :in_pages] = layer[:, last, :, :in_pages]
+        self._give_back(row, in_pages)
         if row != last:
-            stored = int(self.stored_R[last])
-            for layer in self.layers:
-                layer[:, row, :, :stored] = layer[:, last, :, :stored]
             self._give_back(last)
-            self.stored_R[row] = stored
+        self.stored_R[row] = stored
 
-    def _give_back(self, row: int) -> None:
-        """A row's pages; it reads as zeros again, also where it held NaN."""
-        row_bytes = self.layers[0][0, row].nbytes
+    def _give_back(self, row: int, begin: int = 0) -> None:
+        """A row's pages from a token on; it reads as zeros there, also where it held NaN."""
+        end = int(self.shape.in_pages(self.stored_R[row]))
+        self.stored_R[row] = 0
+        if end <= begin:
+            return
+        heads, token_bytes = self.shape.num_heads, self.layers[0][0, 0, 0, 0].nbytes
+        firsts = [
+            ((part * heads + head) * self.capacity + begin) * token_bytes
+            for part in (row, self._num_rows + row)  # keys, values
+            for head in range(heads)
+        ]
         for layer, of in zip(self.layers, self._maps, strict=True):
             if sys.platform == "linux":
-                for part in (row, self._num_rows + row):  # keys, values
-                    of.madvise(MADV_DONTNEED, part * row_bytes, row_bytes)
+                for first in firsts:
+                    of.madvise(MADV_DONTNEED, first, (end - begin) * token_bytes)
             else:
-                layer[:, row] = 0
-        self.stored_R[row] = 0
+                layer[:, row, :, begin:end] = 0
 
     def copy_of(self, row: int, num_tokens: int) -> list[Tensor]:
         """The first tokens of a row, per layer [2, K, num_tokens, D]."""

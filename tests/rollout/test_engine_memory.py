@@ -98,6 +98,21 @@ def test_a_row_takes_the_pages_of_its_own_tokens_and_gives_them_back_at_its_end(
     assert not cache.layers[0][:, 0].any()
 
 
+@pytest.mark.parametrize(("ended", "last"), [(100, 3), (3, 100), (20, 20), (100, 0)])
+def test_a_row_that_moves_leaves_nothing_of_the_one_whose_place_it_takes(ended, last):
+    cache = RaggedCache(KvShape(2, 2, 64, torch.float32), 3)
+    cache.reserve(128)
+    for row, (length, value) in enumerate([(ended, torch.nan), (7, 2.0), (last, 3.0)]):
+        cache.put(slice(row, row + 1), [torch.full((2, 2, length, 64), value)] * 2)
+    cache.release(0, 2)
+    assert cache.stored_R.tolist() == [last, 7, 0]
+    for layer in cache.layers:
+        assert (layer[:, 0, :, :last] == 3).all()
+        assert not layer[:, 0, :, last:].any()
+        assert not layer[:, 2].any()
+        assert (layer[:, 1, :, :7] == 2).all()
+
+
 async def test_rows_take_memory_by_their_own_lengths_and_return_it_while_the_longest_goes_on(tiny):
     folder = tiny.folder("llama", max_position_embeddings=2048)
     batch = tiny.batch(folder, tiny.policy(folder, 3, torch.float64))
