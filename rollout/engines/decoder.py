@@ -160,7 +160,8 @@ class Decoder:
             if reason := self._limits.refusal(request):
                 errors.append(unstarted(request, reason))
             else:
-                self._waiting.add(self._detokeniser.with_stop_ids(request))
+                asked = self._detokeniser.with_stop_ids(request)
+                self._waiting.add(asked, goes_on=request.conversation in self._kept)
         return errors
 
     def drop(self, request_ids: set[str]) -> None:

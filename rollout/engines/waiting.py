@@ -50,9 +50,9 @@ class Waiting:
     def __iter__(self) -> Iterator[Group]:
         return iter(self._groups.values())
 
-    def add(self, request: GenerationRequest) -> None:
-        """Let a sample wait."""
-        key = (request.conversation, request.prompt_token_ids)
+    def add(self, request: GenerationRequest, *, goes_on: bool) -> None:
+        """Let a sample wait: with all of its prompt, or alone where it goes on from a kept turn."""
+        key = (request.conversation if goes_on else "", request.prompt_token_ids)
         if (group := self._groups.get(key)) is None:
             group = self._groups[key] = Group(key, np.array(key[1], dtype=np.int64))
         group.waiting.append(request)
@@ -111,6 +111,9 @@ class KeptTurns:
 
     def __len__(self) -> int:
         return len(self._turns)
+
+    def __contains__(self, conversation: str) -> bool:
+        return conversation in self._turns
 
     @property
     def num_tokens(self) -> int:

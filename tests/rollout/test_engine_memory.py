@@ -354,6 +354,27 @@ async def test_turns_of_conversations_share_and_keep_within_the_bound(tiny, shar
     assert engine.stats().kv_bytes <= MIB
 
 
+async def test_conversations_that_begin_alike_compute_their_first_prompt_once(tiny, shared):
+    folder = tiny.folder("llama")
+    model = tiny.policy(folder, 3, torch.float64)
+    engine = tiny.engine(folder, dtype="float64")
+    await engine.load(tiny.publish(model, 0))
+    first = [*range(2, 42)]
+    names = [f"c{i}" for i in range(6)]
+    begun = [tiny.request(first, i, talk=name, max_new_tokens=5) for i, name in enumerate(names)]
+    outputs = await tiny.outputs(engine, begun)
+    await exactly(tiny, model, outputs, begun)
+    assert engine.stats().prefilled_tokens == 40
+    answers = [outputs[str(i)].token_ids.tolist() for i in range(6)]
+    later = [
+        tiny.request([*first, *answer, 7, 8], 10 + i, talk=name, max_new_tokens=5)
+        for i, (name, answer) in enumerate(zip(names, answers, strict=True))
+    ]
+    await exactly(tiny, model, await tiny.outputs(engine, later), later)
+    assert engine.stats().prefilled_tokens == 40 + 6 * 3  # the last of an answer has no key
+    assert engine.stats().kept_tokens == sum(40 + len(answer) - 1 for answer in answers)
+
+
 @pytest.mark.parametrize(
     ("seen", "begin"),
     [(40, 30), (300, 6), (None, 2)],
