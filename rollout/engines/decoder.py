@@ -254,16 +254,19 @@ class Decoder:
                 self._begin(group)
 
     def _begin(self, group: Group) -> None:
-        """Reserve memory for a prompt, of a conversation from where it was left."""
+        """Reserve memory for a prompt, of a conversation from where it was left; one that rows read
+        is there already."""
         shape, request, num_tokens = self._forward.kv_shape, group.admitted[0], len(group.token_ids)
+        version = len(self._versions) - 1
         read_too_often = (len(group.requests) - 1) * num_tokens * shape.bytes_per_token
         group.is_shared = read_too_often >= _SHARED_BYTES * shape.num_layers
         group.is_shared |= self._memory.is_tight(group)
         if kept := self._kept.take(request.conversation, group.token_ids):
             group.keys = kept.goes_on(group.token_ids, shape)
             self.kept_tokens += len(kept)
+        elif shared := self._slots.shared_prompt(group.token_ids, version):
+            group.keys, group.is_shared = shared, True
         else:
-            version = len(self._versions) - 1
             group.keys = PromptKeys(group.token_ids, shape.zeros(num_tokens), version)
         self._waiting.keyed.append(group)
 

@@ -151,6 +151,14 @@ class Slots:
         found = ((self.shared[slots[0]], slots) for slots in rows.values())
         return [Shared(prompt, torch.tensor(slots)) for prompt, slots in found if prompt]
 
+    def shared_prompt(self, token_ids: np.ndarray, version: int) -> PromptKeys | None:
+        """A prompt of these tokens that slots share, computed by these weights alone: its last
+        hidden state gives first tokens only under them."""
+        for keys in {id(keys): keys for keys in self.shared if keys}.values():
+            if keys.kv_version == version and np.array_equal(keys.token_ids, token_ids):
+                return keys
+        return None
+
     def add_bias(self, slots_M: np.ndarray, logits_MV: Tensor) -> None:
         """Add each sample's logit bias to its rows, in place."""
         for row in np.flatnonzero(self._state["has_bias"][slots_M]):

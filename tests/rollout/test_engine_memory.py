@@ -375,6 +375,38 @@ async def test_conversations_that_begin_alike_compute_their_first_prompt_once(ti
     assert engine.stats().kept_tokens == sum(40 + len(answer) - 1 for answer in answers)
 
 
+@pytest.mark.parametrize(("kv", "computed"), [("keep", 40), ("recompute", 20)])
+async def test_siblings_that_come_later_read_the_prompt_that_is_there(tiny, kv, computed, shared):
+    """As long as the weights that computed it serve; new keys are the newest weights' alone."""
+    folder, prompt = tiny.folder("llama"), [*range(2, 22)]
+    models = [tiny.policy(folder, seed, torch.float64) for seed in (20, 21)]
+    batch = tiny.batch(folder, models[0], kv=kv)
+
+    def one(name):
+        return tiny.request(prompt, ord(name), name, max_new_tokens=4, logit_bias=NEVER_ENDS)
+
+    long = [
+        tiny.request(prompt, i, max_new_tokens=60, logit_bias=NEVER_ENDS, temperature=0.8)
+        for i in range(2)
+    ]
+    with torch.inference_mode():
+        batch.submit(long)
+        batch.step()
+        for step, name in enumerate("ab"):
+            batch.submit([one(name)])
+            (output,) = [output for _ in range(4) for output in batch.step()]
+            assert {span.version.step for span in output.kv_version_min} == {step}
+            reference = tiny.logits(models[step], prompt, output.token_ids)
+            reference[:, 0] -= 1e9
+            chosen = torch.from_numpy(output.token_ids).long()[:, None]
+            reference = reference.log_softmax(-1).gather(1, chosen)[:, 0].numpy()
+            np.testing.assert_allclose(output.behaviour_logprobs, reference, rtol=0, atol=1e-9)
+            assert batch.prefilled_tokens == (computed if step else 20)
+            if not step:
+                weights = batch.prepare(policy_weights(models[1]))
+                batch.swap(Version(branch=0, step=1, digest="1" * 32), weights)
+
+
 @pytest.mark.parametrize(
     ("seen", "begin"),
     [(40, 30), (300, 6), (None, 2)],
