@@ -191,6 +191,7 @@ class Decoder:
             outputs = self._start()
         if self._slots.count:
             outputs += self._decode()
+            self._kept.forget_idle(self.forwards)
         tokens = self._cache.num_tokens + self._memory.outside_rows
         self.kv_bytes = self._limits.shape.bytes_per_token * tokens
         self.kv_share = self._memory.share_used
@@ -332,7 +333,7 @@ class Decoder:
         if shared is not None:
             layers = [torch.cat(both, dim=2) for both in zip(shared.layers, layers, strict=True)]
         turn = PromptKeys(token_ids, layers, int(row["kv_version"]), len(token_ids))
-        self._kept.keep(conversation, turn)
+        self._kept.keep(conversation, turn, self.forwards)
 
     def _recompute(self) -> None:
         """Compute all keys and values of samples in flight under the weights just loaded."""

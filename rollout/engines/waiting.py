@@ -13,6 +13,10 @@ from ..engine import GenerationRequest
 from .kv_cache import PromptKeys
 from .slots import Paused
 
+MOST_IDLE_STEPS = 2048
+"""Decode steps that an ended turn's keys wait for the next one, as many as a long answer takes; one
+that comes later is computed whole."""
+
 
 class Group:
     """The samples of one prompt. Trace, with two free rows:
@@ -104,10 +108,12 @@ class Waiting:
 
 
 class KeptTurns:
-    """What ended turns left for the next of their conversations, at most so many, oldest first."""
+    """What ended turns left for the next of their conversations, at most so many, oldest first.
+    Nobody says that a conversation has ended: it is one whose next turn does not come."""
 
     def __init__(self, most: int) -> None:
         self._most, self._turns = most, dict[str, PromptKeys]()
+        self._since: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._turns)
@@ -120,23 +126,34 @@ class KeptTurns:
         """Tokens whose keys are kept."""
         return sum(map(len, self._turns.values()))
 
-    def keep(self, conversation: str, turn: PromptKeys) -> None:
-        """Keep a turn, in place of the oldest when there are too many."""
-        self._turns[conversation] = turn
+    def keep(self, conversation: str, turn: PromptKeys, step: int) -> None:
+        """Keep a turn that ended in this step, in place of the oldest when there are too many."""
+        self._forget(conversation)
+        self._turns[conversation], self._since[conversation] = turn, step
         if len(self._turns) > self._most:
             self.forget_oldest()
 
     def take(self, conversation: str, token_ids: np.ndarray) -> PromptKeys | None:
         """What the conversation left, if a prompt goes on from there; forgotten either way."""
-        turn = self._turns.pop(conversation, None) if conversation else None
+        turn = self._forget(conversation)
         if turn is None or len(turn) >= len(token_ids):
             return None
         return turn if np.array_equal(token_ids[: len(turn)], turn.token_ids) else None
 
     def forget_oldest(self) -> None:
         """Make room."""
-        del self._turns[next(iter(self._turns))]
+        self._forget(next(iter(self._turns)))
+
+    def forget_idle(self, step: int) -> None:
+        """Those whose next turn has not come for `MOST_IDLE_STEPS`."""
+        while self._turns and step - next(iter(self._since.values())) > MOST_IDLE_STEPS:
+            self.forget_oldest()
 
     def forget_all(self) -> None:
         """Of other weights."""
         self._turns.clear()
+        self._since.clear()
+
+    def _forget(self, conversation: str) -> PromptKeys | None:
+        self._since.pop(conversation, None)
+        return self._turns.pop(conversation, None)

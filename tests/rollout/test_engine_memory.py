@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from slipstream.buffer.records import Version
 from slipstream.kernels.models import policy_weights
 from slipstream.rollout.engines import decoder as decoder_module
+from slipstream.rollout.engines import waiting
 from slipstream.rollout.engines.kv_cache import KvShape, RaggedCache
 from slipstream.rollout.engines.memory import Lengths, peak_tokens
 
@@ -373,6 +374,22 @@ async def test_conversations_that_begin_alike_compute_their_first_prompt_once(ti
     await exactly(tiny, model, await tiny.outputs(engine, later), later)
     assert engine.stats().prefilled_tokens == 40 + 6 * 3  # the last of an answer has no key
     assert engine.stats().kept_tokens == sum(40 + len(answer) - 1 for answer in answers)
+
+
+async def test_a_turn_is_kept_while_its_next_may_come_and_no_longer(tiny, monkeypatch):
+    monkeypatch.setattr(waiting, "MOST_IDLE_STEPS", 20)
+    folder = tiny.folder("llama")
+    batch, kept = tiny.batch(folder, tiny.policy(folder, 3, torch.float64)), []
+    batch.submit(
+        [
+            tiny.request([3, 4], i, talk=talk, max_new_tokens=1 + steps, logit_bias=NEVER_ENDS)
+            for i, (talk, steps) in enumerate([("a", 5), ("b", 10), ("", 40)])
+        ]
+    )
+    for _ in played(batch):
+        kept.append(sorted(name for name in "ab" if name in batch._kept))
+        assert batch._memory.outside_rows == sum(2 + {"a": 5, "b": 10}[name] for name in kept[-1])
+    assert kept == [[]] * 4 + [["a"]] * 5 + [["a", "b"]] * 16 + [["b"]] * 5 + [[]] * 10
 
 
 @pytest.mark.parametrize(("kv", "computed"), [("keep", 40), ("recompute", 20)])
