@@ -14,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from slipstream.buffer.records import Version
 from slipstream.kernels.models import policy_weights
+from slipstream.rollout.drafters import SiblingsDrafter
 from slipstream.rollout.engines import decoder as decoder_module
 from slipstream.rollout.engines import waiting
 from slipstream.rollout.engines.kv_cache import KvShape, RaggedCache
 from slipstream.rollout.engines.memory import Lengths, peak_tokens
 
 from .test_native_engine import prompts, turns
+from .test_speculation import speculate
 
 MIB = 2**20
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 8
@@ -486,23 +488,42 @@ async def test_a_row_that_ends_is_taken_by_the_next_sample_in_the_next_step(tiny
 
 
 @pytest.mark.slow
-async def test_no_memory_leaks_over_ten_thousand_requests(tiny):
+async def test_no_memory_leaks_over_ten_thousand_requests(tiny, shared, monkeypatch):
+    """Siblings with their prompt shared, drafts, and conversations left after a turn or two."""
+    monkeypatch.setattr(waiting, "MOST_IDLE_STEPS", 20)
     folder = tiny.folder("llama", num_hidden_layers=1)
     engine = tiny.engine(folder, max_concurrent=64)
     await engine.load(tiny.publish(tiny.policy(folder, 1), 0))
-    random, few, levels, held = np.random.default_rng(0), prompts(50, seed=1), [], []
+    drafting = speculate(engine, SiblingsDrafter(5000), depth=2)
+    batch, shape = engine._decoder, engine._decoder._cache.shape
+    random, few, held, second = np.random.default_rng(0), prompts(50, seed=1), [], []
     for start in range(0, 10_000, 500):
-        requests = [
-            tiny.request(few[i % 50], start + i, max_new_tokens=int(random.integers(1, 40)))
-            for i in range(500)
-        ]
-        assert len(await tiny.outputs(engine, requests)) == 500
-        levels.append(engine.stats().kv_bytes)
+        requests = second + [
+            tiny.request(
+                few[i % 50], start + i, talk=f"c{start + i}" if i % 5 == 0 else "",
+                max_new_tokens=int(random.integers(1, 40)),
+            )
+            for i in range(500 - len(second))
+        ]  # fmt: skip
+        batch.speculation = None if start % 2000 else drafting  # it takes twice as long
+        outputs = await tiny.outputs(engine, requests)
+        assert len(outputs) == 500
+        second = [
+            tiny.request(
+                [*of.prompt_token_ids, *outputs[of.request_id].token_ids, 7],
+                int(of.request_id), f"{of.request_id}/1", talk=of.conversation, max_new_tokens=9,
+            )
+            for of in requests[-100:]
+            if of.conversation and of.sample_key % 2
+        ]  # fmt: skip
+        assert engine.stats().kv_bytes == shape.bytes_per_token * batch._kept.num_tokens
         held.append(resident_bytes() if sys.platform == "linux" else 0)
-    assert levels == [0] * 20
+    assert engine.stats().kept_tokens > 100
+    await tiny.outputs(engine, [tiny.request([2], logit_bias=NEVER_ENDS, max_new_tokens=200)])
+    assert engine.stats().kv_bytes == 0
     assert held[-1] - held[4] < 2 * MIB  # a page a request would be 30
     assert not engine._streams
-    assert not engine._decoder._waiting.keyed
+    assert not batch._waiting.keyed
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=6))
