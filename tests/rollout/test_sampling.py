@@ -198,7 +198,9 @@ def test_a_drafts_verification_is_the_same_alone_and_in_blocks_of_any_batch(
     in_blocks = verify(*given, "kept_set")
     for row, law in enumerate(LAWS):
         one = slice(row, row + 1)
-        alone = verify(*(of[one] for of in given), ratio_law="kept_set")
+        alone = verify(
+            logits[one], laws[one], uniforms[one], drafts[one], q[one], accept[one], "kept_set"
+        )
         for other in (together, in_blocks):
             assert alone.token_ids_B[0] == other.token_ids_B[row]
             assert alone.logprobs_B[0] == other.logprobs_B[row]
