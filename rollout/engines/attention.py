@@ -60,8 +60,8 @@ class Shared(NamedTuple):
     """A prompt that some rows of a forward have in common."""
 
     prompt: PromptKeys
-    rows: Tensor
-    """[n] int64."""
+    rows: Tensor | slice
+    """[n] int64, or where they follow one another a slice, which gathers nothing."""
 
 
 class RowAttention:
@@ -146,7 +146,7 @@ class RowAttention:
             query_nKQD = query_NKQD[rows]
             query_KQD = query_nKQD.transpose(0, 1).reshape(len(keys_KPD), -1, keys_KPD.shape[2])
             out, mass = _flash(query_KQD[None], keys_KPD[None], values_KPD[None], scale=self._scale)
-            by_row = (len(keys_KPD), len(rows), query_nKQD.shape[2], -1)
+            by_row = (len(keys_KPD), len(query_nKQD), query_nKQD.shape[2], -1)
             out, mass = (x.reshape(by_row).transpose(0, 1) for x in (out, mass))
             share = torch.sigmoid(own_mass[rows] - mass).to(own.dtype)
             own[rows] = torch.lerp(out, own[rows], share)

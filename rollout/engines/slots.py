@@ -149,7 +149,7 @@ class Slots:
         for slot in np.flatnonzero(self.used["begin"]).tolist():
             rows.setdefault(id(self.shared[slot]), []).append(slot)
         found = ((self.shared[slots[0]], slots) for slots in rows.values())
-        return [Shared(prompt, torch.tensor(slots)) for prompt, slots in found if prompt]
+        return [Shared(prompt, _rows(slots)) for prompt, slots in found if prompt]
 
     def shared_prompt(self, token_ids: np.ndarray, version: int) -> PromptKeys | None:
         """A prompt of these tokens that slots share, computed by these weights alone: its last
@@ -255,6 +255,11 @@ class Slots:
             grown = np.zeros((len(self._state), max(64, 2 * capacity)), dtype=_WRITTEN)
             grown[:, :capacity] = self._written
             self._written = grown
+
+
+def _rows(slots: list[int]) -> Tensor | slice:
+    first, end = slots[0], slots[-1] + 1
+    return slice(first, end) if end - first == len(slots) else torch.tensor(slots)
 
 
 def spans(indices_N: np.ndarray, versions: Sequence[Version]) -> tuple[VersionSpan, ...]:
