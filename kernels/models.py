@@ -121,9 +121,12 @@ def empty_model(model_dir: Path | str, dtype: str) -> PreTrainedModel:
     path = Path(model_dir) / "generation_config.json"
     if path.is_file():
         try:
-            model.generation_config = GenerationConfig.from_pretrained(str(model_dir))
+            settings = GenerationConfig.from_pretrained(str(model_dir))
         except _READ_ERRORS as error:
             raise ModelError(f"{path} cannot be read: {error}; save it again") from error
+        if settings.eos_token_id is None:
+            settings.eos_token_id = model.config.eos_token_id
+        model.generation_config = settings
     return _checked(model)
 
 

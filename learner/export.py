@@ -236,6 +236,10 @@ def _write(run_dir: Path, checkpoint: Checkpoint, draft: Path, dtype: str) -> No
     if settings is not None:
         settings.eos_token_id = list(end_token_ids(model, tokenizer))
         settings.pad_token_id = tokenizer.pad_token_id
+        # transformers refuses to save a temperature, top_p or top_k beside greedy decoding.
+        settings.do_sample = any(
+            getattr(settings, name) is not None for name in ("temperature", "top_p", "top_k")
+        )
     model.save_pretrained(str(draft))
     tokenizer.save_pretrained(str(draft))
     if (checkpoint.folder / ADAPTER).is_file() and has_weights(model_dir):

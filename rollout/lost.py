@@ -58,6 +58,6 @@ class Lost:
         for guarded in self._guarded:
             if any(name in held for name in guarded.samples):
                 guarded.held_s = now_s
-            elif now_s - guarded.held_s > self._patience_s:
+            elif not guarded.is_lost and now_s - guarded.held_s > self._patience_s:
                 guarded.is_lost = True
                 guarded.limit.reschedule(asyncio.get_running_loop().time())

@@ -66,9 +66,11 @@ class ChatFormat:
 
     @functools.cache  # noqa: B019, one format lives as long as its worker
     def _ends(self) -> frozenset[int]:
-        """The tokens that the policy ends a message with."""
+        """The tokens that the policy may end a message with: a stop string, a stop id or the
+        model's generation config may name any special one."""
         eos: Any = self._tokenizer.eos_token_id
-        return frozenset(eos if isinstance(eos, list) else [eos])
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        return frozenset([eos, *(i for i, token in added.items() if token.special)])
 
     def _text(self, chat: list[dict[str, str]], tools: list[dict] | None = None) -> str:
         if not self._tokenizer.chat_template:
