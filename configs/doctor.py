@@ -111,10 +111,13 @@ def _diagnosis(said: Published, name: str, stall_s: float) -> str:
         return f"its event loop has not turned for {said.loop_silent_s:.0f} s"
     if name == "buffer":  # what it publishes are the waits of others
         return ""
-    # Who waits for its peers is judged after they are: the rank that hangs does not.
+    # Who waits for its peers is judged after they are: the rank that hangs does not. What they
+    # do together may be given longer than one answer of theirs.
     slack_s = SLACK_S * (1 + any(wait.what == PEERS for wait in said.waits))
+    longest_s = max((wait.deadline_s or stall_s for wait in said.waits), default=stall_s)
     for wait in said.waits:
-        if wait.waited_s > (wait.deadline_s or stall_s) + slack_s:
+        allowed_s = longest_s if wait.what == PEERS else wait.deadline_s or stall_s
+        if wait.waited_s > allowed_s + slack_s:
             return f"{wait.owner} has waited {wait.waited_s:.0f} s for {wait.what}"
     return ""
 

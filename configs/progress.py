@@ -45,6 +45,17 @@ class Progress:
     lines: int = 0
     """Reported so far: steps, evaluations, updates of the warm start."""
 
+    evaluated: dict[str, int] = field(default_factory=dict)
+    """Version -> its held-out samples that were finished at once, at the most."""
+
+    def see(self, stats: Stats) -> None:
+        """Take the buffer's newest answer in."""
+        self.stats = stats
+        version, _, counted = stats.evaluation.partition(": ")
+        if counted:
+            finished = int(counted.split()[0])
+            self.evaluated[version] = max(finished, self.evaluated.get(version, 0))
+
     def fold(self, event: Event) -> None:
         """Take one reported line in."""
         self.lines += 1
@@ -70,12 +81,17 @@ class Progress:
         return [line for line in self.stats.waits if _holds_up(line)] if self.stats else []
 
     @property
-    def reached(self) -> tuple[int, int]:
-        """How far the run is: lines reported, and groups whose samples are all there, since a step
-        of a large model may take longer than workers live on borrowed nodes."""
-        counts = self.stats.counts if self.stats else {}
-        complete = sum(n for word, n in counts.items() if word not in ("WAITING", "INFLIGHT"))
-        return self.lines, complete
+    def reached(self) -> tuple[int, int, int]:
+        """How far the run is: lines reported; groups whose samples are all there and held-out
+        samples, since a step of a large model, or an evaluation, may take longer than workers
+        live on borrowed nodes. What an engine that dies is left with is no progress: prompts
+        that are quarantined, and an evaluation that begins anew."""
+        complete = 0
+        if self.stats is not None:
+            counts = self.stats.counts
+            complete = sum(n for word, n in counts.items() if word not in ("WAITING", "INFLIGHT"))
+            complete -= len(self.stats.quarantined)
+        return self.lines, complete, sum(self.evaluated.values())
 
     @property
     def violations(self) -> int:

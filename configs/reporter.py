@@ -54,8 +54,8 @@ class Reporter:
         if now_s - self._looked_s < LOOK_S and phase == self.progress.phase:
             return
         self._looked_s = now_s
-        if self.observer is not None:
-            self.progress.stats = self.observer.latest or self.progress.stats
+        if self.observer is not None and self.observer.latest is not None:
+            self.progress.see(self.observer.latest)
         events = self._feed.poll()
         for event in events:
             self.progress.fold(event)

@@ -42,7 +42,7 @@ from .checkpoint import crash_point
 from .config import LearnerSpec
 from .ranks import process_name
 from .step import StepResult
-from .trainer import WRITE_S, Trainer, append_line
+from .trainer import DISK_S, Trainer, append_line
 
 R = TypeVar("R")
 
@@ -117,7 +117,7 @@ def _at_work(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
 
 
 def _saved(trainer: Trainer, write: Callable[[], object]) -> None:
-    with waiting(trainer.ranks.name, "its checkpoint to be written", WRITE_S):
+    with waiting(trainer.ranks.name, "its checkpoint to be written", DISK_S):
         write()
 
 

@@ -62,8 +62,8 @@ from .step import StepResult, StreamedStep, train_step
 _HELD = ".held"
 """Of a file of weights that is not published yet."""
 _COPY_BYTES = 1 << 24
-WRITE_S = 1800.0
-"""Of the writing of a checkpoint: a slow disk is not a dead one, and training goes on beside."""
+DISK_S = 1800.0
+"""Of a checkpoint, a multiple of a model, to be written or read: a slow disk is not a dead one."""
 SENDER_END_S = 10.0
 """How long a killed sender may take to give its device back before the learner ends anyway."""
 
@@ -132,7 +132,7 @@ class Trainer:
     def _checkpoint(self, wanted: tuple[int, int]) -> Checkpoint:
         """One of this run's, after one rank looked at every byte of it."""
         folder = self.root / folder_name(Version(branch=wanted[0], step=wanted[1]))
-        with self._waiting(f"{folder} to be checked"):
+        with self._waiting(f"{folder} to be checked", DISK_S):
             if self.ranks.first:
                 find_checkpoint(self.root, wanted)
             self.ranks.exchange(None)
@@ -163,7 +163,7 @@ class Trainer:
                     stop=stop,
                 )
             compute_on(spec.config.threads)
-        with self._waiting("its first version to be saved", WRITE_S):
+        with self._waiting("its first version to be saved", DISK_S):
             self._hold(self._policy(model), step=0)
             if not self.ranks.any(stop.is_set()):
                 self.save()
@@ -177,7 +177,7 @@ class Trainer:
                 f"dtype = {spec.dtype}, but the run was started with {checkpoint.info['dtype']}"
             )
         policy = self._policy(self._load_model())
-        with self._waiting(f"{checkpoint.folder} to be loaded"):
+        with self._waiting(f"{checkpoint.folder} to be loaded", DISK_S):
             self._restore(policy, checkpoint)
         self.journal_sequence = checkpoint.journal_sequence
         self.saved = True
@@ -305,7 +305,7 @@ class Trainer:
                 f"learner.objective.kl_coefficient needs the run's first checkpoint in {self.root}"
             )
         model = self._load_policy()
-        with self._waiting("its reference policy to be loaded"):
+        with self._waiting("its reference policy to be loaded", DISK_S):
             shard(model, self.ranks)
             folder = read_checkpoint(first[-1], checked=not self.ranks.first).folder
             weights = {n: torch.empty_like(w) for n, w in policy_weights(model).items()}

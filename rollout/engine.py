@@ -17,6 +17,8 @@ from ..buffer.records import (
 
 EngineState = Literal["COLD", "LOADING", "SERVING"]
 """COLD -> LOADING(v) -> SERVING(v) -> LOADING(v + 1) ...; only SERVING engines get work."""
+START_S = 1800.0
+"""How long an engine may take to start: vLLM compiles for many minutes, the first time."""
 
 
 class GenerationRequest(Record):

@@ -15,7 +15,7 @@ from ..buffer.errors import Refused
 from ..buffer.messages import EvaluationClaim
 from ..buffer.records import Message, Score, WeightsManifest
 from ..buffer.replay import MAX_DEATHS
-from .engine import Engine, GenerationOutput, GenerationRequest
+from .engine import START_S, Engine, GenerationOutput, GenerationRequest
 from .environments.conversation import Episode
 from .environments.episode import EpisodeFailed, Player
 from .rewards.base import failed
@@ -43,6 +43,7 @@ class Evaluator:
         name: of the worker, for those who wait.
         player: plays the samples as episodes, when there is an environment.
         local: brings a manifest's files here, when they are not seen from here.
+        deadline_s: of a sample being written; see `Wait.deadline_s`.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class Evaluator:
         name: str,
         player: Player | None = None,
         local: Callable[[WeightsManifest], Awaitable[WeightsManifest]] | None = None,
+        deadline_s: float = 0.0,
     ) -> None:
-        self._local = local
+        self._local, self._deadline_s = local, deadline_s
         self._make_engine, self._render = make_engine, render
         self._rewards, self._client, self._seed = rewards, client, seed
         self._player, self._name = player, name
@@ -111,10 +113,11 @@ class Evaluator:
     async def evaluate(self, claims: Sequence[EvaluationClaim], deaths: int = 0) -> None:
         """Generate, score and hand in the samples of claims that share a version; `deaths` of the
         engine cut them off before."""
-        if self._engine is None:
-            self._engine = await asyncio.to_thread(self._make_engine)
         manifest = claims[0].manifest
-        with waits.waiting(self._name, f"its evaluation engine to load {manifest.version}"):
+        what = f"its evaluation engine to start and load {manifest.version}"
+        with waits.waiting(self._name, what, START_S):
+            if self._engine is None:
+                self._engine = await asyncio.to_thread(self._make_engine)
             await self._engine.load(await self._local(manifest) if self._local else manifest)
         samples = {
             name: (claim, index, request)
@@ -124,7 +127,7 @@ class Evaluator:
             ).items()
         }
         for claim, index, _ in samples.values():
-            self._wait(claim, index, self._engine_words)
+            self._wait(claim, index, self._engine_words, deadline_s=self._deadline_s)
         lost: list[EvaluationClaim] = []
         async with asyncio.TaskGroup() as tasks:
             if self._player is not None:
@@ -155,11 +158,16 @@ class Evaluator:
             for same in by_prompt.values():
                 await self.evaluate(same, deaths)
 
-    def _wait(self, claim: EvaluationClaim, index: int, *what: str) -> None:
+    def _wait(
+        self, claim: EvaluationClaim, index: int, *what: str, deadline_s: float = 0.0
+    ) -> None:
         """Register what a sample waits for; nothing: it has ended."""
         uid, now_s = claim.prompt.uid, time.monotonic()
         owner = f"held-out prompt {uid} sample {index}"
-        each = (waits.Wait(owner=owner, what=words, since_s=now_s) for words in what)
+        each = (
+            waits.Wait(owner=owner, what=words, since_s=now_s, deadline_s=deadline_s)
+            for words in what
+        )
         waits.put((claim.job_id, uid, index), *each)
 
     async def _play(

@@ -32,8 +32,12 @@ class HandIn:
     finish(claim, ..., output a)    scored, durable in the buffer; open: none
     """
 
-    def __init__(self, client: BufferClient, rewards: RewardPool, engine_id: str) -> None:
+    def __init__(
+        self, client: BufferClient, rewards: RewardPool, engine_id: str, deadline_s: float = 0.0
+    ) -> None:
+        """`deadline_s` is that of a sample being written; see `Wait.deadline_s`."""
         self._client, self._rewards, self._engine_id = client, rewards, engine_id
+        self._deadline_s = deadline_s
         self._open: dict[str, tuple[Claim, int]] = {}
         self._errors_in_a_row = 0
 
@@ -45,11 +49,15 @@ class HandIn:
     def lease(self, claim: Claim, request_id: str, index: int) -> None:
         """Note a sample that must be handed in or given back."""
         self._open[request_id] = (claim, index)
-        self._wait(claim, index, request_id, f"the engine of {self._engine_id}")
+        what = f"the engine of {self._engine_id}"
+        self._wait(claim, index, request_id, what, self._deadline_s)
 
-    def _wait(self, claim: Claim, index: int, request_id: str, what: str) -> None:
-        owner = f"group {claim.ticket.prompt.uid} sample {index}"
-        waits.put(request_id, waits.Wait(owner=owner, what=what, since_s=time.monotonic()))
+    def _wait(
+        self, claim: Claim, index: int, request_id: str, what: str, deadline_s: float = 0.0
+    ) -> None:
+        owner, now_s = f"group {claim.ticket.prompt.uid} sample {index}", time.monotonic()
+        wait = waits.Wait(owner=owner, what=what, since_s=now_s, deadline_s=deadline_s)
+        waits.put(request_id, wait)
 
     async def finish(
         self,

@@ -24,7 +24,7 @@ from ..buffer.weight_fetch import Inbox
 from ..buffer.weight_holder import own_endpoint
 from ..kernels.models import load_tokenizer, render_prompt
 from .config import EngineSpec, WorkerSpec
-from .engine import Engine, GenerationRequest
+from .engine import START_S, Engine, GenerationRequest
 from .engines.native import NativeEngine
 from .engines.vllm_law import gpu_name, law_proved
 from .environments.episode import EpisodeFailed, Player
@@ -43,8 +43,6 @@ EVALUATION_POLL_S = 20.0
 VERSION_POLL_S = 10.0
 HEARTBEAT_S = 2.0
 """Or a quarter of the lease, when that is shorter."""
-START_S = 1800.0
-"""vLLM compiles for many minutes, the first time."""
 LOAD_ATTEMPTS = 5
 """Weights may be retired while we read them; the newest that cannot be read so often is corrupt."""
 
@@ -71,6 +69,8 @@ class Worker:
         """Whether weights for training samples come from device to device, not as files."""
         self._tokenizer = load_tokenizer(spec.model_dir)
         self._player = Player(spec.environment, self._tokenizer) if spec.environment else None
+        # While an environment or an agent is at work the engine may have nothing to write.
+        deadline_s = spec.stall_s + spec.environment.timeout_s if spec.environment else 0.0
         self._evaluator = Evaluator(
             lambda: make_engine(spec, "eval"),
             self._render,
@@ -80,8 +80,9 @@ class Worker:
             spec.name,
             self._player,
             self._local,
+            deadline_s,
         )
-        self._hand_in = HandIn(client, rewards, spec.name)
+        self._hand_in = HandIn(client, rewards, spec.name, deadline_s)
         rows = spec.rollout.max_concurrent_samples
         self._prefetch = max(1, rows // 8)
         self._in_flight, self._spares = InFlight(rows), Spares()

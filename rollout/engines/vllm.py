@@ -117,6 +117,8 @@ class VllmEngine:
         self._swaps, self._last_swap_s, self._paused_s = 0, 0.0, 0.0
         self._deaths, self._failure = 0, "its process ended"
         self._loading = self._closed = self._killed = False
+        self._updating = False
+        """Weights are being put into the core, or it died over them."""
         self._load_lock, self._sleeper = asyncio.Lock(), Sleeper(self._tell)
         self._tasks: set[asyncio.Task[GenerationOutput]] = set()
 
@@ -292,6 +294,7 @@ class VllmEngine:
         await self._sleeper.wake(self._llm)
         if self._dead:
             return False
+        self._updating = True
         swap = asyncio.create_task(self._swap(self._llm, manifest, files))
         heard_s, patience_s = time.monotonic(), self._settings.step_timeout_s + moving_s(manifest)
         try:
@@ -312,6 +315,8 @@ class VllmEngine:
             if not swap.done() or swap.exception():
                 swap.cancel()
                 self._kill()  # half-updated: nothing may be written by it
+            else:
+                self._updating = False
         return False
 
     async def _swap(
@@ -366,7 +371,7 @@ class VllmEngine:
             self._transfer.close()  # it was the dead core's
         await asyncio.to_thread(self._llm.shutdown, _CLOSE_TIMEOUT_S)
         self._llm, self._head_dims = await asyncio.to_thread(self._started)
-        self._killed = self._sleeper.asleep = False
+        self._killed = self._updating = self._sleeper.asleep = False
 
     def _kill(self) -> None:
         """End the core at once; who waits for it is told by vLLM's own monitor."""
@@ -437,6 +442,6 @@ class VllmEngine:
 
     def _cut_off(self, request: GenerationRequest, core: str) -> GenerationOutput:
         """The output of a sample that a core did not finish; blamed for it unless the core was
-        ended on purpose, or while it got new weights, which kill by themselves."""
-        by_samples = self._dead and not self._closed and not self._loading
+        ended on purpose, or over new weights, which kill by themselves."""
+        by_samples = self._dead and not self._closed and not self._updating
         return unstarted(request, death=core if by_samples else "")

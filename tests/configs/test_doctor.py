@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from ray.cluster_utils import Cluster
 from slipstream.buffer.errors import ConfigError
-from slipstream.buffer.waits import Published
+from slipstream.buffer.waits import PEERS, Published
 from slipstream.configs import engines
 from slipstream.configs.claim import supervising
 from slipstream.configs.cluster_doctor import Looked, judge
@@ -72,6 +72,16 @@ def test_a_wait_without_a_deadline_hangs_after_the_runs_own_time(
         ok, lines = run_report(run_dir)
     assert ok == (stall_s > 320)
     assert ("STALLED" in "\n".join(lines)) != ok
+
+
+@pytest.mark.parametrize(("waited_s", "ok"), [(900.0, True), (1900.0, False)])
+def test_who_waits_for_its_peers_has_the_time_of_what_they_do_together(
+    run_dir: Path, waited_s: float, ok: bool
+) -> None:
+    together = ("learner-1", "its checkpoint to be written", waited_s, 1800.0)
+    publish(run_dir, "learner-1", together, ("learner-1", PEERS, waited_s, 0.0))
+    with supervising(run_dir):
+        assert run_report(run_dir)[0] == ok
 
 
 def test_a_process_on_another_machine_is_said_to_be_there_and_found_when_it_falls_silent(

@@ -101,6 +101,22 @@ def test_a_line_and_a_complete_group_are_progress_and_work_in_flight_is_none(
     assert len({reached, complete, progress.reached}) == 3
 
 
+def test_held_out_samples_are_progress_and_what_deaths_leave_behind_is_none(
+    progress: Progress,
+) -> None:
+    def reached(**changes: Any) -> tuple[int, int, int]:
+        progress.see(msgspec.structs.replace(STATS, **changes))
+        return progress.reached
+
+    began = reached(evaluation="version 0.42: 3 of 64 samples")
+    assert reached(evaluation="version 0.42: 5 of 64 samples") != began
+    further = progress.reached
+    assert reached(evaluation="version 0.42: 4 of 64 samples") == further, "it began anew"
+    counts = STATS.counts | {"DROPPED": 1}
+    poisoned = {"counts": counts, "quarantined": {7: "3 deaths"}}
+    assert reached(evaluation="", **poisoned) == further
+
+
 def test_the_panel_can_be_drawn_before_anything_happened() -> None:
     assert "step 0/10" in rendered(Progress(name="x", total_steps=10, bound=0))
 

@@ -69,6 +69,16 @@ def assert_rounded(folder, dtype: torch.dtype, weights) -> None:
     assert all(torch.equal(model.get_parameter(n), w.to(dtype)) for n, w in weights.items())
 
 
+def test_sampling_settings_of_the_models_own_generation_config_are_exported(run_dir, tmp_path):
+    started_from = find_checkpoint(run_dir / "checkpoints")[0].info["model_dir"]
+    copy = shutil.copytree(started_from, run_dir / "model")
+    (copy / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9}))
+    module.export(run_dir, tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["do_sample"]) == (0.6, True)
+    assert saved["eos_token_id"] == [1], "config.json names it"
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_an_export_in_another_dtype_is_the_policy_rounded_once(
     run_dir, tmp_path, monkeypatch, capsys, record_property, dtype

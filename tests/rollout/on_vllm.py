@@ -503,9 +503,15 @@ async def test_a_file_that_changes_between_verification_and_loading_is_not_serve
         return files
 
     monkeypatch.setattr(engine, "_verified", verify_then_touch)
+    long = [tiny.request([9], i, f"cut-{i}", max_new_tokens=240) for i in range(4)]
+    task = asyncio.create_task(tiny.outputs(engine, long))
+    await wait_for_tokens(engine, 8)
     with pytest.raises(CorruptData, match="changed"):
         await engine.load(other)
     assert (engine.state, engine.serving) == ("COLD", None)
+    cut = [o for o in (await asyncio.wait_for(task, 20)).values() if o.finish_reason == "abort"]
+    assert cut
+    assert {output.death for output in cut} == {""}, "weights ended the core, not these samples"
     monkeypatch.setattr(engine, "_verified", verified)
     await engine.load(other)
     assert engine.serving == other.version

@@ -407,10 +407,14 @@ def test_a_template_that_rewrites_answers_is_refused():
         ChatFormat(tokenizer).follow(PROMPT.messages, 2)
 
 
-def test_following_tokens_are_those_that_the_template_writes_behind_the_answer():
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|pad|>"])
+def test_following_tokens_are_those_that_the_template_writes_behind_the_answer(eos):
+    """Also where samples end by what the tokenizer does not call its end token."""
     tokenizer = load_tokenizer(TINY)
-    chat = ChatFormat(tokenizer)
     end: Any = tokenizer.eos_token_id
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "'<|im_end|>'")
+    tokenizer.eos_token = eos
+    chat = ChatFormat(tokenizer)
     answer = tokenizer("north", add_special_tokens=False)["input_ids"]
     more = (Message(role="user", content="you 1 3"),)
     whole = [*PROMPT.messages, Message(role="assistant", content="north"), *more]

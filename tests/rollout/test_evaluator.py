@@ -101,7 +101,7 @@ async def test_a_sample_that_the_engine_loses_is_waited_for_since_its_last_token
     task = asyncio.create_task(evaluator.evaluate([claim]))
     while engine.loading is None or not registered():
         await asyncio.sleep(0.01)
-    assert engine.loading == {("worker-0", "its evaluation engine to load 0.4")}
+    assert engine.loading == {("worker-0", "its evaluation engine to start and load 0.4")}
     assert registered() == {("held-out prompt 1 sample", "the evaluation engine of worker-0")}
     ages = []
     for engine.written in (0, 5, 5):
