@@ -133,6 +133,7 @@ class Placement:
             ConfigError: what is asked is not there, in words.
         """
         self._experiment, self._config, self._waits = experiment, experiment.cluster, waits
+        self._began = began
         self._groups: list[PlacementGroup] = []
         self._later: dict[str, PlacementGroup] = {}
         self.only_at = ""
@@ -221,16 +222,19 @@ class Placement:
         return remote.remote()
 
     def check_nodes(self, run_dir: Path) -> list[dict[str, Any]]:
-        """Compare every node that is reserved with the head, before anything starts.
+        """Compare the nodes that are reserved with the head, before anything starts.
+
+        Of a run that began only the learner's: a worker waits for a node that cannot take part.
 
         Returns:
-            The facts of each learner rank and worker that has its place, in order.
+            The facts of each learner rank, then of each worker that was looked at, in order.
         Raises:
             ConfigError: versions differ, a file is not seen there, the engine does not work, or a
                 node is silent.
         """
         placed = self._sharing + (self._workers.bundle_count if self._workers else 0)
-        names = [*learner_names(self._experiment), *(f"worker-{n}" for n in range(placed))]
+        workers = [] if self._began else [f"worker-{n}" for n in range(placed)]
+        names = [*learner_names(self._experiment), *workers]
         actors = [self.actor(name) for name in names]
         try:
             asked = {a.facts.remote(str(run_dir)): n for a, n in zip(actors, names, strict=True)}

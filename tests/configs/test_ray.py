@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -264,20 +265,45 @@ def test_a_run_that_began_goes_on_with_the_workers_for_which_there_is_room(
     connect(cluster.address or "", tmp_path)
     asked = experiment(2, worker_cpus=1.5)  # and 1 for the learner: 4 are there, in two pieces
     placement = Placement(asked, began=True)
-    assert len(placement.check_nodes(tmp_path)) == 2, "the learner, and one worker"
     argv = [sys.executable, "-c", "print('up', flush=True); import time; time.sleep(600)"]
-    late = RayChild(
-        "worker-1", tmp_path, placement.actor("worker-1"), (argv, str(tmp_path), 1, {}),
-        gone=lambda: placement.free("worker-1"),
+    first, late = (
+        RayChild(
+            name, tmp_path, placement.actor(name), (argv, str(tmp_path), 1, {}),
+            gone=partial(placement.free, name),
+        )
+        for name in ("worker-0", "worker-1")
     )  # fmt: skip
+    wait_for(lambda: first.placed() and "up" in first.log_tail(), 30)
+    time.sleep(3.0)  # as long as the other would have needed
     assert late.poll() is None
     assert not late.placed()
+    first.kill()
     with pytest.raises(ConfigError, match="asks for 4 processors"):
         Placement(asked)
     cluster.add_node(num_cpus=2)
     wait_for(lambda: late.placed() and "up" in late.log_tail(), 30)
     late.kill()
     placement.remove()
+
+
+def test_a_run_that_began_is_not_ended_by_a_workers_node_for_which_the_worker_can_wait(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect(cluster.address or "", tmp_path)
+    lacking = "worker"
+    monkeypatch.setattr(
+        placement_module, "unfit", lambda *facts: "lacks" if facts[3].startswith(lacking) else ""
+    )
+    asked = experiment(1, worker_cpus=0.5, learner_cpus=0.5)
+    first, again = Placement(asked), Placement(asked, began=True)
+    with pytest.raises(ConfigError, match="lacks"):
+        first.check_nodes(tmp_path)
+    assert len(again.check_nodes(tmp_path)) == 1, "the learner's"
+    lacking = "learner"
+    with pytest.raises(ConfigError, match="lacks"):
+        again.check_nodes(tmp_path)
+    first.remove()
+    again.remove()
 
 
 def test_whoever_waits_for_the_cluster_is_told_what_for_and_can_give_up(
