@@ -37,6 +37,7 @@ from .run_dir import (
     read_experiment,
     read_run,
     update_run,
+    write_resolved,
 )
 from .schema import Experiment
 from .session import check_launcher, run_branches, run_warm_start
@@ -193,7 +194,8 @@ def _reopen(run_dir: Path, console: Console, overrides: Sequence[str] = ()) -> L
     """Open the next branch of a run that ended.
 
     Raises:
-        ConfigError: it is finished, may not be changed so, or its model is gone.
+        ConfigError: it is finished, may not be changed so, or its model is gone; no override is
+            kept.
     """
     run_file = read_run(run_dir)
     if run_file.status == "finished":
@@ -205,7 +207,11 @@ def _reopen(run_dir: Path, console: Console, overrides: Sequence[str] = ()) -> L
     if (run_dir / "model" / "config.json").exists():  # also when the folder was moved, or is a copy
         run_file = update_run(run_dir, model_dir=str(run_dir / "model"))
     check_folder(Path(run_file.model_dir), experiment.model)
+    if overrides:
+        check_launcher(experiment)
     branches = (*run_file.branches, _next_branch(run_dir, run_file.branches, console))
+    if overrides:
+        write_resolved(run_dir, experiment)
     run_file = update_run(run_dir, branches=branches, status="running", reason="")
     return Launch(
         experiment=experiment, run=run_file, run_dir=run_dir, model_dir=Path(run_file.model_dir)

@@ -98,7 +98,7 @@ def create_run_dir(
         for name in SUBFOLDERS:
             (run_dir / name).mkdir()
         (run_dir / "experiment.toml").write_text(loaded.source_text)
-        _write_resolved(run_dir, experiment)
+        write_resolved(run_dir, experiment)
         (run_dir / "plan.txt").write_text(plan)
         for name, write in (files or {}).items():
             write(run_dir / name)
@@ -111,7 +111,8 @@ def create_run_dir(
     return run_dir
 
 
-def _write_resolved(run_dir: Path, experiment: Experiment) -> None:
+def write_resolved(run_dir: Path, experiment: Experiment) -> None:
+    """Have this and every later start of the run read this experiment."""
     table = experiment.model_dump(mode="json")
     put_text(run_dir / "resolved.toml", toml.document(table, list(SECTIONS)))
     put_text(run_dir / "resolved.json", experiment.model_dump_json(indent=2) + "\n")
@@ -191,7 +192,7 @@ def read_experiment(run_dir: Path) -> Experiment:
 
 
 def change_experiment(run_dir: Path, overrides: Sequence[str]) -> Experiment:
-    """The run's experiment with some values changed, for this and every later start.
+    """The run's experiment with some values changed; nothing is written.
 
     Raises:
         ConfigError: a value is wrong, or its key decides what is trained.
@@ -208,9 +209,7 @@ def change_experiment(run_dir: Path, overrides: Sequence[str]) -> Experiment:
             )
         toml.put(table, key, value, f"override {override!r}")
         origins[key] = "command line"
-    experiment = validate(table, origins)
-    _write_resolved(run_dir, experiment)
-    return experiment
+    return validate(table, origins)
 
 
 def write_run(run_dir: Path, run: RunFile) -> None:

@@ -285,6 +285,7 @@ def test_what_a_resume_changes_is_in_the_runs_config_from_then_on(
     end_branch(run_dir, "interrupted", "", None)
     launched: list[Launch] = []
     monkeypatch.setattr(launch, "check_folder", lambda *_: None)
+    monkeypatch.setattr(launch, "check_launcher", lambda *_: None)
     monkeypatch.setattr(launch, "run_branches", lambda told, *_, **__: launched.append(told))
     changes = ["rollout.workers=3", "launcher=ray", "cluster.stall_s=60.0"]
     launch.resume(run_dir, changes, console=quiet())
@@ -315,6 +316,26 @@ def test_what_decides_what_is_trained_or_makes_no_sense_is_refused_on_resume_and
     with pytest.raises(ConfigError, match=words):
         launch.resume(run_dir, ["cluster.restarts=9", override], console=quiet())
     assert read_experiment(run_dir) == load(tmp_path).experiment
+    assert len(read_run(run_dir).branches) == 1
+
+
+@pytest.mark.parametrize("refuses", ["check_launcher", "check_folder", "_next_branch"])
+def test_what_a_resume_changes_is_not_kept_when_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: str
+) -> None:
+    run_dir = create_run_dir(load(tmp_path), None)
+    end_branch(run_dir, "interrupted", "", None)
+
+    def refuse(*_: object) -> None:
+        raise ConfigError("no Ray cluster")
+
+    monkeypatch.setattr(launch, "check_folder", lambda *_: None)
+    monkeypatch.setattr(launch, "check_launcher", lambda *_: None)
+    monkeypatch.setattr(launch, refuses, refuse)
+    with pytest.raises(ConfigError, match="no Ray cluster"):
+        launch.resume(run_dir, ["launcher=ray"], console=quiet())
+    assert read_experiment(run_dir) == load(tmp_path).experiment
+    assert load_experiment(run_dir / "resolved.toml").experiment == load(tmp_path).experiment
     assert len(read_run(run_dir).branches) == 1
 
 
