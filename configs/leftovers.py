@@ -55,12 +55,14 @@ def _end_here(run_dir: Path, left: dict[str, int], say: Callable[[str], None]) -
 def _outwait_far_ranks(run_dir: Path, say: Callable[[str], None]) -> None:
     """Wait until the learner's ranks on other nodes are silent: they save as they end."""
     known, began = _far_ranks(run_dir), time.monotonic()
-    if known:
-        say(f"waiting until learner ranks on other nodes are silent: {', '.join(sorted(known))}")
+    if not known:
+        return
+    say(f"waiting until learner ranks on other nodes are silent: {', '.join(sorted(known))}")
     changed_s = began
-    while known and time.monotonic() - changed_s < QUIET_S:
+    while time.monotonic() - changed_s < QUIET_S:
         time.sleep(POLL_S)
-        if (now := _far_ranks(run_dir)) != known:
+        # Of a file that cannot be read just now the last beat stands: that is no silence.
+        if (now := known | _far_ranks(run_dir)) != known:
             known, changed_s = now, time.monotonic()
         if changed_s - began > PATIENCE_S + QUIET_S:
             raise SlipstreamError(
@@ -76,7 +78,7 @@ def _far_ranks(run_dir: Path) -> dict[str, int]:
         said = read_published(path)
         if said is None or said.host in ("", platform.node()):
             continue
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             if time.time() - path.stat().st_mtime < RECENT_S:
                 name = path.name.removesuffix(".waits.json")
                 found[f"{name} (pid {said.pid} on {said.host})"] = said.beat

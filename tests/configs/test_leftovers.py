@@ -1,5 +1,6 @@
 """What a killed supervisor leaves ends before anybody goes on with the run."""
 
+import errno
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from slipstream.buffer.errors import SlipstreamError
@@ -148,6 +150,29 @@ def test_a_learner_that_goes_on_on_another_node_is_named_and_the_run_is_left_to_
     monkeypatch.setattr(module, "_far_ranks", lambda run_dir: {"learner (pid 7 on n)": next(beats)})
     with pytest.raises(SlipstreamError, match=r"still runs on another node \(learner \(pid 7 on n"):
         end_leftovers(run_dir, lambda line: None)
+
+
+@pytest.mark.parametrize("fails", ["read_bytes", "stat"])
+def test_a_look_that_fails_neither_ends_the_wait_for_a_learner_elsewhere_nor_prolongs_it(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    monkeypatch.setattr(module, "QUIET_S", 1.0)
+    path, looks, does = far_rank(run_dir, 0), itertools.count(), getattr(Path, fails)
+    spoke = [time.monotonic()]
+
+    def look(self: Path, **options: Any) -> Any:
+        if self == path and (number := next(looks)):
+            if number == 5:
+                far_rank(run_dir, 1)
+                spoke[0] = time.monotonic()
+            if number % 2:
+                raise OSError(errno.ESTALE, "Stale file handle")
+        return does(self, **options)
+
+    monkeypatch.setattr(Path, fails, look)
+    end_leftovers(run_dir, lambda line: None)
+    assert next(looks) > 6
+    assert 0.9 <= time.monotonic() - spoke[0] < 1.9
 
 
 @pytest.mark.parametrize("host", ["elsewhere", platform.node()])
