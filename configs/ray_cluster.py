@@ -274,7 +274,8 @@ def _end_all(started: Started) -> list[str]:
 
 
 def _not_ended(lines: Sequence[str]) -> str:
-    return "\n".join([*lines, "`slipstream cluster down` tries again once the host answers"])
+    again = "`slipstream cluster down` tries again once the host answers; if it is gone for good"
+    return "\n".join([*lines, f"{again}, remove {state_file()}"])
 
 
 def _on_host(python: str, *arguments: str) -> list[str]:
