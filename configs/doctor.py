@@ -24,6 +24,7 @@ from ..buffer.waits import PEERS, Published, chain, read_published
 from .child import Child
 from .claim import running_supervisor
 from .closing import resume_line
+from .cluster import ClusterConfig
 from .engines import TRIPLE, engines, version
 from .ray_cluster import use_our_token
 from .run_dir import read_experiment, read_run
@@ -196,7 +197,10 @@ def run_report(run_dir: Path) -> tuple[bool, list[str]]:
     """
     run_dir = run_dir.expanduser().absolute()
     run, folder = read_run(run_dir), run_dir / "processes"
-    stall_s = read_experiment(run_dir).cluster.stall_s
+    try:
+        stall_s = read_experiment(run_dir).cluster.stall_s
+    except ConfigError:  # written by another version of slipstream
+        stall_s = ClusterConfig().stall_s
     alive = running_supervisor(run_dir) is not None
     said = dict(published_by(folder))
     lines = [f"{run_dir.name} is {'running' if alive else f'not running ({run.status})'}"]

@@ -61,6 +61,15 @@ def test_of_a_live_run_who_hangs_is_named(run_dir: Path) -> None:
     assert "group 7 sample 3 has waited 412 s for the engine of worker-0" in stalled
 
 
+def test_a_run_whose_config_another_version_wrote_is_reported_all_the_same(run_dir: Path) -> None:
+    publish(run_dir, "learner", ("learner", "the batch of step 3: 1 of 2 READY", 9.0, 600.0))
+    (run_dir / "resolved.json").write_text('{"of_another_version": 1}')
+    end_branch(run_dir, "failed", "learner: was killed", None)
+    ok, lines = run_report(run_dir)
+    assert not ok
+    assert "chain: learner <- the batch of step 3: 1 of 2 READY, 9 s" in lines
+
+
 @pytest.mark.parametrize("stall_s", [600.0, 60.0])
 def test_a_wait_without_a_deadline_hangs_after_the_runs_own_time(
     tmp_path: Path, stall_s: float
