@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -243,13 +243,18 @@ class _Around:
         self.observer = reporter.observer = Observer(places.endpoint, launch.run.run_id)
         self.close_run, self.lost = self.observer.close_run, self.observer.lost
         self.stalled, self.chain = doctor.look, doctor.chain
-        self._quarantined: set[int] = set()
-        """The prompts of which it is said."""
+        self._quarantined: set[int] | None = None if launch.branch else set()
+        """The prompts of which it is said; None until it is known what earlier branches said."""
 
     def tick(self, phase: str) -> None:
         self._reporter.tick(phase)
-        stats = self._reporter.progress.stats
-        found = stats.quarantined if stats else {}
+        if (stats := self._reporter.progress.stats) is None:
+            return
+        found = stats.quarantined
+        if self._quarantined is None:
+            self._quarantined = set(found)
+            if found:
+                self.say(f"prompts quarantined before: {len(found)} ({_first(found)})")
         for uid in sorted(found.keys() - self._quarantined):
             folder = self._launch.run_dir
             self.say(
@@ -273,6 +278,12 @@ class _Around:
     def wanted_workers(self, now: int) -> int:
         self.workers = now
         return self._scaling.wanted(now, self.measure)
+
+
+def _first(uids: Iterable[int], number: int = 10) -> str:
+    """The first of them, in words."""
+    told = sorted(uids)
+    return ", ".join(map(str, told[:number])) + (", ..." if len(told) > number else "")
 
 
 def _version_bytes(launch: Launch) -> int:
