@@ -281,6 +281,7 @@ class Supervisor:
         """Start or end rollout workers until there are as many as wanted."""
         for name in [name for name in self._leaving if self._children[name].poll() is not None]:
             self._leaving.discard(name)
+            self._stalled.pop(name, None)  # another may take its name
             self._children.pop(name).forget()
         staying = [name for name in self._workers if name not in self._leaving]
         wanted = self._around.wanted_workers(len(staying))

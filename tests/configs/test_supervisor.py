@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -295,6 +295,29 @@ def test_rollout_workers_join_and_leave_as_wanted(start: Start, run_dir: Path) -
     assert around.started == ["worker-1", "worker-2"]
     assert around.said == ["rollout workers: 1 -> 3", "rollout workers: 3 -> 1"]
     assert sorted(children) == ["buffer", "feeder", "learner", "worker-0"]
+
+
+def test_why_one_that_was_leaving_hung_is_not_said_of_the_next_of_its_name(
+    start: Start, run_dir: Path
+) -> None:
+    around = Around(run_dir, lambda phase: None, {"worker-1": "raise SystemExit('a fault')"})
+    around.workers = 1
+    found = start(worker_1=IGNORE_SIGTERM + SAY_READY + FOREVER)
+    wait_for((run_dir / "ready").exists)
+
+    def stalled(children: Mapping[str, Child]) -> list[doctor.Stall]:
+        if "worker-1" not in children:
+            around.workers = 2
+        hangs = "worker-1" in children and around.said == ["rollout workers: 2 -> 1"]
+        return [doctor.Stall("worker-1", "sleeps")] if hangs else []
+
+    around.stalled = stalled
+    outcome = supervise(found, around=around)
+    assert any("sleeps" in line for line in around.said)
+    assert around.started == ["worker-1"]
+    assert (outcome.process, outcome.status) == ("worker-1", "failed")
+    assert "a fault" in outcome.reason
+    assert "sleeps" not in outcome.reason
 
 
 def test_only_who_is_here_or_failed_for_good_is_left_among_those_that_speak(
