@@ -102,7 +102,7 @@ def test_two_learner_ranks_under_ray_equal_two_local_ones_and_meet_on_the_loopba
     assert list(losses(local)) == [1, 2, 3, 4]
     host = (placed / "processes" / "learner.b0.meet").read_text().split()[0]
     assert host == "127.0.0.1"
-    assert listening["learner-1"] == ["127.0.0.1"] * len(listening["learner-1"])
+    assert set(listening["learner-1"]) == {"127.0.0.1"}
     beyond = [ip for ip in listening["learner"] if ip != "127.0.0.1"]
     assert len(beyond) <= 1, "the weights it serves, to a key"
     assert (placed / "logs" / "learner-1.log").exists()
