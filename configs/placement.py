@@ -1,5 +1,6 @@
 """Where the processes of a run go on a Ray cluster, and in words what it lacks for them."""
 
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -251,11 +252,12 @@ class Placement:
     def _await_all(self, asked: dict[Any, str]) -> None:
         """Wait for the answers of the actors of so named processes."""
         end, before = time.monotonic() + FACTS_S, len(asked)
+        node = functools.cache(self._node)  # it asks Ray, and a place stays where it is
         while silent := ray.wait([*asked], num_returns=len(asked), timeout=LOOK_S)[1]:
             if len(silent) < before:
                 end, before = time.monotonic() + FACTS_S, len(silent)
             names = [asked[reference] for reference in silent]
-            what = ", ".join(f"{name} on node {self._node(name)}" for name in names)
+            what = ", ".join(f"{name} on node {node(name)}" for name in names)
             self._waits(f"the Ray actors of {what}")
             if time.monotonic() > end:
                 raise ConfigError(
