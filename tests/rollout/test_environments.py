@@ -412,7 +412,8 @@ def test_following_tokens_are_those_that_the_template_writes_behind_the_answer(e
     """Also where samples end by what the tokenizer does not call its end token."""
     tokenizer = load_tokenizer(TINY)
     end: Any = tokenizer.eos_token_id
-    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "'<|im_end|>'")
+    template: Any = tokenizer.chat_template
+    tokenizer.chat_template = template.replace("eos_token", "'<|im_end|>'")
     tokenizer.eos_token = eos
     chat = ChatFormat(tokenizer)
     answer = tokenizer("north", add_special_tokens=False)["input_ids"]
