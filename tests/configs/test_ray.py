@@ -239,6 +239,7 @@ def test_a_worker_for_which_there_is_no_room_starts_when_a_node_joins_and_gives_
     wait_for(lambda: not live_groups(), 10)
 
 
+@pytest.mark.slow
 def test_under_shared_placement_a_rank_and_its_worker_see_the_same_device(
     cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -306,6 +307,7 @@ def test_a_run_that_began_is_not_ended_by_a_workers_node_for_which_the_worker_ca
     again.remove()
 
 
+@pytest.mark.slow
 def test_whoever_waits_for_the_cluster_is_told_what_for_and_can_give_up(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,6 +374,7 @@ class Unmade:
     def start(self, *arguments: Any) -> None: ...
 
 
+@pytest.mark.slow
 def test_an_actor_that_cannot_be_made_is_a_node_that_cannot_take_part_until_it_can(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -367,17 +367,22 @@ def claim_of(uid: int, indices, **more) -> Claim:
     return Claim(lease_id=lease_id, ticket=made, attempt=0, indices=tuple(indices), lease_s=60)
 
 
+_FOUND: list[int] = []
+"""The uid that the first test needed many tries for."""
+
+
 async def whole_lengths(tiny, spec, manifest) -> tuple[int, dict[int, list[int]]]:
     """A uid, and the tokens of its four samples, none of them cut: all are long enough for several
     claims to be made meanwhile, and one is by far the longest."""
     engine = tiny.engine(spec.model_dir)
     await engine.load(manifest)
-    for uid in range(200):
+    for uid in [*_FOUND, *range(200)]:
         requests = training_requests(claim_of(uid, range(4)), (2, 3), spec.rollout, spec.seed)
         outputs = await tiny.outputs(engine, [request for _, request in requests.values()])
         found = {requests[name][0]: o.token_ids.tolist() for name, o in outputs.items()}
         lengths = sorted(map(len, found.values()))
         if lengths[0] >= 30 and lengths[3] >= lengths[2] + 30:
+            _FOUND[:] = [uid]
             return uid, found
     raise AssertionError("no such prompt")
 
