@@ -60,6 +60,8 @@ RECOVERED = "recovered from "
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config):
     """How long runs took after each kind of fault; with `--record` also to
     docs/results/chaos.jsonl, a line a kind."""
+    if hasattr(config, "workerinput"):
+        return  # a worker of pytest-xdist; who started it sums up what all of them found
     found: dict[str, list[float]] = defaultdict(list)
     for reports in terminalreporter.stats.values():
         for report in reports:

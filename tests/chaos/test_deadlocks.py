@@ -119,6 +119,33 @@ def test_a_sample_that_is_lost_among_others_is_issued_again_and_nobody_is_restar
     assert not run.matches("stalled|restart"), output
 
 
+KILLS_ITS_WORKER = """
+import os, signal, sys
+if "slipstream.rollout.worker" in sys.orig_argv:
+    from slipstream.rollout.engines.native import NativeEngine as Engine
+    real = Engine.generate
+    async def generate(self, requests):
+        if any(request.request_id.rpartition("/")[2].startswith("3.") for request in requests):
+            os.kill(os.getpid(), signal.SIGKILL)
+        async for output in real(self, requests):
+            yield output
+    Engine.generate = generate
+"""
+
+
+def test_a_prompt_that_kills_its_workers_is_quarantined_by_name_and_the_run_finishes(
+    run: Run,
+) -> None:
+    (run.folder / "plant").mkdir()
+    (run.folder / "plant" / "sitecustomize.py").write_text(KILLS_ITS_WORKER)
+    run.add_path(run.folder / "plant")
+    output = finishes(run)
+    told = [line for line in output.splitlines() if "is quarantined" in line]
+    assert len(told) == 1, output
+    assert "prompt 3 is quarantined: 3 workers or engines died over it" in told[0]
+    run.start_also("show", "run", "--prompt", "3")
+
+
 def plant_once(run: Run, module: str, body: str) -> str:
     """Put a fault into the processes of a module; the file that says that it has acted."""
     flag = str(run.folder / "planted")

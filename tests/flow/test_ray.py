@@ -70,7 +70,7 @@ def test_the_quickstart_on_three_nodes_and_two_ranks_reaches_the_reward_of_a_loc
         record_property(
             f"{name}, held-out reward", [result["reward_first"], result["reward_final"]]
         )
-        record_property(f"{name}, seconds", result["seconds"])
+        record_property(f"{name}, seconds", result["total_seconds"])
         assert result["reward_final"]["ci95_low"] > result["reward_first"]["ci95_high"]
         assert (result["staleness_violations"], result["orphaned_tokens"]) == (0, 0)
         assert result["export"]["ok"]
