@@ -41,6 +41,8 @@ from slipstream.buffer.records import (
 )
 from slipstream.buffer.service import BufferService
 from slipstream.configs.child import Child
+from slipstream.configs.load import load_table
+from slipstream.configs.run_dir import create_run_dir, update_run
 
 HERE, TINY = Path(__file__), Path(__file__).parents[2] / "kernels" / "tiny"
 ROWS, LATENCY_S, TOKENS, GROUP = 32, 4.0, 256, 8
@@ -226,10 +228,9 @@ def finished(folder: Path) -> tuple[int, float]:
 def measure(number: int, launcher: str, windows: int) -> list[float]:
     """One fleet of so many workers."""
     with tempfile.TemporaryDirectory(prefix="scale-") as name:
-        folder = Path(name)
-        for part in ("logs", "processes"):
-            (folder / part).mkdir()
-        (folder / "run.json").write_text("{}")
+        experiment = load_table({"learner": {"steps": 1}}, name="scale")
+        folder = create_run_dir(experiment, Path(name, "run"))  # nodes look at it
+        update_run(folder, model_dir=str(TINY))
         with service(folder, GROUPS_PER_WORKER * number, bound=4) as (endpoint, _):
             commands = worker_specs(folder, endpoint, number)
             with LAUNCHERS[launcher](folder, commands):
