@@ -28,5 +28,7 @@ def runtime_environment(folder: Path) -> dict[str, list[str]]:
     about = folder / f"slipstream-{installed.version}.dist-info"
     about.mkdir()
     for name in INFORMATION:
-        (about / name).write_text(installed.read_text(name) or "")
+        # A checkout's egg-info, which `python -m` finds first there, has the same as PKG-INFO.
+        other = "PKG-INFO" if name == "METADATA" else name
+        (about / name).write_text(installed.read_text(name) or installed.read_text(other) or "")
     return {"py_modules": [str(package), str(about)]}

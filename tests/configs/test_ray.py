@@ -422,7 +422,7 @@ def test_a_node_runs_the_code_that_the_head_has(cluster: Cluster, tmp_path: Path
     argv = [sys.executable, "-P", "-c", script]
     start = (argv, str(tmp_path), 1, {"PYTHONPATH": "/the/user's"})
     child = RayChild("worker-0", tmp_path, placement.actor("worker-0"), start)
-    assert child.wait(60) == 0, child.log_tail()
+    assert child.wait(60) == 0, child.why()
     assert "py_modules_files" in child.log_tail(), "brought by Ray, before what is installed"
     placement.remove()
 
