@@ -68,6 +68,10 @@ class Drafter(Protocol):
         """The sample was dropped, whether or not it was ever drafted for."""
         ...
 
+    def remembers(self, prompt: tuple[int, ...]) -> bool:
+        """Whether samples of the prompt that have ended help its next one."""
+        ...
+
 
 _LENGTH_EDGES = (3, 5, 9)
 _SHARE_EDGES = (0.5, 0.8, 0.95)
@@ -232,6 +236,10 @@ class LookupDrafter:
         """See `Drafter`."""
         self._readers.pop(sample, None)
 
+    def remembers(self, prompt: tuple[int, ...]) -> bool:
+        """See `Drafter`: a sample has its own text alone."""
+        return False
+
     def _open(self, prompt: tuple[int, ...]) -> _Reader:
         return _begin(_Past(), prompt)
 
@@ -287,6 +295,11 @@ class SiblingsDrafter(LookupDrafter):
         """See `Drafter`."""
         self._to_read = _READ_A_STEP
         return super().propose(asked)
+
+    def remembers(self, prompt: tuple[int, ...]) -> bool:
+        """See `Drafter`."""
+        past = self._past.get(prompt)
+        return past is not None and past.num_tokens > len(prompt)
 
     def _open(self, prompt: tuple[int, ...]) -> _Reader:
         reader = _begin(self._of(prompt), prompt)

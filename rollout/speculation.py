@@ -18,6 +18,7 @@ accepts as often as the second does with a deterministic draft. Depth: our own r
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -38,75 +39,103 @@ _MEMORY = 0.99
 _PROBE_MEMORY = 0.97
 """The same of a drafted token's acceptance, in a probe: short, as it has few with which to refute
 what was true of other prompts."""
+_OFF_STEPS = 8
+"""While speculation is off one step in so many is looked at: the additions of each would be a
+fiftieth of a small model's step."""
 _PROBE_STEPS = 64
 """Between two probes of samples in flight, while speculation is off."""
-_PROBE_SHARE = 1 / 16
+_PROBE_SHARE = 1 / 8
 """Of the rows, that a probe drafts for."""
 _PROBE_TIME = 1 / 200
-"""Of the time while speculation is off, that probes may take, all they cost included. What is not
-used is saved up to the time of one step."""
+"""Of the time while speculation is off, that probes of either kind may take, all they cost
+included. What is not used is saved up to the time of one step."""
 
 
 class DepthController:
     """How far to draft, from measured time and measured acceptance.
 
-    A step over M tokens takes a + b M seconds, fitted to the recent steps. A drafted token that is
-    accepted with probability p costs b and brings p tokens; the best throughput r takes the token
-    in when p >= b r (the optimality condition of a ratio, Dinkelbach 1967), so `least` = b r. Where
-    a forward costs as much per token whatever M is, b r is 1 and nothing is drafted: speculation is
-    off. So it is while the accepted tokens are worth less than the time that looking for drafts
-    takes. Then a few rows are drafted for now and then, lest a change be missed: of samples that
-    begin, as theirs may be prompts with a past, which those before had not. In between a step costs
-    some additions.
+    A step over M tokens takes a + b M seconds, and c more where any of them is drafted (rows of
+    unequal length are laid out), fitted to the recent steps: b to what varies among steps with
+    drafts and among those without, c to what is between them. A drafted token that is accepted with
+    probability p costs b and brings p tokens; the best throughput r takes the token in when
+    p >= b r (the optimality condition of a ratio, Dinkelbach 1967), so `least` = b r. Where a
+    forward costs as much per token whatever M is, b r is 1 and nothing is drafted: speculation is
+    off. So it is while the accepted tokens are worth less than c and the time that looking for
+    drafts takes. Then a few rows are drafted for now and then, lest a change be missed: of samples
+    that begin and whose prompts have a past, which those before may not have had, and of samples in
+    flight, whose text may have begun to repeat itself. Each kind has time of its own, so that
+    looking at the one does not put off the other.
     """
 
     def __init__(self) -> None:
         self._hits, self._tries = [0.5] * NUM_CLASSES, [1.0] * NUM_CLASSES
-        self._sums = [0.0] * 5  # of 1, M, M^2, t, M t
+        self._plain, self._drafted = [0.0] * 5, [0.0] * 5
+        """Of steps without drafts and with: sums of 1, M, M^2, t, M t."""
         self._slope: float | None = None
         """b; None until steps have differed enough to know it."""
+        self._fixed_s = 0.0
+        """c."""
         self._rows = self._written = 0.0
         self._looked_s = 0.0
-        self._asked_s = self._fed = self._gained = 0.0
-        """Since the last probe: looking without reading, tokens drafted, tokens accepted."""
-        self._steps = self._next_in_flight = 0
-        self._credit_s = 0.0
+        self._asked_s = self._fed = self._gained = self._times = 0.0
+        """Since the last probe: looking without reading, tokens drafted, tokens accepted, and steps
+        with drafts."""
+        self._share = 1.0
+        """Of the rows, those of the last probe; 1: no probe."""
+        self._steps = self._seen = self._next_in_flight = 0
+        self._credit_s = {"begun": 0.0, "in flight": 0.0}
+        self._probing: Literal["begun", "in flight"] = "begun"
         self._drafts: Literal["off", "probe", "on"] = "on"
 
-    def start(self, written_B: np.ndarray) -> tuple[float, Sequence[int]]:
+    def start(
+        self, written_B: np.ndarray, has_past: Callable[[int], bool]
+    ) -> tuple[float, Sequence[int]]:
         """Of the step to come: the least acceptance worth a draft, and for which rows.
 
         Args:
             written_B: [B] int: the tokens that each row has so far.
+            has_past: whether anything was written before for the prompt of a row.
         """
         self._steps += 1
+        if self._is_skipped:
+            return 0.0, ()
         if self._drafts != "off":  # else nothing is known that was not before
             least = self._least()
             if least < 1.0 and self._lost_s <= 0.0:
-                self._drafts = "on"
+                self._drafts, self._share = "on", 1.0
                 return least, range(len(written_B))
-        rows = self._probed(written_B) if self._credit_s >= 0.0 else ()
+        rows = self._probed(written_B, has_past)
         self._drafts = "probe" if rows else "off"
         if rows:  # what others lost is no evidence against these
-            self._asked_s = self._fed = self._gained = 0.0
+            self._asked_s = self._fed = self._gained = self._times = 0.0
+            self._share = len(rows) / len(written_B)
         return 0.0, rows
 
-    def _probed(self, written_B: np.ndarray) -> Sequence[int]:
+    def _probed(self, written_B: np.ndarray, has_past: Callable[[int], bool]) -> Sequence[int]:
         count = max(1, int(len(written_B) * _PROBE_SHARE))
-        if self._steps >= self._next_in_flight:
+        if self._steps >= self._next_in_flight and self._credit_s["in flight"] >= 0.0:
+            self._probing = "in flight"
             self._next_in_flight = self._steps + _PROBE_STEPS
             first = self._steps // _PROBE_STEPS * count % len(written_B)
             return range(first, min(first + count, len(written_B)))
-        return np.flatnonzero(written_B == 1)[:count].tolist()
+        if self._credit_s["begun"] >= 0.0:
+            self._probing = "begun"
+            begun = np.flatnonzero(written_B <= _OFF_STEPS).tolist()
+            return list(islice(filter(has_past, begun), count))
+        return ()
+
+    @property
+    def _is_skipped(self) -> bool:
+        return self._drafts == "off" and self._steps % _OFF_STEPS > 0
 
     @property
     def speed_up(self) -> float:
         """Tokens per second over those at the fitted cost of steps without drafts; 0: not known."""
-        slope, (_, m, _, t, _) = self._slope, self._sums
-        if slope is None:
+        if self._slope is None:
             return 0.0
-        plain_s = t - slope * (m - self._rows)
-        return plain_s / (t + self._looked_s) * self._written / self._rows
+        tokens, drafted = self._plain[1] + self._drafted[1], self._drafted[0]
+        plain_s = self._took_s - self._slope * (tokens - self._rows) - self._fixed_s * drafted
+        return plain_s / (self._took_s + self._looked_s) * self._written / self._rows
 
     def trim(self, draft: Draft, least: float) -> Draft:
         """The part of a draft that is likely enough to be reached and accepted."""
@@ -120,23 +149,45 @@ class DepthController:
 
     def saw_step(self, num_rows: int, num_tokens: int, num_written: int, seconds: float) -> None:
         """A step fed `num_tokens`, one a row and drafts, wrote `num_written` and took so long, but
-        for the looking."""
-        m, t = float(num_tokens), seconds
-        new = (1.0, m, m * m, t, m * t)
-        self._sums = [_MEMORY * old + more for old, more in zip(self._sums, new, strict=True)]
-        n, m, mm, t, mt = self._sums
-        spread = n * mm - m * m
-        if spread > 1e-6 * max(1.0, n * mm) and t > 0:
-            self._slope = max(0.0, (n * mt - m * t) / spread)
-        self._rows = _MEMORY * self._rows + num_rows
-        self._written = _MEMORY * self._written + num_written
-        self._looked_s *= _MEMORY
-        self._asked_s, self._gained = _MEMORY * self._asked_s, _MEMORY * self._gained
-        self._fed *= _MEMORY
+        for the looking. It stands for those that were skipped before it."""
+        if self._is_skipped:
+            return
+        steps, self._seen = self._steps - self._seen, self._steps
+        has_drafts, m, t = num_tokens > num_rows, float(num_tokens), seconds
+        weight = 1 if has_drafts else steps  # those skipped had none
+        memory, new = _MEMORY**weight, (1.0, m, m * m, t, m * t)
+        for kind, kept in ((False, self._plain), (True, self._drafted)):
+            for i, of in enumerate(new):
+                kept[i] = memory * kept[i] + weight * of * (kind == has_drafts)
+        self._fit()
+        self._rows = memory * self._rows + weight * num_rows
+        self._written = memory * self._written + weight * num_written
+        self._looked_s *= memory
+        self._asked_s, self._gained = memory * self._asked_s, memory * self._gained
+        self._fed, self._times = memory * self._fed, memory * self._times + has_drafts
         if self._drafts != "on":
-            drafts_s = (self._slope or 0.0) * (num_tokens - num_rows)
-            self._credit_s += _PROBE_TIME * seconds - drafts_s
-            self._credit_s = min(self._credit_s, seconds)
+            drafts_s = (self._slope or 0.0) * (num_tokens - num_rows) + self._fixed_s * has_drafts
+            self._credit_s[self._probing] -= drafts_s
+            for kind, credit_s in self._credit_s.items():
+                self._credit_s[kind] = min(credit_s + _PROBE_TIME * steps * seconds, seconds)
+
+    def _fit(self) -> None:
+        within = together = 0.0
+        for n, m, mm, t, mt in (self._plain, self._drafted):
+            if n > 0.0:
+                within, together = within + mm - m * m / n, together + mt - m * t / n
+        (n, m, mm, t, _), (n_drafted, m_drafted, mm_drafted, t_drafted, _) = (
+            self._plain, self._drafted
+        )  # fmt: skip
+        if min(n, n_drafted) >= 0.5:  # else what was known of c stays
+            more, longer_s = m_drafted / n_drafted - m / n, t_drafted / n_drafted - t / n
+            if within > 1e-6 * (mm + mm_drafted):
+                self._slope = max(0.0, together / within)
+            elif more > 0.0:  # nothing tells b from c
+                self._slope = max(0.0, longer_s / more)
+            self._fixed_s = max(0.0, longer_s - (self._slope or 0.0) * more)
+        elif within > 1e-6 * max(1.0, mm + mm_drafted):
+            self._slope = max(0.0, together / within)
 
     def saw_draft(self, classes: Sequence[int], num_accepted: int) -> None:
         """Of a draft, so many tokens were right; the one after them was wrong, if there is one."""
@@ -152,7 +203,7 @@ class DepthController:
         """Looking for drafts took so long, for one step, and so many tokens were accepted. What it
         read beforehand is no part of a look's price: it is read once for all looks to come."""
         if self._drafts == "probe":
-            self._credit_s -= seconds
+            self._credit_s[self._probing] -= seconds
         self._looked_s += seconds
         self._asked_s += seconds - reading_s
         self._gained += num_accepted
@@ -160,13 +211,19 @@ class DepthController:
     @property
     def _lost_s(self) -> float:
         """What looking took and drafts cost in the forward, less what the tokens gained would have
-        taken. Above 0: fewer tokens a second than without drafts."""
-        return self._asked_s + (self._slope or 0.0) * self._fed - self._gained * self._token_s
+        taken; after a probe, as if all rows had been in it. Above 0: fewer tokens a second than
+        without drafts."""
+        by_row_s = self._asked_s + (self._slope or 0.0) * self._fed - self._gained * self._token_s
+        return by_row_s / self._share + self._fixed_s * self._times
 
     @property
     def _token_s(self) -> float:
         """What a token takes."""
-        return (self._sums[3] + self._asked_s) / max(1.0, self._written)
+        return (self._took_s + self._asked_s) / max(1.0, self._written)
+
+    @property
+    def _took_s(self) -> float:
+        return self._plain[3] + self._drafted[3]
 
     def _least(self) -> float:
         """b r; 1 while the slope is not known."""
@@ -189,15 +246,21 @@ class Speculation:
         return self._controller.speed_up
 
     def propose(
-        self, written_B: np.ndarray, ask: Callable[[Sequence[int]], Sequence[Asked]]
+        self,
+        written_B: np.ndarray,
+        prompt_of: Callable[[int], tuple[int, ...]],
+        ask: Callable[[Sequence[int]], Sequence[Asked]],
     ) -> list[Draft]:
         """One draft a sample of the step to come, most of them empty when they would not pay.
 
         Args:
             written_B: [B] int: the tokens that each has so far.
+            prompt_of: the prompt of a row.
             ask: tells of those in some of its rows; not called where nothing is drafted.
         """
-        least, rows = self._controller.start(written_B)
+        least, rows = self._controller.start(
+            written_B, lambda row: self.drafter.remembers(prompt_of(row))
+        )
         drafts, self._asking_s = [NO_DRAFT] * len(written_B), 0.0
         if not rows:
             return drafts

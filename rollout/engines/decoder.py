@@ -224,7 +224,11 @@ class Decoder:
         """One for each slot."""
         if self.speculation is None:
             return [NO_DRAFT] * self._slots.count
-        return self.speculation.propose(self._slots.used["num_written"], self._asked)
+        return self.speculation.propose(
+            self._slots.used["num_written"],
+            lambda slot: self._slots.requests[slot].prompt_token_ids,
+            self._asked,
+        )
 
     def _asked(self, slots: Sequence[int]) -> list[Asked]:
         """Some samples, as a drafter is told of them; drafts are short where memory is."""
@@ -367,30 +371,33 @@ class Decoder:
             self._forward.fill(parts)
 
     def _write(self, slots_N: np.ndarray, fed: _Fed, logits_MV: Tensor) -> dict[int, FinishReason]:
-        """Draw and stamp the token after each fed one, as far as the drafts were right; returns
-        which slots ended, and how.
-
-        Position by position, so that a sample ends at its first stop, whatever was drafted on.
-        """
+        """Draw and stamp the token after each fed one, as far as the drafts were right and to the
+        sample's first stop, whatever was drafted on; returns which slots ended, and how."""
         used, slots_M = self._slots.used, slots_N[fed.row_M]
         self._slots.add_bias(slots_M, logits_MV)
-        uniforms_M = uniform(used["key"][slots_M], used["num_written"][slots_M] + fed.offset_M)
+        places_M = used["num_written"][slots_M] + fed.offset_M
+        uniforms_M = uniform(used["key"][slots_M], places_M)
         draws = sample(logits_MV, self._slots.laws(slots_M), uniforms_M, self._ratio_law)
         if fed.laws:
             self._verify(slots_M, fed, logits_MV, uniforms_M, draws)
-        now_s, ended = time.time(), {}
-        slots_A, rows_A = slots_N, fed.first_N
-        while len(slots_A):
-            self._slots.record(slots_A, draws, rows_A, len(self._versions) - 1, now_s)
-            self.generated_tokens += len(slots_A)
-            stopped_A = self._stopped(slots_A)
-            state = used[slots_A]
-            ended_A = stopped_A | (state["num_written"] >= state["budget"]) | (state["failed"] > 0)
-            for row in np.flatnonzero(ended_A):
-                ended[int(slots_A[row])] = "stop" if stopped_A[row] else "length"
-            on_A = ~ended_A & (fed.draft_M[rows_A] == draws.token_ids_B[rows_A])
-            slots_A, rows_A = slots_A[on_A], rows_A[on_A] + 1
-        return ended
+        stops_M = self._slots.stops(slots_M, draws.token_ids_B)
+        ends_M = stops_M | (places_M + 1 >= used["budget"][slots_M]) | np.isnan(draws.logprobs_B)
+        last_M = np.flatnonzero(ends_M | (fed.draft_M != draws.token_ids_B))
+        last_N = last_M[np.searchsorted(last_M, fed.first_N)]  # what was fed last has no draft
+        for row in np.flatnonzero(used["has_stop_strings"][slots_N]).tolist():
+            rows = np.arange(fed.first_N[row], last_N[row] + 1)
+            found = self._stop_string(int(slots_N[row]), draws.token_ids_B[rows])
+            if found is not None:
+                last_N[row] = rows[found]
+                stops_M[last_N[row]] = ends_M[last_N[row]] = True
+        rows_W = np.flatnonzero(np.arange(len(slots_M)) <= last_N[fed.row_M])
+        counts_N, version = last_N - fed.first_N + 1, len(self._versions) - 1
+        self._slots.record(slots_N, counts_N, draws, rows_W, version, time.time())
+        self.generated_tokens += len(rows_W)
+        return {
+            int(slots_N[row]): "stop" if stops_M[last_N[row]] else "length"
+            for row in np.flatnonzero(ends_M[last_N])
+        }
 
     def _verify(
         self,
@@ -422,17 +429,16 @@ class Decoder:
             self._release(slot)
         return outputs
 
-    def _stopped(self, slots_A: np.ndarray) -> np.ndarray:
-        """[A] bool: which samples ended by a stop id or a stop string."""
-        stopped_A = self._slots.stopped(slots_A)
-        searched = ~stopped_A & (self._slots.used["has_stop_strings"][slots_A] > 0)
-        for row in np.flatnonzero(searched):
-            slot = int(slots_A[row])
-            stop = self._slots.requests[slot].sampling.stop
-            stopped_A[row] = self._detokeniser.just_stopped(
-                self._slots.written(slot)["token"], stop
-            )
-        return stopped_A
+    def _stop_string(self, slot: int, token_ids: np.ndarray) -> int | None:
+        """Which of the next tokens of a sample completes a stop string, the first that does."""
+        stop = self._slots.requests[slot].sampling.stop
+        before = self._slots.written(slot)["token"]
+        text = np.concatenate([before, token_ids])
+        ends = range(len(before) + 1, len(text) + 1)
+        return next(
+            (i for i, end in enumerate(ends) if self._detokeniser.just_stopped(text[:end], stop)),
+            None,
+        )
 
     def _release(self, slot: int) -> None:
         if self.speculation is not None:

@@ -70,6 +70,10 @@ class DraftModel:
         """See `Drafter`."""
         self._samples.pop(sample, None)
 
+    def remembers(self, prompt: tuple[int, ...]) -> bool:
+        """See `Drafter`: it knows no more of one prompt than of another."""
+        return False
+
     def _next(self, asked: list[Asked], texts: list[np.ndarray], drafts: list[Draft]) -> list[int]:
         """Draw the token after each text, and add it to the sample's draft."""
         keys = [self._read(of.sample, text) for of, text in zip(asked, texts, strict=True)]

@@ -186,39 +186,50 @@ class Slots:
         )
 
     def record(
-        self, slots_A: np.ndarray, draws: Draws, rows_A: np.ndarray, version: int, now_s: float
+        self,
+        slots_A: np.ndarray,
+        counts_A: np.ndarray,
+        draws: Draws,
+        rows_W: np.ndarray,
+        version: int,
+        now_s: float,
     ) -> None:
-        """Append one drawn token to each of some slots.
+        """Append drawn tokens to each of some slots.
 
         Args:
             slots_A: each at most once.
+            counts_A: [A] how many, at least 1.
             draws: of a whole step.
-            rows_A: which of the draws belongs to each slot.
+            rows_W: [sum of counts] which of the draws they are, slot by slot.
             version: an index into the engine's list: whose weights made the logits.
             now_s: the time.
         """
-        state, places = self._state, self._state["num_written"][slots_A]
-        self._reserve(int(places.max()) + 1)
-        written = np.empty(len(slots_A), dtype=_WRITTEN)
-        written["token"] = draws.token_ids_B[rows_A]
-        written["logprob"] = draws.logprobs_B[rows_A]
-        written["removed_mass"] = draws.removed_mass_B[rows_A]
-        written["version"], written["kv_version"] = version, state["kv_version"][slots_A]
-        self._written[slots_A, places] = written
-        state["first_token_s"][slots_A[places == 0]] = now_s
-        state["last_token"][slots_A], state["num_written"][slots_A] = written["token"], places + 1
-        state["failed"][slots_A] = np.isnan(written["logprob"])
+        state, slots_W = self._state, np.repeat(slots_A, counts_A)
+        before_A, ends_A = state["num_written"][slots_A], np.cumsum(counts_A)
+        after_A = before_A + counts_A
+        places_W = np.arange(len(rows_W)) + np.repeat(after_A - ends_A, counts_A)
+        self._reserve(int(after_A.max()))
+        written = np.empty(len(rows_W), dtype=_WRITTEN)
+        written["token"] = draws.token_ids_B[rows_W]
+        written["logprob"] = draws.logprobs_B[rows_W]
+        written["removed_mass"] = draws.removed_mass_B[rows_W]
+        written["version"], written["kv_version"] = version, state["kv_version"][slots_W]
+        self._written[slots_W, places_W] = written
+        state["first_token_s"][slots_A[before_A == 0]] = now_s
+        last_A = written[ends_A - 1]
+        state["last_token"][slots_A], state["num_written"][slots_A] = last_A["token"], after_A
+        state["failed"][slots_A] = np.isnan(last_A["logprob"])
         if draws.kept_ids:
-            for slot, row in zip(slots_A.tolist(), rows_A.tolist(), strict=True):
+            for slot, row in zip(slots_W.tolist(), rows_W.tolist(), strict=True):
                 if row in draws.kept_ids and self.requests[slot].record_kept_ids:
                     self._kept_ids[slot].append(draws.kept_ids[row])
 
-    def stopped(self, slots_A: np.ndarray) -> np.ndarray:
-        """[A] bool: whether the last token of each slot ends its sample."""
-        return (self._stop_ids[slots_A] == self._state["last_token"][slots_A, None]).any(axis=1)
+    def stops(self, slots_M: np.ndarray, token_ids_M: np.ndarray) -> np.ndarray:
+        """[M] bool: whether a token ends the sample of a slot."""
+        return (self._stop_ids[slots_M] == token_ids_M[:, None]).any(axis=1)
 
     def ends_with_stop_id(self, slot: int) -> bool:
-        """The same for one slot."""
+        """Whether the last token of a slot does."""
         return bool((self._stop_ids[slot] == self._state["last_token"][slot]).any())
 
     def written(self, slot: int) -> np.ndarray:

@@ -45,7 +45,7 @@ class Always(DepthController):
     most_rows = 0
     """Of one step."""
 
-    def start(self, written_B):
+    def start(self, written_B, has_past):
         self.most_rows = max(self.most_rows, len(written_B))
         return 0.0, range(len(written_B))
 
@@ -76,6 +76,9 @@ class Oracle:
 
     def forget(self, sample):
         pass
+
+    def remembers(self, prompt):
+        return False
 
 
 def speculate(engine, drafter, depth=8):
@@ -360,6 +363,15 @@ def test_a_drafter_proposes_what_most_often_followed_the_longest_known_context()
     assert drafter.propose([asked("d", (2,), [7, 8], 5)])[0].tokens == []
 
 
+def test_a_drafter_remembers_a_prompt_from_when_a_sample_of_it_has_ended():
+    drafter = SiblingsDrafter(100)
+    drafter.propose([asked("a", (3,), [7, 8], 1)])
+    assert not drafter.remembers((3,))
+    drafter.finish("a", (3,), np.array([7, 8]))
+    assert drafter.remembers((3,))
+    assert not drafter.remembers((4,))
+
+
 def test_history_keeps_to_its_bound_and_forgets_the_oldest_prompt():
     drafter = SiblingsDrafter(110)
     for prompt in range(50):
@@ -407,6 +419,11 @@ async def test_nothing_is_kept_of_samples_that_were_dropped_in_flight_or_paused(
     assert not kept
 
 
+def anything(row):
+    """Every row's prompt has a past."""
+    return True
+
+
 @pytest.mark.parametrize(
     ("seconds_per_token", "acceptance", "drafts"),
     [(1.0, 0.6, False), (0.01, 0.9, True), (0.01, 0.0, False)],
@@ -416,7 +433,7 @@ def test_depth_follows_measured_cost_and_acceptance(seconds_per_token, acceptanc
     controller, random = DepthController(), np.random.default_rng(0)
     fed, written, seconds = 0, 0, 0.0
     for step in range(3000):
-        least, rows = controller.start(np.full(8, 100))
+        least, rows = controller.start(np.full(8, 100), anything)
         draft = controller.trim(Draft([1] * 6, [5] * 6), least) if rows else Draft([], [])
         accepted = 0
         for _ in rows:
@@ -469,8 +486,8 @@ def test_drafts_are_made_while_they_bring_more_than_looking_costs(asked, reading
     1.5 s are worth it, and so they are when most of 8 s is for what is read once; 5 in 9 s are not.
     The speed-up counts all that was spent."""
     controller, fed, took_s, written = DepthController(), 0, 0.0, 0
-    for step in range(4000):
-        least, rows = controller.start(np.full(1, 100))
+    for step in range(6000):
+        least, rows = controller.start(np.full(1, 100), anything)
         draft = controller.trim(Draft([1] * 6, [5] * 6), least) if rows else Draft([], [])
         right, seconds = min(4, len(draft.tokens)), 1.0 + 1e-4 * len(draft.tokens)
         if draft.tokens:
@@ -478,7 +495,7 @@ def test_drafts_are_made_while_they_bring_more_than_looking_costs(asked, reading
         if rows:
             controller.saw_asking(asked, reading, right)
         controller.saw_step(1, 1 + len(draft.tokens), 1 + right, seconds)
-        if step >= 2000:
+        if step >= 4000:
             fed += bool(draft.tokens)
             took_s, written = took_s + seconds + (asked if rows else 0.0), written + 1 + right
     assert fed > 1800 if drafts else fed < 60
@@ -486,10 +503,12 @@ def test_drafts_are_made_while_they_bring_more_than_looking_costs(asked, reading
         assert controller.speed_up == pytest.approx(written / took_s, rel=0.15)
 
 
-def play(controller, written_B, acceptance, random, *, look_s=0.05, slope_s=0.01):
+def play(
+    controller, written_B, acceptance, random, *, look_s=0.05, slope_s=0.01, has_past=anything
+):
     """One step of 1 s and more by token; returns its rows that drafted, what drafting took, and the
     tokens it gained."""
-    least, rows = controller.start(written_B)
+    least, rows = controller.start(written_B, has_past)
     fed = accepted = 0
     for _ in rows:
         draft = controller.trim(Draft([1] * 6, [5] * 6), least).tokens
@@ -509,10 +528,30 @@ def test_prompts_with_a_past_are_drafted_for_once_a_sample_of_theirs_has_been_lo
     controller, random = DepthController(), np.random.default_rng(0)
     for _ in range(1000):
         play(controller, np.full(32, 100), 0.0, random)
-    probed, *_ = play(controller, np.where(np.arange(32) < 24, 100, 1), 0.9, random)
+    probed = ()
+    for written in range(1, 9):  # those with a few tokens have just begun
+        begun = np.where(np.arange(32) < 24, 100, written)
+        if len(probed := play(controller, begun, 0.9, random)[0]):
+            break
+    assert probed
     assert set(probed) <= set(range(24, 32)), "of those that begin"
     after = [play(controller, np.full(32, 2), 0.9, random)[0] for _ in range(20)]
     assert after == [range(32)] * 20
+
+
+def test_of_samples_that_begin_those_with_a_past_are_looked_at_whatever_came_before_them():
+    """An epoch of new prompts, each of which begins without a past, must not use up the time in
+    which the next epoch's first samples are looked at, nor must looks at samples in flight."""
+    controller, random = DepthController(), np.random.default_rng(0)
+    for _ in range(300):
+        new = np.where(np.arange(32) < 28, 100, 1)
+        looked, *_ = play(controller, new, 0.0, random, look_s=1.0, has_past=lambda row: False)
+        assert set(looked) != set(range(28, 32))
+    looked = [
+        play(controller, np.full(32, n), 0.0, random, has_past=lambda row: row % 4 == 3)[0]
+        for n in range(1, 9)
+    ]
+    assert [3, 7, 11, 15] in looked
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64])
@@ -531,7 +570,7 @@ def test_looking_whether_drafts_pay_loses_no_more_than_its_share(rows, slope_s, 
         if step >= 1000:
             lost_s += seconds - gained * step_s / rows
             took_s, looks = took_s + step_s + seconds, looks + bool(looked)
-    assert lost_s <= took_s / 200 + 2 * step_s
+    assert lost_s <= took_s / 100 + 2 * step_s
     assert looks > 25, "a change would be seen"
 
 
