@@ -79,10 +79,10 @@ class DepthController:
         self._looked_s = 0.0
         self._asked_s = self._fed = self._gained = self._times = 0.0
         """Since the last probe: looking without reading, tokens drafted, tokens accepted, and steps
-        with drafts."""
+        with drafts, the probe as the share of the rows that it was of: as if all had been in it."""
         self._share = 1.0
-        """Of the rows, those of the last probe; 1: no probe."""
-        self._steps = self._seen = self._next_in_flight = 0
+        """Of the rows, those that are drafted for."""
+        self._steps, self._seen, self._next_in_flight = -1, -1, 0
         self._credit_s = {"begun": 0.0, "in flight": 0.0}
         self._probing: Literal["begun", "in flight"] = "begun"
         self._drafts: Literal["off", "probe", "on"] = "on"
@@ -104,7 +104,9 @@ class DepthController:
             if least < 1.0 and self._lost_s <= 0.0:
                 self._drafts, self._share = "on", 1.0
                 return least, range(len(written_B))
-        rows = self._probed(written_B, has_past)
+        if self._drafts == "on":  # a probe led to it, and pays
+            self._credit_s[self._probing] -= max(0.0, self._lost_s)
+        rows = self._probed(written_B, has_past) if self._plain[0] else ()
         self._drafts = "probe" if rows else "off"
         if rows:  # what others lost is no evidence against these
             self._asked_s = self._fed = self._gained = self._times = 0.0
@@ -113,15 +115,16 @@ class DepthController:
 
     def _probed(self, written_B: np.ndarray, has_past: Callable[[int], bool]) -> Sequence[int]:
         count = max(1, int(len(written_B) * _PROBE_SHARE))
+        if self._credit_s["begun"] >= 0.0:
+            begun = np.flatnonzero(written_B <= _OFF_STEPS).tolist()
+            if rows := list(islice(filter(has_past, begun), count)):
+                self._probing = "begun"
+                return rows
         if self._steps >= self._next_in_flight and self._credit_s["in flight"] >= 0.0:
             self._probing = "in flight"
             self._next_in_flight = self._steps + _PROBE_STEPS
             first = self._steps // _PROBE_STEPS * count % len(written_B)
             return range(first, min(first + count, len(written_B)))
-        if self._credit_s["begun"] >= 0.0:
-            self._probing = "begun"
-            begun = np.flatnonzero(written_B <= _OFF_STEPS).tolist()
-            return list(islice(filter(has_past, begun), count))
         return ()
 
     @property
@@ -149,27 +152,41 @@ class DepthController:
 
     def saw_step(self, num_rows: int, num_tokens: int, num_written: int, seconds: float) -> None:
         """A step fed `num_tokens`, one a row and drafts, wrote `num_written` and took so long, but
-        for the looking. It stands for those that were skipped before it."""
+        for the looking. Those that were skipped before it had no drafts, and are taken to have been
+        like it, or where it has drafts like others without."""
         if self._is_skipped:
             return
         steps, self._seen = self._steps - self._seen, self._steps
         has_drafts, m, t = num_tokens > num_rows, float(num_tokens), seconds
-        weight = 1 if has_drafts else steps  # those skipped had none
-        memory, new = _MEMORY**weight, (1.0, m, m * m, t, m * t)
-        for kind, kept in ((False, self._plain), (True, self._drafted)):
-            for i, of in enumerate(new):
-                kept[i] = memory * kept[i] + weight * of * (kind == has_drafts)
+        new = (1.0, m, m * m, t, m * t)
+        if not has_drafts:
+            self._count(self._plain, new, steps, num_rows, num_written)
+        else:
+            if steps > 1:
+                n, m = self._plain[:2]
+                self._count(self._plain, [of / n for of in self._plain], steps - 1, m / n, m / n)
+            self._count(self._drafted, new, 1, num_rows, num_written)
         self._fit()
-        self._rows = memory * self._rows + weight * num_rows
-        self._written = memory * self._written + weight * num_written
-        self._looked_s *= memory
-        self._asked_s, self._gained = memory * self._asked_s, memory * self._gained
-        self._fed, self._times = memory * self._fed, memory * self._times + has_drafts
+        self._asked_s, self._gained = _MEMORY * self._asked_s, _MEMORY * self._gained
+        self._fed = _MEMORY * self._fed
+        self._times = _MEMORY * self._times + has_drafts * self._share
         if self._drafts != "on":
             drafts_s = (self._slope or 0.0) * (num_tokens - num_rows) + self._fixed_s * has_drafts
             self._credit_s[self._probing] -= drafts_s
             for kind, credit_s in self._credit_s.items():
                 self._credit_s[kind] = min(credit_s + _PROBE_TIME * steps * seconds, seconds)
+
+    def _count(
+        self, kind: list[float], step: Sequence[float], times: int, rows: float, written: float
+    ) -> None:
+        """Steps of one kind, so many times the same."""
+        memory = _MEMORY**times
+        for kept in (self._plain, self._drafted):
+            kept[:] = [memory * of for of in kept]
+        kind[:] = [old + times * of for old, of in zip(kind, step, strict=True)]
+        self._rows = memory * self._rows + times * rows
+        self._written = memory * self._written + times * written
+        self._looked_s *= memory
 
     def _fit(self) -> None:
         within = together = 0.0
@@ -183,9 +200,9 @@ class DepthController:
             more, longer_s = m_drafted / n_drafted - m / n, t_drafted / n_drafted - t / n
             if within > 1e-6 * (mm + mm_drafted):
                 self._slope = max(0.0, together / within)
-            elif more > 0.0:  # nothing tells b from c
-                self._slope = max(0.0, longer_s / more)
-            self._fixed_s = max(0.0, longer_s - (self._slope or 0.0) * more)
+            else:  # nothing tells b from c, until drafts of all rows do
+                self._slope = self._slope or 0.0
+            self._fixed_s = max(0.0, longer_s - self._slope * more)
         elif within > 1e-6 * max(1.0, mm + mm_drafted):
             self._slope = max(0.0, together / within)
 
@@ -211,10 +228,9 @@ class DepthController:
     @property
     def _lost_s(self) -> float:
         """What looking took and drafts cost in the forward, less what the tokens gained would have
-        taken; after a probe, as if all rows had been in it. Above 0: fewer tokens a second than
-        without drafts."""
-        by_row_s = self._asked_s + (self._slope or 0.0) * self._fed - self._gained * self._token_s
-        return by_row_s / self._share + self._fixed_s * self._times
+        taken. Above 0: fewer tokens a second than without drafts."""
+        cost_s = self._asked_s + (self._slope or 0.0) * self._fed + self._fixed_s * self._times
+        return cost_s - self._gained * self._token_s
 
     @property
     def _token_s(self) -> float:

@@ -385,11 +385,13 @@ class Decoder:
         last_M = np.flatnonzero(ends_M | (fed.draft_M != draws.token_ids_B))
         last_N = last_M[np.searchsorted(last_M, fed.first_N)]  # what was fed last has no draft
         for row in np.flatnonzero(used["has_stop_strings"][slots_N]).tolist():
-            rows = np.arange(fed.first_N[row], last_N[row] + 1)
-            found = self._stop_string(int(slots_N[row]), draws.token_ids_B[rows])
+            slot, first = int(slots_N[row]), int(fed.first_N[row])
+            new = draws.token_ids_B[first : last_N[row] + 1]
+            stop = self._slots.requests[slot].sampling.stop
+            found = self._detokeniser.first_stop(self._slots.written(slot)["token"], new, stop)
             if found is not None:
-                last_N[row] = rows[found]
-                stops_M[last_N[row]] = ends_M[last_N[row]] = True
+                last_N[row] = first + found
+                stops_M[first + found] = ends_M[first + found] = True
         rows_W = np.flatnonzero(np.arange(len(slots_M)) <= last_N[fed.row_M])
         counts_N, version = last_N - fed.first_N + 1, len(self._versions) - 1
         self._slots.record(slots_N, counts_N, draws, rows_W, version, time.time())
@@ -428,17 +430,6 @@ class Decoder:
             self._keep(slot)
             self._release(slot)
         return outputs
-
-    def _stop_string(self, slot: int, token_ids: np.ndarray) -> int | None:
-        """Which of the next tokens of a sample completes a stop string, the first that does."""
-        stop = self._slots.requests[slot].sampling.stop
-        before = self._slots.written(slot)["token"]
-        text = np.concatenate([before, token_ids])
-        ends = range(len(before) + 1, len(text) + 1)
-        return next(
-            (i for i, end in enumerate(ends) if self._detokeniser.just_stopped(text[:end], stop)),
-            None,
-        )
 
     def _release(self, slot: int) -> None:
         if self.speculation is not None:

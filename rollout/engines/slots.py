@@ -3,7 +3,8 @@
 Slots 0 .. n-1 are in use; when a sample leaves, the last one moves into its place. A step reads and
 writes slices of numpy arrays; it does not loop over rows.
 
-Shape suffixes: R slots, A some slots, N tokens written, S stop ids of a row.
+Shape suffixes: R slots, A some slots, M fed tokens, W tokens written in a step, N all tokens that
+a slot has written, S stop ids of a row.
 """
 
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ class Slots:
     """The samples in flight. Trace, with two slots:
 
     add(a, ...), add(b, ...)     a in slot 0, b in slot 1
-    record([0, 1], draws, ...)   one token written to each
+    record([0, 1], [1, 2], ...)  one token written to a, two to b
     release(0)                   b in slot 0
     """
 
@@ -263,7 +264,8 @@ class Slots:
     def _reserve(self, num_tokens: int) -> None:
         capacity = self._written.shape[1]
         if num_tokens > capacity:
-            grown = np.zeros((len(self._state), max(64, 2 * capacity)), dtype=_WRITTEN)
+            sizes = (len(self._state), max(64, num_tokens, 2 * capacity))
+            grown = np.zeros(sizes, dtype=_WRITTEN)
             grown[:, :capacity] = self._written
             self._written = grown
 

@@ -34,11 +34,19 @@ class Detokeniser:
         """The tokens as text, special tokens left out."""
         return str(self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=True))
 
-    def just_stopped(self, token_ids: np.ndarray, stop: Sequence[str]) -> bool:
-        """Whether the end of the tokens holds a stop string; looks back just far enough."""
+    def first_stop(
+        self, written: np.ndarray, token_ids: np.ndarray, stop: Sequence[str]
+    ) -> int | None:
+        """Which of the next tokens of a text that has none completes a stop string, the first that
+        does; looks back just far enough."""
         window = _TOKENS_PER_CHARACTER * max(map(len, stop)) + _SLACK_TOKENS
-        tail = self.text(token_ids[-window:])
-        return any(string in tail for string in stop)
+        near = np.concatenate([written[-window:], token_ids])
+        for i in range(len(token_ids)):
+            end = len(near) - len(token_ids) + i + 1
+            tail = self.text(near[max(0, end - window) : end])
+            if any(string in tail for string in stop):
+                return i
+        return None
 
     def cut(self, token_ids: np.ndarray, stop: Sequence[str]) -> str:
         """The text before the first stop string in it; all of it when there is none."""

@@ -657,15 +657,19 @@ def test_a_stop_string_is_seen_with_the_token_that_completes_it_whatever_the_tok
     stop = tuple(data.draw(st.lists(st.sampled_from(
         ["ab", "b c", "c", "end>", "é", "日本語", "本", " abcab", "a" * 9]), min_size=1, max_size=3,
     )))  # fmt: skip
-    text = Detokeniser(tokenizer)
-    for count in range(1, len(tokens) + 1):
-        whole = text.text(tokens[:count])
-        holds = any(string in whole for string in stop)
-        assert text.just_stopped(tokens[:count], stop) == holds
-        if holds:
-            first = min(whole.index(string) for string in stop if string in whole)
-            assert text.cut(tokens[:count], stop) == whole[:first]
-            return
+    text, written = Detokeniser(tokenizer), 0
+    while written < len(tokens):  # one token after another, or several at once
+        new = tokens[written : written + data.draw(st.integers(1, 9))]
+        found = text.first_stop(tokens[:written], new, stop)
+        for count in range(1, len(new) + 1):
+            whole = text.text(tokens[: written + count])
+            if any(string in whole for string in stop):
+                assert found == count - 1
+                first = min(whole.index(string) for string in stop if string in whole)
+                assert text.cut(tokens[: written + count], stop) == whole[:first]
+                return
+        assert found is None
+        written += len(new)
 
 
 BYTES = byte_tokenizer()

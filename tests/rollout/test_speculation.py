@@ -486,7 +486,7 @@ def test_drafts_are_made_while_they_bring_more_than_looking_costs(asked, reading
     1.5 s are worth it, and so they are when most of 8 s is for what is read once; 5 in 9 s are not.
     The speed-up counts all that was spent."""
     controller, fed, took_s, written = DepthController(), 0, 0.0, 0
-    for step in range(6000):
+    for step in range(4000):
         least, rows = controller.start(np.full(1, 100), anything)
         draft = controller.trim(Draft([1] * 6, [5] * 6), least) if rows else Draft([], [])
         right, seconds = min(4, len(draft.tokens)), 1.0 + 1e-4 * len(draft.tokens)
@@ -495,7 +495,7 @@ def test_drafts_are_made_while_they_bring_more_than_looking_costs(asked, reading
         if rows:
             controller.saw_asking(asked, reading, right)
         controller.saw_step(1, 1 + len(draft.tokens), 1 + right, seconds)
-        if step >= 4000:
+        if step >= 2000:
             fed += bool(draft.tokens)
             took_s, written = took_s + seconds + (asked if rows else 0.0), written + 1 + right
     assert fed > 1800 if drafts else fed < 60
@@ -504,23 +504,69 @@ def test_drafts_are_made_while_they_bring_more_than_looking_costs(asked, reading
 
 
 def play(
-    controller, written_B, acceptance, random, *, look_s=0.05, slope_s=0.01, has_past=anything
-):
+    controller, written_B, acceptance, random, *, look_s=0.05, slope_s=0.01, has_past=anything,
+    fixed_s=0.0, row_look_s=0.0, most=6,
+):  # fmt: skip
     """One step of 1 s and more by token; returns its rows that drafted, what drafting took, and the
-    tokens it gained."""
+    tokens it gained.
+
+    Args:
+        controller: asked, and told.
+        written_B: as for it.
+        acceptance: of each drafted token; or of a row's.
+        random: a generator.
+        look_s: that a look takes.
+        slope_s: by token.
+        has_past: as for the controller.
+        fixed_s: of a step with any drafts.
+        row_look_s: by row that is looked at.
+        most: tokens of a draft.
+    """
     least, rows = controller.start(written_B, has_past)
-    fed = accepted = 0
-    for _ in rows:
-        draft = controller.trim(Draft([1] * 6, [5] * 6), least).tokens
-        right = int(random.geometric(1 - acceptance)) - 1 if acceptance else 0
+    fed = gained = 0
+    for row in rows:
+        p = acceptance(row) if callable(acceptance) else acceptance
+        draft = controller.trim(Draft([1] * most, [5] * most), least).tokens
+        right = int(random.geometric(1 - p)) - 1 if p else 0
         controller.saw_draft([5] * len(draft), min(right, len(draft)))
-        fed, accepted = fed + len(draft), accepted + min(right, len(draft))
+        fed, gained = fed + len(draft), gained + min(right, len(draft))
+    looked_s = bool(rows) * look_s + len(rows) * row_look_s
     if rows:
-        controller.saw_asking(look_s, 0.0, accepted)
-    num_rows = len(written_B)
-    took_s = 1.0 + slope_s * (num_rows + fed)
-    controller.saw_step(num_rows, num_rows + fed, num_rows + accepted, took_s)
-    return rows, bool(rows) * look_s + slope_s * fed, accepted
+        controller.saw_asking(looked_s, 0.0, gained)
+    num_rows, drafts_s = len(written_B), slope_s * fed + bool(fed) * fixed_s
+    took_s = 1.0 + slope_s * num_rows + drafts_s
+    controller.saw_step(num_rows, num_rows + fed, num_rows + gained, took_s)
+    return rows, looked_s + drafts_s, gained
+
+
+@pytest.mark.parametrize("most", [1, 6])
+@pytest.mark.parametrize(("share", "pays"), [(0.6, True), (1.5, False)])
+def test_what_drafts_cost_at_all_is_weighed_against_what_all_rows_gain(share, pays, most):
+    """A forward of 32 rows is longer by so large a share of what their drafts gain as soon as a
+    single row has one: no probe of a few rows earns it."""
+    controller, random = DepthController(), np.random.default_rng(0)
+    right = sum(0.9**place for place in range(1, most + 1))
+    gain_s = 32 * (right * 1.032 / 32 - 0.001 * most) - 0.05
+    looked = [
+        play(controller, np.full(32, 1), 0.9, random, slope_s=0.001, fixed_s=share * gain_s,
+             most=most)[0]
+        for _ in range(1000)
+    ]  # fmt: skip
+    on = sum(rows == range(32) for rows in looked)
+    assert on > 900 if pays else on < 20
+
+
+def test_what_all_rows_lose_after_a_probe_that_paid_is_within_the_share_of_time():
+    """Every eighth step a sample begins whose drafts are right; those of the others never are."""
+    controller, random = DepthController(), np.random.default_rng(0)
+    lost_s = took_s = 0.0
+    for step in range(3000):
+        written = np.where(np.arange(32) < 31 + (step % 8 > 0), 100, 1)
+        _, seconds, gained = play(
+            controller, written, lambda row: 0.99 * (row == 31), random, row_look_s=0.5 / 32
+        )
+        lost_s, took_s = lost_s + seconds - gained * 1.32 / 32, took_s + 1.32 + seconds
+    assert lost_s < took_s / 100 + 2 * 1.32
 
 
 def test_prompts_with_a_past_are_drafted_for_once_a_sample_of_theirs_has_been_looked_at():
