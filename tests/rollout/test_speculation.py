@@ -505,7 +505,7 @@ def test_drafts_are_made_while_they_bring_more_than_looking_costs(asked, reading
 
 def play(
     controller, written_B, acceptance, random, *, look_s=0.05, slope_s=0.01, has_past=anything,
-    fixed_s=0.0, row_look_s=0.0, most=6,
+    fixed_s=0.0, row_look_s=0.0, most=6, only=None,
 ):  # fmt: skip
     """One step of 1 s and more by token; returns its rows that drafted, what drafting took, and the
     tokens it gained.
@@ -513,7 +513,7 @@ def play(
     Args:
         controller: asked, and told.
         written_B: as for it.
-        acceptance: of each drafted token; or of a row's.
+        acceptance: of each drafted token.
         random: a generator.
         look_s: that a look takes.
         slope_s: by token.
@@ -521,11 +521,12 @@ def play(
         fixed_s: of a step with any drafts.
         row_look_s: by row that is looked at.
         most: tokens of a draft.
+        only: the row whose drafts are ever right; None: all are.
     """
     least, rows = controller.start(written_B, has_past)
     fed = gained = 0
     for row in rows:
-        p = acceptance(row) if callable(acceptance) else acceptance
+        p = acceptance if only in (None, row) else 0.0
         draft = controller.trim(Draft([1] * most, [5] * most), least).tokens
         right = int(random.geometric(1 - p)) - 1 if p else 0
         controller.saw_draft([5] * len(draft), min(right, len(draft)))
@@ -562,9 +563,7 @@ def test_what_all_rows_lose_after_a_probe_that_paid_is_within_the_share_of_time(
     lost_s = took_s = 0.0
     for step in range(3000):
         written = np.where(np.arange(32) < 31 + (step % 8 > 0), 100, 1)
-        _, seconds, gained = play(
-            controller, written, lambda row: 0.99 * (row == 31), random, row_look_s=0.5 / 32
-        )
+        _, seconds, gained = play(controller, written, 0.99, random, row_look_s=0.5 / 32, only=31)
         lost_s, took_s = lost_s + seconds - gained * 1.32 / 32, took_s + 1.32 + seconds
     assert lost_s < took_s / 100 + 2 * 1.32
 
