@@ -75,6 +75,9 @@ class DepthController:
         """b; None until steps have differed enough to know it."""
         self._fixed_s = 0.0
         """c."""
+        self._told_apart = self._halves = False
+        """Whether steps with drafts, or those without, have differed enough to tell b from c; while
+        they have not, whether drafts are cut to half: every second time, so that they do."""
         self._rows = self._written = 0.0
         self._looked_s = 0.0
         self._asked_s = self._fed = self._gained = self._times = 0.0
@@ -102,7 +105,7 @@ class DepthController:
         if self._drafts != "off":  # else nothing is known that was not before
             least = self._least()
             if least < 1.0 and self._lost_s <= 0.0:
-                self._drafts, self._share = "on", 1.0
+                self._drafts, self._share, self._halves = "on", 1.0, not self._halves
                 return least, range(len(written_B))
         if self._drafts == "on":  # a probe led to it, and pays
             self._credit_s[self._probing] -= max(0.0, self._lost_s)
@@ -110,7 +113,7 @@ class DepthController:
         self._drafts = "probe" if rows else "off"
         if rows:  # what others lost is no evidence against these
             self._asked_s = self._fed = self._gained = self._times = 0.0
-            self._share = len(rows) / len(written_B)
+            self._share, self._halves = len(rows) / len(written_B), not self._halves
         return 0.0, rows
 
     def _probed(self, written_B: np.ndarray, has_past: Callable[[int], bool]) -> Sequence[int]:
@@ -142,10 +145,12 @@ class DepthController:
 
     def trim(self, draft: Draft, least: float) -> Draft:
         """The part of a draft that is likely enough to be reached and accepted."""
-        reached = 1.0
+        reached, most = 1.0, len(draft.tokens)
+        if self._halves and not self._told_apart:
+            most = (most + 1) // 2
         for depth, place in enumerate(draft.classes):
             reached *= self._hits[place] / self._tries[place]
-            if reached < least:
+            if reached < least or depth == most:
                 laws = None if draft.laws is None else draft.laws[:depth]
                 return Draft(draft.tokens[:depth], draft.classes[:depth], laws)
         return draft
@@ -189,22 +194,19 @@ class DepthController:
         self._looked_s *= memory
 
     def _fit(self) -> None:
-        within = together = 0.0
+        within = together = squares = 0.0
         for n, m, mm, t, mt in (self._plain, self._drafted):
             if n > 0.0:
                 within, together = within + mm - m * m / n, together + mt - m * t / n
-        (n, m, mm, t, _), (n_drafted, m_drafted, mm_drafted, t_drafted, _) = (
-            self._plain, self._drafted
-        )  # fmt: skip
+                squares += mm
+        self._told_apart = within > 1e-6 * max(1.0, squares)
+        if self._told_apart:
+            self._slope = max(0.0, together / within)
+        (n, m, _, t, _), (n_drafted, m_drafted, _, t_drafted, _) = self._plain, self._drafted
         if min(n, n_drafted) >= 0.5:  # else what was known of c stays
             more, longer_s = m_drafted / n_drafted - m / n, t_drafted / n_drafted - t / n
-            if within > 1e-6 * (mm + mm_drafted):
-                self._slope = max(0.0, together / within)
-            else:  # nothing tells b from c, until drafts of all rows do
-                self._slope = self._slope or 0.0
+            self._slope = self._slope or 0.0
             self._fixed_s = max(0.0, longer_s - self._slope * more)
-        elif within > 1e-6 * max(1.0, mm + mm_drafted):
-            self._slope = max(0.0, together / within)
 
     def saw_draft(self, classes: Sequence[int], num_accepted: int) -> None:
         """Of a draft, so many tokens were right; the one after them was wrong, if there is one."""

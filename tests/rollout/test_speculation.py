@@ -557,6 +557,20 @@ def test_what_drafts_cost_at_all_is_weighed_against_what_all_rows_gain(share, pa
     assert on > 900 if pays else on < 20
 
 
+def test_what_a_drafted_token_costs_is_found_though_drafts_are_all_alike():
+    """One row, drafts of 12 that cost 0.06 of a step each, 0.4 right: drafts of two or three bring
+    1.4 tokens in 1.15 steps, whole ones lose."""
+    controller, random = DepthController(), np.random.default_rng(0)
+    took_s, written = 0.0, 0
+    for step in range(3000):
+        _, seconds, gained = play(
+            controller, np.full(1, 1), 0.4, random, look_s=0.01, slope_s=0.06, most=12
+        )
+        if step >= 500:
+            took_s, written = took_s + 1.06 + seconds, written + 1 + gained
+    assert written / (took_s / 1.06) > 1.15
+
+
 def test_what_all_rows_lose_after_a_probe_that_paid_is_within_the_share_of_time():
     """Every eighth step a sample begins whose drafts are right; those of the others never are."""
     controller, random = DepthController(), np.random.default_rng(0)
