@@ -148,7 +148,7 @@ def with_the_rate_of_the_step_before(self, rate, norm):
 Policy.update = with_the_rate_of_the_step_before
 """,
 }
-REST = ("advantage", "optimizer order")
+REST = ("advantage", "loss scaling", "optimizer order")
 """In `make test-long`: 20 s each."""
 
 
