@@ -93,7 +93,7 @@ def assert_equal(run_dir: Path, expected: list[dict], tolerance: float) -> None:
 @pytest.mark.parametrize(
     ("workers", "truncated"),
     [
-        pytest.param(1, False, id="one-whole"),
+        pytest.param(1, False, id="one-whole", marks=pytest.mark.slow),
         pytest.param(2, True, id="two-truncated"),
         pytest.param(1, True, id="one-truncated", marks=pytest.mark.slow),
         pytest.param(2, False, id="two-whole", marks=pytest.mark.slow),
